@@ -1,0 +1,199 @@
+"""The contract of a loss balancer: what every method promises, and what it may know."""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.losses import check_task_names
+from lightning_gradnorm.measurement import Measurement, widest_float
+
+
+class LossBalancer(ABC):
+    """Weighs the losses of several tasks, and changes the weights from what each step measured.
+
+    The total loss at step t depends only on the losses and on state from before t; ``update`` gives the weights of step
+    t + 1. The first step uses weights of one. A balancer sees names and detached ``[T]`` vectors, never a parameter or
+    a graph of the model, so its own learning cannot leak into the network's gradients. It needs no Trainer.
+
+    Tasks have names. They are learnt from the measurements, or declared. A task that is absent from a step keeps its
+    weight; a new one starts at one.
+
+    A method declares what it needs as class attributes, and implements ``_extend`` and ``_update``.
+
+    Args:
+        tasks: all tasks' names, if they are to be fixed from the start; any other name is then an error.
+        update_every: the weights are updated on the first and every so-manieth optimiser step; the others measure nothing.
+
+    Attributes:
+        tasks: the names known so far, ``T`` of them; the order of every vector of state.
+        steps: optimiser steps seen.
+        skipped_updates: scalar int64 tensor; updates skipped because a loss or gradient was not finite.
+        diagnostics: tag → what the last update computed, one entry per task of its measurement; for people to watch.
+    """
+
+    needs_gradient_norms: ClassVar[bool] = False
+
+    def __init__(self, *, tasks: Iterable[str] | None = None, update_every: int = 1) -> None:
+        if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
+            raise ValueError(f"update_every is a whole number of steps, 1 or more; got {update_every!r}.")
+        if isinstance(tasks, str):
+            raise TypeError(f"tasks is a list of names, got the string {tasks!r}. Write tasks=[{tasks!r}].")
+        self._declared = None if tasks is None else tuple(tasks)
+        check_task_names(self._declared or ())
+        self.update_every = update_every
+        self._clear()
+
+    def _clear(self) -> None:
+        self.tasks: tuple[str, ...] = ()
+        self.steps = 0
+        self.skipped_updates = torch.zeros((), dtype=torch.int64)
+        self.diagnostics: dict[str, Tensor] = {}
+        self._weights = torch.ones(0, dtype=torch.float64)
+
+    @property
+    def state_name(self) -> str:
+        """Under which a checkpoint holds this method's state."""
+        return type(self).__name__
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Task → the weight that the next step will apply."""
+        return dict(zip(self.tasks, self._weights.tolist(), strict=True))
+
+    @property
+    def due(self) -> bool:
+        """Whether the step to come needs a measurement: the first, and every ``update_every``-th."""
+        return self.steps == 0 or (self.steps + 1) % self.update_every == 0
+
+    def weights_for(self, tasks: Iterable[str]) -> Tensor:
+        """The weights that the next step will apply to ``tasks``, shape ``[len(tasks)]``, detached; 1 for a new task.
+
+        Raises:
+            ValueError: if a name is not one of the declared tasks.
+        """
+        tasks = tuple(tasks)
+        if tasks == self.tasks:
+            return self._weights.clone()
+        self._check_known(tasks)
+        or_one = torch.cat([self._weights, self._weights.new_ones(1)])
+        positions = [self.tasks.index(task) if task in self.tasks else len(self.tasks) for task in tasks]
+        return or_one.index_select(0, torch.tensor(positions, device=or_one.device))
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Σ_i w_i L_i, scalar, with the weights as constants; changes no state.
+
+        Args:
+            losses: task name → scalar loss.
+
+        Raises:
+            ValueError: if a name is not one of the declared tasks.
+        """
+        weights = self.weights_for(losses)
+        first = next(iter(losses.values()))
+        weights = weights.to(first.device, torch.promote_types(first.dtype, torch.float32))
+        terms = [weight * loss for weight, loss in zip(weights.unbind(), losses.values(), strict=True)]
+        return functools.reduce(torch.add, terms)
+
+    @torch.no_grad()
+    def update(self, measurement: Measurement | None) -> None:
+        """Take what the step measured; once per optimiser step, after the backward.
+
+        Args:
+            measurement: the step's losses and gradient norms, or ``None`` where nothing was measured.
+
+        Raises:
+            ValueError: if the measurement lacks what the method needs, or holds what it cannot use; no state changes.
+        """
+        self.diagnostics = {}
+        if measurement is not None and measurement.tasks:
+            if self.needs_gradient_norms and measurement.gradient_norms is None:
+                raise ValueError(
+                    f"{type(self).__name__} needs each task's gradient norm on the shared layer, and the measurement has none. "
+                    "Read them with JointBackward, or use LossBalancingCallback."
+                )
+            self._check_known(measurement.tasks)
+            self._check(measurement)
+            self._learn(measurement.tasks, measurement.losses.device)
+            positions = [self.tasks.index(task) for task in measurement.tasks]
+            self._update(
+                measurement,
+                None if positions == list(range(len(self.tasks))) else torch.tensor(positions, device=self._weights.device),
+            )
+        self.steps += 1
+
+    def end_epoch(self) -> None:
+        """A training epoch has ended; for methods that compare epochs."""
+
+    def reset(self) -> None:
+        """Forget all that was learnt: tasks, weights, initial losses, optimiser state. The next step starts anew."""
+        self._clear()
+
+    def settings(self) -> dict[str, Any]:
+        """The method's settings as plain values, to be written beside its results."""
+        return {"update_every": self.update_every}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was learnt, as plain tensors, numbers, strings, lists and dicts."""
+        return {
+            "tasks": list(self.tasks),
+            "steps": self.steps,
+            "skipped_updates": self.skipped_updates.clone(),
+            "weights": self._weights.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state from ``state_dict``.
+
+        Raises:
+            ValueError: if it holds other tasks than the declared ones.
+        """
+        self._check_known(state["tasks"])
+        self._clear()
+        self.tasks = tuple(state["tasks"])
+        self.steps = int(state["steps"])
+        self.skipped_updates = state["skipped_updates"].clone()
+        self._weights = state["weights"].clone()
+
+    def _check_known(self, tasks: Iterable[str]) -> None:
+        unknown = [task for task in tasks if self._declared is not None and task not in self._declared]
+        if unknown:
+            raise ValueError(
+                f"Unknown task{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}: {type(self).__name__} was "
+                "given "
+                f"tasks={list(self._declared or ())}. Add the name there, or leave tasks out to have the names learnt."
+            )
+
+    def _learn(self, tasks: Iterable[str], device: torch.device) -> None:
+        """Make room for new tasks, and move the state to where the measurements are."""
+        wanted = self.tasks or self._declared or ()
+        wanted = (*wanted, *(task for task in tasks if task not in wanted))
+        if self._weights.device != device:
+            self._move(device)
+        if wanted != self.tasks:
+            new = len(wanted) - len(self.tasks)
+            self.tasks = wanted
+            self._weights = torch.cat([self._weights, self._weights.new_ones(new)])
+            self._extend(new)
+
+    def _move(self, device: torch.device) -> None:
+        self._weights = self._weights.to(device, widest_float(device))
+        self.skipped_updates = self.skipped_updates.to(device)
+
+    def _check(self, measurement: Measurement) -> None:
+        """Raise on a measurement that the method cannot use, before any state changes."""
+
+    def _extend(self, new: int) -> None:
+        """``new`` tasks were appended to ``tasks``: make room for them in the method's own vectors."""
+
+    @abstractmethod
+    def _update(self, measurement: Measurement, positions: Tensor | None) -> None:
+        """Change ``_weights`` in place.
+
+        Args:
+            measurement: of the tasks that took part.
+            positions: where they stand in ``tasks``; ``None`` where they are all of them, in order.
+        """

@@ -1,0 +1,93 @@
+"""The weights' own optimiser: kept apart from the network's, and taken back where an update is refused."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+OptimizerFactory = Callable[..., Optimizer]
+
+
+class VectorOptimizer:
+    """A torch optimiser of one ``[T]`` vector that can grow, and whose steps can be refused entry by entry.
+
+    Args:
+        factory: called as ``factory([vector], lr=lr)``: an optimiser class, or a ``functools.partial`` of one.
+        lr: learning rate.
+    """
+
+    def __init__(self, factory: OptimizerFactory, lr: float) -> None:
+        self._factory, self._lr = factory, lr
+        self._build(torch.zeros(0, dtype=torch.float64))
+
+    def _build(self, values: Tensor) -> None:
+        self._vector = values.clone().requires_grad_()
+        self._optimizer = self._factory([self._vector], lr=self._lr)
+        for group in self._optimizer.param_groups:
+            if "capturable" in group and values.is_cuda:
+                group["capturable"] = True  # its step counter then lives on the device, and reading it makes no one wait
+
+    def step(self, values: Tensor, gradient: Tensor, accept: Tensor) -> Tensor:
+        """One step from ``values`` against ``gradient``.
+
+        Args:
+            values: where the step starts, shape ``[T]``.
+            gradient: shape ``[T]``; ignored where refused.
+            accept: boolean, shape ``[T]``. A refused entry keeps its value and the optimiser's memory of it; where all
+                are refused, nothing changes at all.
+
+        Returns:
+            The new values, shape ``[T]``.
+        """
+        if values.shape != self._vector.shape or values.device != self._vector.device:
+            self._resize(values)
+        on_host = accept.device.type == "cpu"  # elsewhere, asking what was accepted would make the host wait
+        if on_host and not accept.any():
+            return values
+        memory = self._optimizer.state[self._vector]
+        whole = on_host and bool(accept.all())
+        before = {} if whole else {key: value.clone() for key, value in memory.items() if isinstance(value, Tensor)}
+        with torch.no_grad():
+            self._vector.copy_(values)
+        self._vector.grad = gradient if whole else torch.where(accept, gradient, 0.0)
+        self._optimizer.step()
+        self._vector.grad = None
+        if whole:
+            return self._vector.detach().clone()
+        any_accepted = accept.any()
+        for key, value in memory.items():
+            if isinstance(value, Tensor):  # what a first step has just made was zero before
+                keep = accept if value.shape == accept.shape else any_accepted.to(value.device)
+                value.copy_(torch.where(keep, value, before.get(key, torch.zeros_like(value))))
+        return torch.where(accept, self._vector.detach(), values)
+
+    def _resize(self, values: Tensor) -> None:
+        """Follow the values to another length or device; new entries have no memory."""
+        old, new = self._vector.shape, values.numel() - self._vector.numel()
+        memory = self._optimizer.state_dict()["state"]
+        self._build(values)
+        state = {
+            index: {key: self._grown(value, old, new, values) for key, value in entries.items()}
+            for index, entries in memory.items()
+        }
+        self._load(state)
+
+    @staticmethod
+    def _grown(value: Any, old: torch.Size, new: int, like: Tensor) -> Any:
+        if not isinstance(value, Tensor) or value.shape != old:
+            return value
+        return torch.cat([value.to(like.device, like.dtype), like.new_zeros(new)])
+
+    def _load(self, state: Mapping[int, Any]) -> None:
+        self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's memory; its settings stay those of the constructor."""
+        return {"vector": self._vector.detach().clone(), "state": self._optimizer.state_dict()["state"]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a memory from ``state_dict``."""
+        self._build(state["vector"])
+        self._load(state["state"])

@@ -1,0 +1,59 @@
+"""``GradNormCallback``: GradNorm in one line of a Trainer."""
+
+from collections.abc import Mapping
+
+import torch
+
+from lightning_gradnorm.balancers.gradnorm import GradNorm, Update
+from lightning_gradnorm.balancers.initial_losses import InitialLosses
+from lightning_gradnorm.balancers.optimizer import OptimizerFactory
+from lightning_gradnorm.balancers.scale import ScaleRule
+from lightning_gradnorm.callbacks.balancing import Engine, LossBalancingCallback
+
+
+class GradNormCallback(LossBalancingCallback):
+    """Balances a multi-task module's losses with GradNorm (Chen et al., ICML 2018)::
+
+        trainer = L.Trainer(callbacks=[GradNormCallback(alpha=1.5)])
+
+    It is ``LossBalancingCallback(GradNorm(…))`` with flat arguments; see ``GradNorm`` for the method's, and
+    ``LossBalancingCallback`` for ``engine``, ``log_cosines``, ``progress_bar`` and ``summary``.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.5,
+        lr: float = 0.025,
+        *,
+        update: Update = "log",
+        optimizer: OptimizerFactory = torch.optim.Adam,
+        initial_losses: InitialLosses = "first",
+        scale: ScaleRule = "sum",
+        reference: str | None = None,
+        update_every: int = 1,
+        min_weight: float = 1e-8,
+        max_weight: float | None = None,
+        priorities: Mapping[str, float] | None = None,
+        ema_decay: float = 0.9,
+        tasks: list[str] | None = None,
+        engine: Engine = "auto",
+        log_cosines: bool | None = None,
+        progress_bar: bool = False,
+        summary: bool = True,
+    ) -> None:
+        balancer = GradNorm(
+            alpha,
+            lr,
+            update=update,
+            optimizer=optimizer,
+            initial_losses=initial_losses,
+            scale=scale,
+            reference=reference,
+            update_every=update_every,
+            min_weight=min_weight,
+            max_weight=max_weight,
+            priorities=priorities,
+            ema_decay=ema_decay,
+            tasks=tasks,
+        )
+        super().__init__(balancer, engine=engine, log_cosines=log_cosines, progress_bar=progress_bar, summary=summary)

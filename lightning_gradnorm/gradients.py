@@ -1,0 +1,365 @@
+"""Per-task gradients on the shared layer, from the one joint backward.
+
+The ordinary backward of Σ w_i L_i carries every task's own gradient up to the point where tasks merge. ``JointBackward``
+reads it there and carries it down to the shared parameters W with one small vector-Jacobian product per task: exact,
+with no second backward through heads or trunk, no ``retain_graph`` for the caller, no second-order graph.
+``PerTaskBackward`` is the slow, obvious way (``torch.autograd.grad`` once per task): the tests' oracle and the fallback.
+Both leave every parameter's ``.grad`` as the plain backward makes it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gradnorm.measurement import Measurement, stack_scalars, widest_float
+
+# Owners of a graph node, beside the number of the one task that it belongs to.
+_REST = -1  # no task: the nodes above the taps, and terms that were added to the total
+_MERGED = -2  # several: the engine sums their gradients before the node runs
+_Edge = tuple[int, Node, int]  # output of the parent, child node, input of the child
+
+
+def tap_losses(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same losses, each behind an identity node of its own.
+
+    Whatever total is built from the tapped losses, the gradient that arrives at a tap is c_i = s · ∂total/∂L_i, with s
+    the scale of the backward (a GradScaler's; 1/N of accumulation), and the tap's node belongs to its task alone.
+
+    Args:
+        losses: task name → scalar loss that requires grad.
+    """
+    return {task: loss.view_as(loss) for task, loss in losses.items()}
+
+
+def is_built_from(root: Tensor, losses: Mapping[str, Tensor]) -> bool:
+    """Whether the graph of ``root`` reaches any of the losses."""
+    wanted = {loss.grad_fn for loss in losses.values()}
+    stack, seen = [root.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node in wanted:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [child for child, _ in node.next_functions]
+    return False
+
+
+class UnreachedSharedLayerError(ValueError):
+    """A task's loss does not reach the shared layer: it has no gradient there to balance."""
+
+    def __init__(self, tasks: Iterable[str]) -> None:
+        self.tasks = tuple(tasks)
+        super().__init__(
+            f"The loss of {', '.join(f'task {task!r}' for task in self.tasks)} does not reach the shared layer: no gradient "
+            "flows from it to those parameters. Let shared_layer() name a layer that every task uses; leave a task out "
+            "of the dict for a batch that has no label for it; and where the layer runs inside torch.utils.checkpoint, "
+            "pass use_reentrant=False (a reentrant checkpoint hides its parameters from the graph)."
+        )
+
+
+@dataclass(frozen=True)
+class TaskGradients:
+    """Each task's gradient on the shared parameters W.
+
+    Attributes:
+        tasks: task names, ``T`` of them.
+        gradients: per task, per parameter, c_i ∇_W L_i in the parameter's shape, or ``None`` where the task does not
+            use that parameter.
+        cotangents: c_i = s · ∂total/∂L_i, shape ``[T]``: what to divide by for the unweighted gradient.
+        parameters: the shared parameters.
+    """
+
+    tasks: tuple[str, ...]
+    gradients: list[list[Tensor | None]]
+    cotangents: Tensor
+    parameters: list[Tensor]
+
+    def norms(self) -> Tensor:
+        """n_i = ‖∇_W L_i‖₂ of the unweighted losses, shape ``[T]``, summed in float64 where the device has it."""
+        device = self.cotangents.device
+        dtype = widest_float(device)
+        per_task = []
+        for gradients in self.gradients:
+            norms = [torch.linalg.vector_norm(g, dtype=dtype).to(device) for g in gradients if g is not None]
+            per_task.append(norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)))
+        return torch.stack(per_task) / self.cotangents.abs()
+
+    def flat(self) -> Tensor:
+        """∇_W L_i of the unweighted losses, shape ``[T, |W|]``, in at least float32; 0 where a task uses none of it."""
+        device = self.cotangents.device
+        rows = [
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).flatten().to(device)
+                    for g, p in zip(row, self.parameters, strict=True)
+                ]
+            )
+            for row in self.gradients
+        ]
+        stacked = torch.stack(rows)
+        stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+        return stacked / self.cotangents.to(stacked.dtype).unsqueeze(1)
+
+
+def cosines(gradients: Tensor) -> Tensor:
+    """Cosine of the angle between every two rows, ``[T, |W|]`` → ``[T, T]``; NaN beside a row of zeros."""
+    unit = gradients / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+    return torch.mm(unit, unit.T)
+
+
+class IncompleteBackwardError(RuntimeError):
+    """The backward did not pass through every node that carries a task's gradient."""
+
+
+class GradientReader(ABC):
+    """Reads each task's gradient on W around one ordinary backward of ``root``.
+
+    Args:
+        root: scalar that ``backward()`` will be called on: the total, scaled or with further terms as the case may be.
+        losses: the tapped losses (see ``tap_losses``) that ``root`` was built from.
+        parameters: the shared parameters W: leaves that require grad.
+
+    Raises:
+        UnreachedSharedLayerError: if a task's loss does not reach any of the parameters.
+    """
+
+    engine: ClassVar[str]
+
+    def __init__(self, root: Tensor, losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> None:
+        self.tasks = tuple(losses)
+        self._parameters = list(parameters)
+        self._losses = [loss.detach() for loss in losses.values()]
+
+    @abstractmethod
+    def gradients(self) -> TaskGradients:
+        """The tasks' gradients, once ``root.backward()`` has run."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Let go of the graph, and of all that was read."""
+
+    def measurement(self) -> Measurement:
+        """The losses and unweighted gradient norms as a balancer's ``update`` takes them, once ``root.backward()`` has run."""
+        return Measurement(self.tasks, stack_scalars(self._losses), self.gradients().norms())
+
+
+class PerTaskBackward(GradientReader):
+    """Per-task gradients by ``torch.autograd.grad``, once per task, before the joint backward.
+
+    Slow and obvious: each task walks its head and the way down to W once more.
+    """
+
+    engine: ClassVar[str] = "per_task"
+
+    def __init__(self, root: Tensor, losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> None:
+        super().__init__(root, losses, parameters)
+        # With the joint backward's own cotangents as seeds, half precision under- and overflows no more than it does.
+        seeds = torch.autograd.grad(root, list(losses.values()), retain_graph=True)
+        gradients: list[list[Tensor | None]] = [
+            list(torch.autograd.grad(loss, self._parameters, seed, retain_graph=True, allow_unused=True))
+            for loss, seed in zip(losses.values(), seeds, strict=True)
+        ]
+        unreached = [task for task, row in zip(self.tasks, gradients, strict=True) if all(g is None for g in row)]
+        if unreached:
+            raise UnreachedSharedLayerError(unreached)
+        self._gradients = TaskGradients(self.tasks, gradients, stack_scalars(seeds), self._parameters)
+
+    def gradients(self) -> TaskGradients:
+        return self._gradients
+
+    def discard(self) -> None:
+        del self._gradients
+
+
+class JointBackward(GradientReader):
+    """Per-task gradients read from the one backward of ``root``, by hooks on the autograd graph.
+
+    A node that only one task reaches ("exclusive") carries, during the joint backward, that task's own gradient, times
+    c_i. A node that two tasks reach, or a task and a further term of ``root``, is "merged": the engine sums before it.
+
+    1. One walk marks each node with its owner, and keeps those that lead to W.
+    2. On an edge from an exclusive node straight into a parameter of W, a hook reads the task's gradient: free.
+       (Physics-informed losses that meet only at the parameters need nothing else.)
+    3. On an edge from an exclusive node into a merged one, the hook keeps the task's cotangent. A prehook of the merged
+       node, which fires when all cotangents have arrived and before anything below it is freed, pushes each task's
+       cotangent down to W.
+    4. A hook on each tapped loss reads c_i.
+
+    Use it around an ordinary backward::
+
+        losses = tap_losses(losses)
+        total = sum(weight[task] * loss for task, loss in losses.items())
+        reader = JointBackward(total, losses, shared_layer.parameters())
+        total.backward()
+        norms = reader.gradients().norms()
+
+    Raises:
+        ValueError: if two losses share a node (they were not tapped), or ``root`` was not built from them.
+        UnreachedSharedLayerError: if a task's loss does not reach any of the parameters.
+    """
+
+    engine: ClassVar[str] = "joint"
+
+    def __init__(self, root: Tensor, losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> None:
+        super().__init__(root, losses, parameters)
+        self._cotangents: list[Tensor | None] = [None] * len(self.tasks)
+        self._gradients: list[list[Tensor | None]] = [[None] * len(self._parameters) for _ in self.tasks]
+        self._arrived: dict[tuple[Node, int], dict[int, Tensor]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._awaited = 0  # exclusive nodes whose hook has not fired yet
+        try:
+            self._lay_hooks(root, losses)
+        except BaseException:
+            self.discard()
+            raise
+
+    def gradients(self) -> TaskGradients:
+        """The tasks' gradients, once ``root.backward()`` has run.
+
+        Raises:
+            IncompleteBackwardError: if the backward did not pass through all of the tasks' graphs (it was not run, or
+                was restricted with ``inputs=``).
+        """
+        self.discard()
+        cotangents = [c for c in self._cotangents if c is not None]
+        if self._awaited or len(cotangents) < len(self.tasks):
+            raise IncompleteBackwardError(
+                "The backward did not pass through the graph of every task's loss, so the tasks' gradients could not be read "
+                "from it. "
+                "Call backward() once on the total, without inputs=; or choose engine='per_task'."
+            )
+        return TaskGradients(self.tasks, self._gradients, stack_scalars(cotangents), self._parameters)
+
+    def discard(self) -> None:
+        """Remove the hooks, and with them every reference to the graph."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._arrived.clear()
+
+    def _lay_hooks(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
+        leaves = {get_gradient_edge(parameter).node: k for k, parameter in enumerate(self._parameters)}
+        taps = {loss.grad_fn: task for task, loss in enumerate(losses.values()) if loss.grad_fn is not None}
+        if len(taps) < len(self.tasks):
+            raise ValueError("Every loss needs an autograd node of its own: pass the losses through tap_losses() first.")
+        order, edges_to_w, seen_taps = _nodes_that_lead_to(leaves, root.grad_fn, taps)
+        if len(seen_taps) < len(taps):
+            missing = [task for i, task in enumerate(self.tasks) if i not in seen_taps]
+            raise ValueError(
+                f"The total was not built from the tapped loss of {', '.join(f'task {task!r}' for task in missing)}. "
+                "Build it from the losses that tap_losses() returned."
+            )
+        unreached = [task for task, loss in losses.items() if loss.grad_fn not in edges_to_w]
+        if unreached:
+            raise UnreachedSharedLayerError(unreached)
+        owners = _owners(order, edges_to_w, taps)
+        merged: dict[Node, None] = {}
+        for node in order:
+            owner = owners[node]
+            if owner >= 0:
+                leaving = [edge for edge in edges_to_w[node] if edge[1] in leaves or owners[edge[1]] != owner]
+                if leaving:
+                    self._awaited += 1
+                    self._handles.append(node.register_hook(self._read(owner, leaving, leaves)))
+                    merged.update((child, None) for _, child, _ in leaving if child not in leaves)
+        self._handles += [node.register_prehook(self._push_down(node)) for node in merged]
+        self._handles += [node.register_prehook(self._read_cotangent(task)) for node, task in taps.items()]
+
+    def _read_cotangent(self, task: int) -> Callable[..., None]:
+        def prehook(grad_outputs: tuple[Tensor | None, ...]) -> None:
+            self._cotangents[task] = grad_outputs[0]
+
+        return prehook
+
+    def _read(self, task: int, leaving: list[_Edge], leaves: dict[Node, int]) -> Callable[..., None]:
+        def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
+            self._awaited -= 1
+            for output, child, number in leaving:
+                gradient = grad_inputs[output]
+                if gradient is None:
+                    continue
+                if child in leaves:
+                    self._add(task, leaves[child], gradient)
+                else:
+                    held = self._arrived.setdefault((child, task), {})
+                    held[number] = gradient if number not in held else held[number] + gradient
+
+        return hook
+
+    def _push_down(self, node: Node) -> Callable[..., None]:
+        def prehook(grad_outputs: tuple[Tensor | None, ...]) -> None:
+            for task in range(len(self.tasks)):
+                held = self._arrived.pop((node, task), None)
+                if held is None:
+                    continue
+                gradients = torch.autograd.grad(
+                    [GradientEdge(node, number) for number in held],
+                    self._parameters,
+                    list(held.values()),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+                for k, gradient in enumerate(gradients):
+                    if gradient is not None:
+                        self._add(task, k, gradient)
+
+        return prehook
+
+    def _add(self, task: int, k: int, gradient: Tensor) -> None:
+        held = self._gradients[task][k]
+        self._gradients[task][k] = gradient.detach() if held is None else held + gradient
+
+
+def _nodes_that_lead_to(
+    leaves: dict[Node, int], root: Node | None, taps: dict[Node, int]
+) -> tuple[list[Node], dict[Node, list[_Edge]], set[int]]:
+    """One depth-first walk from ``root``.
+
+    Returns:
+        The nodes from which W is reached, children before parents (the leaves themselves left out); for each of them its
+        edges that lead to W; and the numbers of the taps that were met.
+    """
+    order: list[Node] = []
+    edges_to_w: dict[Node, list[_Edge]] = {}
+    seen_taps: set[int] = set()
+    expanded: dict[Node, tuple[tuple[Node | None, int], ...] | None] = dict.fromkeys(leaves)
+    stack: list[Node] = [root] if root is not None else []
+    while stack:
+        node = stack[-1]
+        if node not in expanded:
+            children = expanded[node] = node.next_functions
+            if node in taps:
+                seen_taps.add(taps[node])
+            stack += [child for child, _ in children if child is not None and child not in expanded]
+            continue
+        stack.pop()
+        done = expanded[node]
+        if done is None:
+            continue  # a leaf, or done before
+        expanded[node] = None
+        edges = [(i, child, number) for i, (child, number) in enumerate(done) if child in edges_to_w or child in leaves]
+        if edges:
+            order.append(node)
+            edges_to_w[node] = edges
+    return order, edges_to_w, seen_taps
+
+
+def _owners(order: list[Node], edges_to_w: dict[Node, list[_Edge]], taps: dict[Node, int]) -> dict[Node, int]:
+    """Node → the one task whose loss reaches it, ``_REST`` or ``_MERGED``; parents before children."""
+    owners: dict[Node, int] = {}
+    for node in reversed(order):
+        owner = taps.get(node)
+        if owner is None:
+            owner = owners.setdefault(node, _REST)
+        else:
+            owners[node] = owner
+        for _, child, _ in edges_to_w[node]:
+            owners[child] = owner if owners.get(child, owner) == owner else _MERGED
+    return owners

@@ -1,0 +1,110 @@
+"""The per-task loss dict: what is allowed in it, and its plain sum."""
+
+import functools
+import operator
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+TaskLosses = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+# TensorBoard keeps these characters of a tag and turns every other one into "_".
+_REPLACED_IN_TAGS = re.compile(r"[^-/\w.]")
+
+
+@functools.lru_cache(maxsize=4096)
+def task_tag(task: str) -> str:
+    """The task's name as it stands in a logger's tag.
+
+    Raises:
+        TypeError: if the name is not a string.
+        ValueError: if the name cannot be part of a tag.
+    """
+    if not isinstance(task, str):
+        raise TypeError(
+            f"A task's name is a string, got {task!r} ({type(task).__name__}). Name the tasks: {{'depth': loss, …}}."
+        )
+    if not task.strip("/ ") or task != task.strip("/ ") or not task.isprintable() or "/dataloader_idx_" in task:
+        raise ValueError(
+            f"The task name {task!r} cannot be part of a logger's tag. A name is one line of printable characters, "
+            "not empty, with no space or slash at its ends, and without '/dataloader_idx_'."
+        )
+    return _REPLACED_IN_TAGS.sub("_", task)
+
+
+def check_task_names(tasks: Iterable[str]) -> None:
+    """Refuse names that cannot be tags, and two names for one tag.
+
+    Raises:
+        TypeError: if a name is not a string.
+        ValueError: if a name cannot be a tag, or two tasks would share one.
+    """
+    by_tag: dict[str, str] = {}
+    for task in tasks:
+        tag = task_tag(task)
+        if tag in by_tag:
+            same = "twice" if by_tag[tag] == task else f"and {by_tag[tag]!r} (both are {tag!r} in a logger's tag)"
+            raise ValueError(f"Two tasks with one name: {task!r} {same}. Give every task a name of its own.")
+        by_tag[tag] = task
+
+
+def check_losses(losses: TaskLosses, *, differentiable: bool) -> dict[str, Tensor]:
+    """The loss dict, checked.
+
+    Args:
+        losses: task name → scalar loss; a mapping, or an iterable of pairs.
+        differentiable: whether a backward will follow, so that a detached loss is a mistake.
+
+    Raises:
+        TypeError: if ``losses`` or a loss is of the wrong kind.
+        ValueError: if there is no loss, a loss is not a real scalar, is detached though a backward will follow, or a
+            name cannot be used.
+    """
+    if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
+        raise TypeError(
+            f"total_loss() takes a dict of task name → loss, got {type(losses).__name__}. "
+            "Write total_loss({'depth': depth_loss, 'normals': normals_loss})."
+        )
+    pairs = list(losses.items() if isinstance(losses, Mapping) else losses)
+    if not pairs:
+        raise ValueError(
+            "total_loss() needs at least one task's loss, got none. For a batch without any label, return None from "
+            "training_step."
+        )
+    check_task_names(task for task, _ in pairs)
+    for task, loss in pairs:
+        _check_loss(task, loss, differentiable)
+    return dict(pairs)
+
+
+def _check_loss(task: str, loss: Tensor, differentiable: bool) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"The loss of task {task!r} is a {type(loss).__name__}; every loss is a scalar tensor.")
+    if loss.ndim:
+        raise ValueError(
+            f"The loss of task {task!r} has shape {tuple(loss.shape)}; every loss is a scalar (shape ()). Reduce it, for "
+            "example with .mean()."
+        )
+    if not loss.is_floating_point():
+        kind = "complex" if loss.is_complex() else "not a floating-point number"
+        raise ValueError(
+            f"The loss of task {task!r} is {kind} ({loss.dtype}). Pass a real loss, for example loss.abs() or loss.float()."
+        )
+    if differentiable and not loss.requires_grad:
+        raise ValueError(
+            f"The loss of task {task!r} is detached from the network (requires_grad is False), so it can train nothing. "
+            "Compute it without .detach(), .item() or no_grad; leave the task out of the dict for a batch that has no label "
+            "for it."
+        )
+
+
+def plain_sum(losses: Mapping[str, Tensor]) -> Tensor:
+    """Σ_i L_i, scalar: what is trained without a balancer."""
+    return functools.reduce(operator.add, losses.values())
+
+
+def unweighted_total(losses: Tensor) -> Tensor:
+    """Σ_i L_i of a ``[T]`` vector that holds NaN for tasks that are absent."""
+    return torch.nansum(losses)

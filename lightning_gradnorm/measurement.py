@@ -1,0 +1,34 @@
+"""What one optimiser step measured: all that a balancer ever sees of a model."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Measurement(NamedTuple):
+    """Detached statistics of the tasks that took part in one optimiser step.
+
+    Attributes:
+        tasks: the names of those tasks, ``T`` of them; the order of the entries below.
+        losses: L_i(t), unweighted, shape ``[T]``, in the losses' own units.
+        gradient_norms: n_i = ‖∇_W L_i‖₂ of the *unweighted* losses on the shared layer W, shape ``[T]``, or ``None``
+            where they were not measured.
+    """
+
+    tasks: tuple[str, ...]
+    losses: Tensor
+    gradient_norms: Tensor | None = None
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64 where the device has it, so that sums of squares neither overflow nor lose digits."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def stack_scalars(scalars: Iterable[Tensor]) -> Tensor:
+    """``T`` scalars of any float type and device → shape ``[T]`` on the first one's device, as wide as it can be."""
+    scalars = list(scalars)
+    device = scalars[0].device
+    return torch.stack([scalar.to(device) for scalar in scalars]).to(widest_float(device))

@@ -1,0 +1,122 @@
+"""Running statistics of a fit, per task, without keeping its history."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.measurement import Measurement
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """One task's row at the end of fit.
+
+    Attributes:
+        task: its name.
+        start: the weight of its first step.
+        mean: mean of the weights that its steps applied.
+        std: their standard deviation.
+        final: the weight that a next step would apply.
+        share_before: its part of Σ_i n_i at its first measured step, in [0, 1]; NaN if no norms were measured.
+        share_after: its part of Σ_i w_i n_i, mean over the last epoch; NaN likewise.
+        loss_ratio: L_i(t) over its first measured loss, mean over the last epoch.
+    """
+
+    task: str
+    start: float
+    mean: float
+    std: float
+    final: float
+    share_before: float
+    share_after: float
+    loss_ratio: float
+
+
+_FIRST = ("start", "share_before", "first_loss")
+_SUMS = ("steps", "weight", "weight_squared", "epoch_steps", "epoch_share", "epoch_ratio")
+_EPOCH = 3  # the sums from here on are over the last epoch that measured anything
+
+
+class RunSummary:
+    """Adds up what each optimiser step applied and measured; plain tensors, so that it survives a checkpoint."""
+
+    def __init__(self) -> None:
+        self.tasks: tuple[str, ...] = ()
+        self._first = torch.full((len(_FIRST), 0), torch.nan, dtype=torch.float64)
+        self._sums = torch.zeros(len(_SUMS), 0, dtype=torch.float64)
+        self._new_epoch = False
+        self._started: set[str] = set()
+
+    def start_epoch(self) -> None:
+        """From the next measured step on, the epoch's sums start anew."""
+        self._new_epoch = True
+
+    @torch.no_grad()
+    def add(self, weights: Tensor, measurement: Measurement) -> None:
+        """Take one optimiser step.
+
+        Args:
+            weights: the weights that it applied, of ``measurement.tasks``, shape ``[T]``.
+            measurement: its losses and norms; a step with a non-finite loss or norm is left out.
+        """
+        tasks, losses, norms = measurement
+        self._make_room(tasks, losses)
+        weights = weights.to(losses)
+        usable = (losses if norms is None else losses + norms).sum().isfinite()
+        norms = torch.full_like(losses, torch.nan) if norms is None else norms.to(losses)
+        at = (
+            slice(None)
+            if tasks == self.tasks
+            else torch.tensor([self.tasks.index(task) for task in tasks], device=losses.device)
+        )
+        if not self._started.issuperset(tasks) and bool(usable):
+            first = torch.stack([weights, norms / norms.sum(), losses])
+            self._first[:, at] = torch.where(self._first[:, at].isnan(), first, self._first[:, at])
+            self._started.update(tasks)
+        if self._new_epoch:
+            self._sums[_EPOCH:] = 0.0
+            self._new_epoch = False
+        one, weighted = torch.ones_like(losses), weights * norms
+        added = torch.stack([one, weights, weights * weights, one, weighted / weighted.sum(), losses / self._first[2, at]])
+        self._sums[:, at] += torch.where(usable, added, 0.0)
+
+    def rows(self, final: Mapping[str, float]) -> list[TaskSummary]:
+        """One row per task that took part in a step; ``final``: task → weight of a next step."""
+        rows = []
+        for task, first, sums in zip(self.tasks, self._first.T.tolist(), self._sums.T.tolist(), strict=True):
+            (start, share_before, _), (steps, weight, squared, epoch_steps, share, ratio) = first, sums
+            if steps:
+                mean = weight / steps
+                std = max(squared / steps - mean * mean, 0.0) ** 0.5
+                after = (share / epoch_steps, ratio / epoch_steps) if epoch_steps else (math.nan, math.nan)
+                rows.append(TaskSummary(task, start, mean, std, final.get(task, mean), share_before, *after))
+        return rows
+
+    @property
+    def steps(self) -> int:
+        """Measured optimiser steps that the task seen most often took part in."""
+        return int(self._sums[0].max().item()) if self.tasks else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "tasks": list(self.tasks),
+            "started": sorted(self._started),
+            "new_epoch": self._new_epoch,
+            "first": self._first.clone(),
+            "sums": self._sums.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.tasks, self._started, self._new_epoch = tuple(state["tasks"]), set(state["started"]), state["new_epoch"]
+        self._first, self._sums = state["first"].clone(), state["sums"].clone()
+
+    def _make_room(self, tasks: Sequence[str], like: Tensor) -> None:
+        new = tuple(task for task in tasks if task not in self.tasks)
+        if new or self._sums.device != like.device:
+            self.tasks += new
+            self._first = torch.cat([self._first.to(like), like.new_full((len(_FIRST), len(new)), math.nan)], dim=1)
+            self._sums = torch.cat([self._sums.to(like), like.new_zeros(len(_SUMS), len(new))], dim=1)

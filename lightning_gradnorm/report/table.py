@@ -1,0 +1,56 @@
+"""The table at the end of fit."""
+
+import importlib.util
+import math
+from collections.abc import Sequence
+
+from lightning_gradnorm.report.summary import TaskSummary
+
+COLUMNS = ("task", "weight: start", "mean", "end", "share of gradient: before", "after", "loss ratio")
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.4g}"
+
+
+def _percent(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return "<0.1 %" if 0 < value < 0.001 else f"{100 * value:.1f} %"
+
+
+def cells(row: TaskSummary) -> tuple[str, ...]:
+    """One task's row, as text."""
+    return (
+        row.task,
+        *(_number(value) for value in (row.start, row.mean, row.final)),
+        *(_percent(value) for value in (row.share_before, row.share_after)),
+        _number(row.loss_ratio),
+    )
+
+
+def plain_table(rows: Sequence[TaskSummary], title: str) -> str:
+    """The table as lines of text, columns aligned."""
+    lines = [COLUMNS, *map(cells, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    texts = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    return "\n".join([title, texts[0], "-" * len(texts[0]), *texts[1:]])
+
+
+def print_table(rows: Sequence[TaskSummary], title: str) -> None:
+    """To the console, with rich where it is installed."""
+    if importlib.util.find_spec("rich") is None:
+        print(plain_table(rows, title))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*cells(row))
+    Console().print(table)

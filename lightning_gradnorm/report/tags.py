@@ -1,0 +1,52 @@
+"""The names of what is logged, and TensorBoard's page of charts.
+
+| tag | meaning |
+|---|---|
+| ``loss_weight/<task>`` | the weight that this step applied |
+| ``task_loss/<task>`` | L_i, unweighted |
+| ``grad_norm/<task>`` | G_i = w_i ‖∇_W L_i‖, weighted |
+| ``target_norm/<task>`` | what GradNorm wants G_i to be |
+| ``loss_ratio/<task>`` | L_i(t) / L_i(0) |
+| ``inverse_rate/<task>`` | r_i: above 1 for a slow task |
+| ``grad_cosine/<a>_<b>`` | cosine between two tasks' gradients on W; below 0 they conflict |
+| ``total_loss/weighted`` | Σ w_i L_i, what was trained on |
+| ``total_loss/unweighted`` | Σ L_i, a yardstick that does not move |
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from lightning_gradnorm.losses import task_tag
+
+# chart → the tags on it, as TensorBoard's Custom Scalars takes them: regular expressions, so any task's name will do
+CHARTS = {
+    "loss weights": ["^loss_weight/"],
+    "weighted gradient norms and their targets": ["^grad_norm/", "^target_norm/"],
+    "loss ratios and inverse rates": ["^loss_ratio/", "^inverse_rate/"],
+    "task losses": ["^task_loss/"],
+    "gradient cosines": ["^grad_cosine/"],
+    "total loss": ["^total_loss/"],
+}
+
+
+def custom_scalars_layout() -> dict[str, dict[str, list[object]]]:
+    """What ``SummaryWriter.add_custom_scalars`` takes: each chart of ``CHARTS`` with all tasks on it."""
+    return {"loss balancing": {chart: ["Multiline", tags] for chart, tags in CHARTS.items()}}
+
+
+def per_task(tag: str, tasks: Sequence[str], values: Tensor) -> dict[str, Tensor]:
+    """``[T]`` values → ``<tag>/<task>`` → scalar."""
+    return {f"{tag}/{task_tag(task)}": value for task, value in zip(tasks, values.unbind(), strict=True)}
+
+
+def per_pair(tag: str, tasks: Sequence[str], values: Tensor) -> dict[str, Tensor]:
+    """``[T, T]`` symmetric values → ``<tag>/<a>_<b>`` → scalar, each pair once."""
+    pairs = itertools.combinations(range(len(tasks)), 2)
+    return {f"{tag}/{task_tag(tasks[i])}_{task_tag(tasks[j])}": values[i, j] for i, j in pairs}
+
+
+def totals(weights: Tensor, losses: Tensor) -> Mapping[str, Tensor]:
+    """Σ w_i L_i and Σ L_i of two ``[T]`` vectors."""
+    return {"total_loss/weighted": (weights * losses).sum(), "total_loss/unweighted": losses.sum()}

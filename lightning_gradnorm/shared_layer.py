@@ -1,0 +1,167 @@
+"""What W is: the shared parameters on which the tasks' gradients are compared.
+
+Given by the user (a module, a parameter, several of them, a dotted name), or found in the autograd graph of the first
+training batch. The paper takes "generally the last shared layer", to save on compute.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+SharedLayerSpec = nn.Module | nn.Parameter | str | Iterable[nn.Module | nn.Parameter | str]
+
+_OVERRIDE = "Override shared_layer() in your LightningModule to return the layer that all tasks share"
+
+
+@dataclass(frozen=True)
+class SharedLayer:
+    """The shared parameters W.
+
+    Attributes:
+        names: their dotted names in the network.
+        parameters: the parameters, each once, all trainable.
+        reason: why these: for people to read.
+    """
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        entries = sum(parameter.numel() for parameter in self.parameters)
+        shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in zip(self.names[:4], self.parameters, strict=False))
+        more = f" and {len(self.names) - 4} more" if len(self.names) > 4 else ""
+        return f"{shapes}{more}: {entries:,} entries, {self.reason}"
+
+
+def resolve_shared_layer(spec: SharedLayerSpec, network: nn.Module) -> SharedLayer:
+    """W as the user gave it.
+
+    Args:
+        spec: a module (all its trainable parameters), a parameter, the dotted name of either, or an iterable of these.
+        network: the module that they belong to, for their names.
+
+    Raises:
+        TypeError: if ``spec`` is of another kind.
+        ValueError: if a name is unknown, a parameter is not the network's, there is none, or all are frozen.
+    """
+    given = list(dict.fromkeys(_parameters(spec, network)))  # each once: a tied parameter counts once in the norm
+    if not given:
+        raise ValueError(f"shared_layer() gave no parameters ({_describe(spec)}). {_OVERRIDE}: one with weights.")
+    trainable = [parameter for parameter in given if parameter.requires_grad]
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    if not trainable:
+        frozen = ", ".join(names.get(parameter, "?") for parameter in given[:4])
+        raise ValueError(
+            f"The shared layer is frozen: none of its parameters ({frozen}) requires grad, so no task has a gradient there. "
+            f"{_OVERRIDE} and is trained, or unfreeze it."
+        )
+    if any(parameter not in names for parameter in trainable):
+        raise ValueError(
+            f"shared_layer() gave a parameter that is not one of {type(network).__name__}'s own ({_describe(spec)}). "
+            f"{_OVERRIDE}, not a copy of it."
+        )
+    return SharedLayer(tuple(names[p] for p in trainable), tuple(trainable), "given by shared_layer()")
+
+
+def _parameters(spec: SharedLayerSpec, network: nn.Module) -> Iterable[nn.Parameter]:
+    if isinstance(spec, nn.Parameter):
+        yield spec
+    elif isinstance(spec, nn.Module):
+        yield from spec.parameters()
+    elif isinstance(spec, str):
+        modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
+        if spec not in modules and spec not in parameters:
+            raise ValueError(
+                f"shared_layer() named {spec!r}, which is no module or parameter of {type(network).__name__}. "
+                f"Its parameters are: {', '.join(parameters) or 'none'}."
+            )
+        yield from [parameters[spec]] if spec in parameters else modules[spec].parameters()
+    elif isinstance(spec, Iterable) and not isinstance(spec, Tensor):
+        for part in spec:
+            yield from _parameters(part, network)
+    else:
+        raise TypeError(
+            f"shared_layer() gave {_describe(spec)}. It returns a module, a parameter, the dotted name of either, an iterable "
+            "of these, "
+            "or None to have the layer found."
+        )
+
+
+def _describe(spec: object) -> str:
+    return (
+        f"a tensor of shape {tuple(spec.shape)} that is no parameter" if isinstance(spec, Tensor) else f"{type(spec).__name__}"
+    )
+
+
+def detect_shared_layer(losses: Mapping[str, Tensor], network: nn.Module) -> SharedLayer:
+    """W as the graph shows it: the last weight (two or more dimensions) that every task's loss reaches.
+
+    "Last" is by the order in which the forward pass first used the weights. Where no task has a weight of its own (a
+    network that is shared whole, as physics-informed ones are), the very last weight is the output layer, and the one
+    before it is taken: the last hidden weight.
+
+    Args:
+        losses: task name → scalar loss of one training batch, with its graph.
+        network: the module that the parameters belong to.
+
+    Raises:
+        ValueError: if the tasks have no trainable weight in common; it says what each task reaches.
+    """
+    names = {parameter: name for name, parameter in network.named_parameters() if parameter.ndim >= 2}
+    reached = {
+        task: {p: order for p, order in _first_uses(loss.grad_fn).items() if p in names} for task, loss in losses.items()
+    }
+    by_task = list(reached.values())
+    shared = set(by_task[0]).intersection(*by_task[1:])
+    if not shared:
+        raise ValueError(_nothing_shared(reached, names))
+    first_use = {p: min(uses[p] for uses in by_task) for p in shared}
+    ranked = sorted(shared, key=lambda parameter: first_use[parameter])
+    if len(ranked) > 1 and len(by_task) > 1 and all(set(uses) == shared for uses in by_task):
+        chosen, reason = ranked[-2], "the last hidden weight of a network that the tasks share whole"
+    else:
+        chosen, reason = ranked[-1], "the last weight that every task's loss reaches"
+    return SharedLayer(
+        (names[chosen],), (chosen,), f"{reason}; found from the graph, override shared_layer() to choose another"
+    )
+
+
+def _first_uses(root: Node | None) -> dict[nn.Parameter, int]:
+    """Every parameter that the graph reaches → the sequence number of the node that used it first in the forward pass."""
+    uses: dict[nn.Parameter, int] = {}
+    seen: set[Node] = set()
+    stack = [root] if root is not None else []
+    while stack:
+        node = stack.pop()
+        for child, _ in node.next_functions:
+            if child is None:
+                continue
+            parameter = getattr(child, "variable", None)
+            if isinstance(parameter, nn.Parameter):
+                order = node._sequence_nr()
+                uses[parameter] = min(order, uses.get(parameter, order))
+            elif child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return uses
+
+
+def _nothing_shared(reached: Mapping[str, Mapping[nn.Parameter, int]], names: Mapping[nn.Parameter, str]) -> str:
+    lines = []
+    for task, uses in reached.items():
+        own = [names[parameter] for parameter in uses]
+        what = (
+            ", ".join(own[:3]) + (f" and {len(own) - 3} more" if len(own) > 3 else "") if own else "no trainable weight at all"
+        )
+        lines.append(f"  {task!r} reaches {what}")
+    return "\n".join(
+        [
+            "The tasks share no trainable weight, so there is no gradient to balance:",
+            *lines,
+            "Is the shared part frozen, or inside a reentrant torch.utils.checkpoint (pass use_reentrant=False)? "
+            f"{_OVERRIDE}; or leave out a task that shares nothing with the others.",
+        ]
+    )

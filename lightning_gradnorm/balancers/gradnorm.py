@@ -259,12 +259,12 @@ class GradNorm(LossBalancer):
     ) -> Tensor:
         """The new weights before they are rescaled, shape ``[T]``."""
         if self.update_rule == "closed_form":
-            wanted = balanced_weights(norms, rates, self.alpha, priorities=priorities)
-            log_wanted = scale_to_sum(wanted.clamp(torch.finfo(wanted.dtype).tiny), weights.sum()).log()
             # A gradient of exactly zero asks for an infinite weight; that task waits.
-            return torch.where(
-                norms > 0, self.ema_decay * weights.log() + (1 - self.ema_decay) * log_wanted, weights.log()
-            ).exp()
+            moves = norms > 0
+            wanted = torch.where(moves, balanced_weights(norms, rates, self.alpha, priorities=priorities), 0.0)
+            wanted = wanted * (torch.where(moves, weights, 0.0).sum() / wanted.sum())
+            log_wanted = wanted.clamp(self.min_weight, self.max_weight).log()
+            return torch.where(moves, self.ema_decay * weights.log() + (1 - self.ema_decay) * log_wanted, weights.log()).exp()
         logarithmic = self.update_rule == "log"
         gradient = gradnorm_gradient(weighted, targets, weighted if logarithmic else norms)
         values, accept = self._weights.log() if logarithmic else self._weights, usable.expand(self._weights.shape)

@@ -1,5 +1,6 @@
 """The weights' own optimiser: kept apart from the network's, and taken back where an update is refused."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -85,9 +86,9 @@ class VectorOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's memory; its settings stay those of the constructor."""
-        return {"vector": self._vector.detach().clone(), "state": self._optimizer.state_dict()["state"]}
+        return {"vector": self._vector.detach().clone(), "state": copy.deepcopy(self._optimizer.state_dict()["state"])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a memory from ``state_dict``."""
         self._build(state["vector"])
-        self._load(state["state"])
+        self._load(copy.deepcopy(state["state"]))

@@ -32,7 +32,8 @@ class LossBalancingCallback(pl.Callback):
     the shared layer are read; once the optimiser has stepped, the balancer updates the weights for the next step.
 
     Logged, on the steps that ``log_every_n_steps`` asks for, as of the step itself (the weights that it applied): the
-    tags of ``lightning_gradnorm.report.tags``. At the end of ``fit`` a table goes to the console and
+    tags of ``lightning_gradnorm.report.tags``. What the step did not measure (a task that is absent, a step that
+    ``update_every`` left out) keeps the value last logged. At the end of ``fit`` a table goes to the console and
     ``loss_weights.yaml`` into the log folder.
 
     Args:
@@ -78,6 +79,7 @@ class LossBalancingCallback(pl.Callback):
         self._stage = "fit"
         self._last_global_step = 0
         self._read_in_batch = False
+        self._shown: dict[str, Tensor] = {}  # tag → the last value logged
         self._told: set[str] = set()
 
     @property
@@ -129,9 +131,6 @@ class LossBalancingCallback(pl.Callback):
         self._last_global_step = trainer.global_step
         self._window.clear()
         _lay_out_charts(trainer)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._summary.start_epoch()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.balancer.end_epoch()
@@ -211,7 +210,7 @@ class LossBalancingCallback(pl.Callback):
         applied = self.balancer.weights_for(measurement.tasks)
         self.balancer.update(measurement if due else None)
         if due:
-            self._summary.add(applied, measurement)
+            self._summary.add(applied, measurement, trainer.current_epoch)
         if self._is_written(trainer) and not trainer.barebones:
             self._log(pl_module, applied, measurement, window)
 
@@ -234,8 +233,12 @@ class LossBalancingCallback(pl.Callback):
             cosines = window.cosines()
             if cosines is not None:
                 values |= per_pair("grad_cosine", tasks, cosines)
-        pl_module.log_dict(values, on_step=True, on_epoch=False)
-        pl_module.log_dict(per_task("loss_weight", tasks, applied), on_step=True, on_epoch=False, prog_bar=self.progress_bar)
+        weights = per_task("loss_weight", tasks, applied)
+        # Lightning repeats what an earlier step of the epoch logged; so do we, across epochs and checkpoints as well.
+        self._shown |= values | weights
+        pl_module.log_dict(self._shown, on_step=True, on_epoch=False)
+        if self.progress_bar:
+            pl_module.log_dict({f"w/{tag.partition('/')[2]}": w for tag, w in weights.items()}, logger=False, prog_bar=True)
         self._tell_skipped()
 
     def _tell_skipped(self) -> None:
@@ -258,13 +261,14 @@ class LossBalancingCallback(pl.Callback):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"balancer": self.balancer.state_dict(), "summary": self._summary.state_dict()}
+        return {"balancer": self.balancer.state_dict(), "summary": self._summary.state_dict(), "shown": dict(self._shown)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage != "fit" and self.balancer.tasks:
             return  # testing a checkpoint does not touch the live weights
         self.balancer.load_state_dict(state_dict["balancer"])
         self._summary.load_state_dict(state_dict["summary"])
+        self._shown = dict(state_dict["shown"])
 
 
 def _of(trainer: pl.Trainer, setting: str) -> Any:

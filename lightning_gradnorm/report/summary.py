@@ -48,20 +48,17 @@ class RunSummary:
         self.tasks: tuple[str, ...] = ()
         self._first = torch.full((len(_FIRST), 0), torch.nan, dtype=torch.float64)
         self._sums = torch.zeros(len(_SUMS), 0, dtype=torch.float64)
-        self._new_epoch = False
+        self._epoch = 0
         self._started: set[str] = set()
 
-    def start_epoch(self) -> None:
-        """From the next measured step on, the epoch's sums start anew."""
-        self._new_epoch = True
-
     @torch.no_grad()
-    def add(self, weights: Tensor, measurement: Measurement) -> None:
+    def add(self, weights: Tensor, measurement: Measurement, epoch: int) -> None:
         """Take one optimiser step.
 
         Args:
             weights: the weights that it applied, of ``measurement.tasks``, shape ``[T]``.
             measurement: its losses and norms; a step with a non-finite loss or norm is left out.
+            epoch: its number; the first step of another epoch starts the epoch's sums anew.
         """
         tasks, losses, norms = measurement
         self._make_room(tasks, losses)
@@ -77,9 +74,9 @@ class RunSummary:
             first = torch.stack([weights, norms / norms.sum(), losses])
             self._first[:, at] = torch.where(self._first[:, at].isnan(), first, self._first[:, at])
             self._started.update(tasks)
-        if self._new_epoch:
+        if epoch != self._epoch:
             self._sums[_EPOCH:] = 0.0
-            self._new_epoch = False
+            self._epoch = epoch
         one, weighted = torch.ones_like(losses), weights * norms
         added = torch.stack([one, weights, weights * weights, one, weighted / weighted.sum(), losses / self._first[2, at]])
         self._sums[:, at] += torch.where(usable, added, 0.0)
@@ -105,13 +102,13 @@ class RunSummary:
         return {
             "tasks": list(self.tasks),
             "started": sorted(self._started),
-            "new_epoch": self._new_epoch,
+            "epoch": self._epoch,
             "first": self._first.clone(),
             "sums": self._sums.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.tasks, self._started, self._new_epoch = tuple(state["tasks"]), set(state["started"]), state["new_epoch"]
+        self.tasks, self._started, self._epoch = tuple(state["tasks"]), set(state["started"]), state["epoch"]
         self._first, self._sums = state["first"].clone(), state["sums"].clone()
 
     def _make_room(self, tasks: Sequence[str], like: Tensor) -> None:

@@ -1,0 +1,313 @@
+"""GradNorm's equations and updates, against closed forms and numbers a reader can check."""
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_gradnorm import GradNorm, JointBackward, Measurement, tap_losses
+from lightning_gradnorm.balancers.gradnorm import (
+    balanced_weights,
+    gradnorm_gradient,
+    gradnorm_loss,
+    loss_ratios,
+    relative_inverse_training_rates,
+    target_norms,
+)
+from tests import graphs
+
+TASKS = ("a", "b", "c", "d")
+NORMS = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+RATES = torch.tensor([0.2, 1.0, 0.5, 0.9], dtype=torch.float64)  # as loss ratios: L(0) is given as 1
+INITIAL = dict.fromkeys(TASKS, 1.0)
+
+
+def vector(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def fixed(balancer, steps, norms=NORMS, losses=RATES):
+    """Weights after each of ``steps`` updates with the same norms and losses, [steps, T]."""
+    seen = []
+    for _ in range(steps):
+        balancer.update(Measurement(TASKS[: len(norms)], losses, norms))
+        seen.append(list(balancer.weights.values()))
+    return torch.tensor(seen, dtype=torch.float64)
+
+
+# -- equations -----------------------------------------------------------------------------------------------------
+
+
+def test_equations_on_numbers_done_by_hand():
+    ratios = loss_ratios(vector(1.0, 6.0, 2.0), vector(2.0, 3.0, 2.0))
+    assert ratios.tolist() == [0.5, 2.0, 1.0]
+    rates = relative_inverse_training_rates(vector(1.0, 4.0, 1.0))
+    assert rates.tolist() == [0.5, 2.0, 0.5]
+    norms = vector(1.0, 2.0, 3.0)
+    printed = target_norms(norms, rates, 2.0, feasible=False)
+    assert printed.tolist() == [0.5, 8.0, 0.5]
+    feasible = target_norms(norms, rates, 2.0)
+    torch.testing.assert_close(feasible, vector(0.5, 8.0, 0.5) * 2 / 3)
+    assert gradnorm_loss(norms, printed).item() == 0.5 + 6.0 + 2.5
+    assert gradnorm_gradient(norms, printed, vector(10.0, 20.0, 30.0)).tolist() == [10.0, -20.0, 30.0]
+
+
+def test_priorities_enter_the_targets_as_factors():
+    norms, rates = vector(1.0, 1.0), vector(1.0, 1.0)
+    assert target_norms(norms, rates, 1.5, priorities=vector(1.0, 3.0)).tolist() == [0.5, 1.5]
+    assert balanced_weights(vector(1.0, 2.0), rates, 1.5, priorities=vector(1.0, 3.0)).tolist() == [1.0, 1.5]
+
+
+positive = st.floats(1e-6, 1e6)
+
+
+@given(st.lists(st.tuples(positive, positive, st.floats(0.05, 20)), min_size=2, max_size=8), st.floats(0, 3))
+def test_closed_form_gradient_is_autograds(rows, alpha):
+    w, n, ratios = (vector(*column) for column in zip(*rows, strict=True))
+    w.requires_grad_()
+    targets = target_norms(w * n, relative_inverse_training_rates(ratios), alpha).detach()
+    (by_autograd,) = torch.autograd.grad(gradnorm_loss(w * n, targets), w)
+    torch.testing.assert_close(gradnorm_gradient((w * n).detach(), targets, n), by_autograd)
+
+
+@given(st.lists(st.tuples(positive, positive, st.floats(0.05, 20)), min_size=2, max_size=8), st.floats(0, 3))
+def test_feasible_targets_average_to_the_norms(rows, alpha):
+    w, n, ratios = (vector(*column) for column in zip(*rows, strict=True))
+    rates = relative_inverse_training_rates(ratios)
+    targets = target_norms(w * n, rates, alpha)
+    torch.testing.assert_close(targets.mean(), (w * n).mean())
+    at_rest = balanced_weights(n, rates, alpha)
+    assert gradnorm_loss(at_rest * n, target_norms(at_rest * n, rates, alpha)) <= 1e-9 * (at_rest * n).sum()
+
+
+# -- where the updates come to rest ----------------------------------------------------------------------------------
+
+MEANT = vector(0.456, 2.549, 0.451, 0.544)  # w ∝ r^α / n with Σ w = T, for the norms and rates above
+PRINTED = vector(0.523, 2.337, 0.517, 0.624)  # where the printed target, additive, comes to rest instead
+REST = {
+    "log, Adam": (GradNorm(update="log", initial_losses=INITIAL), MEANT, 0.01),
+    "log, SGD": (GradNorm(update="log", lr=0.002, optimizer=torch.optim.SGD, initial_losses=INITIAL), MEANT, 0.01),
+    "closed form": (GradNorm(update="closed_form", initial_losses=INITIAL), MEANT, 0.001),
+    "paper, Adam": (GradNorm(update="paper", initial_losses=INITIAL), PRINTED, 0.01),
+    "paper, SGD": (GradNorm(update="paper", lr=0.002, optimizer=torch.optim.SGD, initial_losses=INITIAL), PRINTED, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", REST)
+def test_rest_points_with_norms_and_rates_held_fixed(name):
+    balancer, rest, tolerance = REST[name]
+    balancer.reset()
+    mean = fixed(balancer, 4000)[-500:].mean(0)
+    assert (mean - rest).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("update", ["log", "closed_form"])
+@pytest.mark.parametrize("needed", [1e-4, 1e-6])
+def test_a_tiny_weight_is_reached_and_held(update, needed):
+    norms = vector(1.0, 1.0 / needed, 1.0)
+    weights = fixed(GradNorm(alpha=0.0, update=update), 1500, norms, vector(1.0, 1.0, 1.0))[-200:, 1]
+    torch.testing.assert_close(weights.mean(), vector(1.5 * needed).squeeze(), rtol=0.03, atol=0)
+
+
+def test_the_printed_additive_rule_cannot_hold_a_tiny_weight():
+    """Why it is not the default: its steps of 0.025 jump over 1e-4, so the weight is mostly elsewhere."""
+    norms = vector(1.0, 1e4, 1.0)
+    weights = fixed(GradNorm(alpha=0.0, update="paper"), 1500, norms, vector(1.0, 1.0, 1.0))[-200:, 1]
+    assert ((weights / 1.5e-4).log().abs() > math.log(2)).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("update", ["log", "paper", "closed_form"])
+def test_the_slower_tasks_weight_rises(update):
+    balancer = GradNorm(alpha=1.5, update=update)
+    balancer.update(Measurement(("slow", "fast"), vector(1.0, 1.0), vector(1.0, 1.0)))
+    for step in range(1, 20):
+        balancer.update(Measurement(("slow", "fast"), vector(1.0, 0.9**step), vector(1.0, 1.0)))
+    assert balancer.weights["slow"] > 1 > balancer.weights["fast"]
+    targets = balancer.diagnostics["target_norm"]
+    assert targets[0] > targets[1]
+
+
+def test_first_step_compares_norms_only():
+    """At t = 0 all ratios are 1, so the task with the larger gradient loses weight whatever α is."""
+    balancer = GradNorm(alpha=3.0)
+    assert balancer.weights_for(("a", "b")).tolist() == [1.0, 1.0]
+    balancer.update(Measurement(("a", "b"), vector(5.0, 0.1), vector(3.0, 1.0)))
+    assert balancer.diagnostics["inverse_rate"].tolist() == [1.0, 1.0]
+    assert balancer.weights["a"] < 1 < balancer.weights["b"]
+
+
+# -- one table of frozen values: (settings, weights after 3 fixed steps) -----------------------------------------------
+
+MOMENTUM = functools.partial(torch.optim.SGD, momentum=0.9)
+FROZEN = [
+    ({"update": "log"}, [0.9611039427, 1.1166881729, 0.9611039422, 0.9611039421]),
+    ({"update": "paper"}, [0.9615425966, 1.1153722114, 0.9615425961, 0.9615425960]),
+    ({"update": "closed_form"}, [0.8620560563, 1.3743194258, 0.8592902087, 0.9043343092]),
+    ({"update": "log", "scale": "gradient"}, [0.9788683002, 1.1373560523, 0.9788682997, 0.9788682996]),
+    ({"update": "closed_form", "scale": "reference", "reference": "b"}, [0.6272603298, 1.0, 0.6252478081, 0.6580233766]),
+    (
+        {"update": "log", "alpha": 0.0, "optimizer": MOMENTUM, "lr": 0.01},
+        [1.1651755345, 1.2355717519, 0.8820531004, 0.7171996132],
+    ),
+    ({"update": "log", "priorities": {"a": 10.0}}, [1.0748512894, 1.0748512898, 0.9251487105, 0.9251487104]),
+    ({"update": "paper", "max_weight": 1.02}, [0.9933333338, 1.02, 0.9933333332, 0.9933333331]),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), FROZEN, ids=lambda value: str(value) if isinstance(value, dict) else "")
+def test_frozen_values(settings, expected):
+    weights = fixed(GradNorm(**{"initial_losses": INITIAL, **settings}), 3)[-1]
+    torch.testing.assert_close(weights, vector(*expected), rtol=0, atol=2e-10)
+
+
+# -- bounds, scale rules, absence --------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(positive, positive), min_size=2, max_size=6),
+    st.floats(0, 3),
+    st.sampled_from(["log", "paper", "closed_form"]),
+    st.sampled_from(["sum", "reference", "gradient"]),
+    st.floats(1e-6, 1.0),
+    st.floats(1.0, 10.0),
+    st.floats(0, 1.0),
+)
+def test_weights_lie_on_the_scale_rules_set_and_within_the_bounds(rows, alpha, update, scale, low, high, lr):
+    tasks = tuple("abcdef"[: len(rows)])
+    balancer = GradNorm(
+        alpha, lr, update=update, scale=scale, reference="a" if scale == "reference" else None, min_weight=low, max_weight=high
+    )
+    for norms, losses in zip((*rows,), (*rows[::-1],), strict=True):
+        n, losses = vector(*norms * 3)[: len(rows)], vector(*losses * 3)[: len(rows)]
+        before = balancer.weights_for(tasks)
+        balancer.update(Measurement(tasks, losses, n))
+        w = balancer.weights_for(tasks)
+        assert balancer.skipped_updates == 0 and w.isfinite().all()
+        assert (w >= low * (1 - 1e-12)).all() and (w <= high * (1 + 1e-12)).all(), (before, w)
+        if scale == "sum":
+            assert math.isclose(w.sum(), len(rows), rel_tol=1e-12)
+        elif scale == "reference":
+            assert w[0] == 1
+        else:
+            assert math.isclose((w * n).sum(), n.sum(), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("update", ["log", "paper", "closed_form"])
+def test_a_weight_leaves_its_bound_again(update):
+    balancer = GradNorm(0.0, update=update, min_weight=0.5, max_weight=1.5)
+    losses = vector(1.0, 1.0)
+    at_bound = fixed(balancer, 100, vector(100.0, 1.0), losses)[-1]
+    torch.testing.assert_close(at_bound, vector(0.5, 1.5), rtol=1e-4, atol=0)
+    released = fixed(balancer, 200, vector(1.0, 100.0), losses)[-1]
+    torch.testing.assert_close(released, vector(1.5, 0.5), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("update", ["log", "paper", "closed_form"])
+def test_an_absent_task_keeps_its_weight_and_the_others_share_the_rest(update):
+    balancer = GradNorm(update=update)
+    fixed(balancer, 10)
+    before = balancer.weights
+    memory = balancer.state_dict()["optimizer"]["state"]
+    balancer.update(Measurement(("a", "c"), vector(0.1, 0.7), vector(3.0, 0.2)))
+    after = balancer.weights
+    assert (after["b"], after["d"]) == (before["b"], before["d"])
+    assert after["a"] != before["a"] and after["c"] != before["c"]
+    assert math.isclose(sum(after.values()), 4, rel_tol=1e-12)
+    for old, new in zip(memory.values(), balancer.state_dict()["optimizer"]["state"].values(), strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(old[key][[1, 3]], new[key][[1, 3]]) and not torch.equal(old[key], new[key])
+
+
+def test_a_task_that_appears_later_starts_at_one_with_its_own_first_loss():
+    balancer = GradNorm()
+    fixed(balancer, 10, NORMS[:2], RATES[:2])
+    before = balancer.weights
+    assert balancer.weights_for(("a", "b", "new")).tolist() == [before["a"], before["b"], 1.0]
+    balancer.update(Measurement(("a", "b", "new"), vector(0.2, 1.0, 70.0), vector(1.0, 2.0, 1.0)))
+    assert math.isclose(sum(balancer.weights.values()), 3, rel_tol=1e-12)
+    assert balancer.diagnostics["loss_ratio"].tolist() == [1.0, 1.0, 1.0]
+    balancer.update(Measurement(("a", "b", "new"), vector(0.2, 1.0, 35.0), vector(1.0, 2.0, 1.0)))
+    assert balancer.diagnostics["loss_ratio"].tolist() == [1.0, 1.0, 0.5]
+
+
+def test_one_task_keeps_weight_one():
+    assert fixed(GradNorm(), 5, vector(3.0), vector(2.0)).tolist() == [[1.0]] * 5
+
+
+def test_a_gradient_of_zero_moves_its_weight_nowhere_of_itself():
+    for update in ("log", "paper", "closed_form"):
+        weights = fixed(GradNorm(0.0, update=update), 50, vector(0.0, 1.0, 1.0), vector(1.0, 1.0, 1.0))
+        assert weights.isfinite().all() and (weights > 0).all()
+        torch.testing.assert_close(weights.sum(1), torch.full((50,), 3.0, dtype=torch.float64))
+
+
+def test_all_gradients_zero_is_nothing_to_balance():
+    balancer = GradNorm()
+    fixed(balancer, 3, vector(0.0, 0.0), vector(1.0, 1.0))
+    assert balancer.weights == {"a": 1.0, "b": 1.0} and balancer.skipped_updates == 3
+
+
+# -- initial losses, update_every --------------------------------------------------------------------------------------
+
+
+def test_initial_losses_of_the_first_step_by_default():
+    balancer = GradNorm()
+    balancer.update(Measurement(("a", "b"), vector(4.0, 8.0), vector(1.0, 1.0)))
+    balancer.update(Measurement(("a", "b"), vector(2.0, 2.0), vector(1.0, 1.0)))
+    assert balancer.diagnostics["loss_ratio"].tolist() == [0.5, 0.25]
+
+
+def test_given_initial_losses_and_first_ones_for_the_rest():
+    balancer = GradNorm(initial_losses={"a": math.log(10)})
+    balancer.update(Measurement(("a", "b"), vector(math.log(10) / 2, 8.0), vector(1.0, 1.0)))
+    assert balancer.diagnostics["loss_ratio"].tolist() == [0.5, 1.0]
+
+
+def test_mean_of_the_first_steps_and_weights_of_one_until_then():
+    balancer = GradNorm(initial_losses=3)
+    for k, loss in enumerate((6.0, 3.0, 3.0)):
+        assert balancer.weights_for(("a", "b")).tolist() == [1.0, 1.0], k
+        balancer.update(Measurement(("a", "b"), vector(loss, 1.0), vector(1.0, 5.0)))
+    assert balancer.diagnostics["loss_ratio"].tolist() == [0.75, 1.0]
+    assert balancer.weights["a"] > 1
+
+
+def test_update_every_updates_on_the_first_and_every_kth_step():
+    balancer = GradNorm(update_every=3)
+    moved = []
+    for _ in range(9):
+        before, due = balancer.weights_for(("a", "b")), balancer.due
+        balancer.update(Measurement(("a", "b"), vector(1.0, 1.0), vector(5.0, 1.0)) if due else None)
+        moved.append(not torch.equal(before, balancer.weights_for(("a", "b"))))
+        assert moved[-1] == due
+    assert moved == [True, False, True, False, False, True, False, False, True]
+
+
+# -- a bare loop -------------------------------------------------------------------------------------------------------
+
+
+def test_four_lines_in_a_bare_loop_equalise_the_norms():
+    torch.manual_seed(0)
+    losses, parameters = graphs.trunk_and_heads()
+    gradnorm = GradNorm(alpha=0.0, update="closed_form", ema_decay=0.0)
+    taps = tap_losses(losses)
+    total = gradnorm.total(taps)
+    reader = JointBackward(total, taps, parameters)
+    total.backward()
+    gradnorm.update(reader.measurement())
+    weighted = gradnorm.weights_for(losses) * reader.gradients().norms()
+    torch.testing.assert_close(weighted / weighted.mean(), torch.ones(3, dtype=torch.float64))
+
+
+def test_the_total_applies_the_weights_as_constants():
+    balancer = GradNorm()
+    fixed(balancer, 5, NORMS[:2], RATES[:2])
+    a, b = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    total = balancer.total({"b": b, "a": a})
+    total.backward()
+    w = {task: torch.tensor(weight).float() for task, weight in balancer.weights.items()}
+    assert (a.grad, b.grad) == (w["a"], w["b"])
+    assert total.dtype == torch.float32 and total.item() == (w["b"] * 3 + w["a"] * 2).item()

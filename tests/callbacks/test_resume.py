@@ -1,0 +1,110 @@
+"""A run that is stopped and resumed equals one that is not, step by step."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_gradnorm import GradNormCallback
+from tests.helpers import MemoryLogger, Recorder, TrunkAndHeads, batches, quiet_trainer
+
+STEPS, PER_EPOCH = 12, 6
+
+
+class StatefulLoader:
+    """Batches in order, which go on where a checkpoint left them."""
+
+    def __init__(self):
+        self.batches = [batch[0] for batch in batches(PER_EPOCH)]
+        self.position = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        while self.position < len(self.batches):
+            self.position += 1
+            yield [self.batches[self.position - 1]]
+        self.position = 0
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def fit(tmp_path, settings, *, max_steps=STEPS, ckpt_path=None):
+    """Train, with a checkpoint after every step."""
+    torch.manual_seed(7)
+    callback, memory = GradNormCallback(summary=False, **settings), MemoryLogger()
+    seen = Recorder(callback)
+    every_step = ModelCheckpoint(
+        tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False
+    )
+    trainer = quiet_trainer(
+        tmp_path,
+        callbacks=[callback, seen, every_step],
+        max_epochs=-1,
+        max_steps=max_steps,
+        logger=memory,
+        enable_checkpointing=True,
+    )
+    trainer.fit(TrunkAndHeads(torch.optim.Adam), StatefulLoader(), ckpt_path=ckpt_path)
+    seen.logged = memory.logged
+    return trainer, callback, seen
+
+
+SETTINGS = {
+    "log": {},
+    "paper": {"update": "paper"},
+    "closed form": {"update": "closed_form"},
+    "momentum": {"optimizer": torch.optim.RMSprop},
+    "every 3rd": {"update_every": 3},
+    "mean of 4 first": {"initial_losses": 4, "scale": "gradient"},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_resumed_equals_uninterrupted(tmp_path, settings):
+    settings = {"lr": 0.1, **settings}
+    _, whole_callback, whole = fit(tmp_path, settings)
+    assert len(whole.logged) == STEPS
+    for stop in (1, 2, 5, PER_EPOCH, 7, STEPS - 1):
+        _, callback, resumed = fit(tmp_path, settings, ckpt_path=tmp_path / f"step={stop}.ckpt")
+        assert resumed.weights == whole.weights[stop:], stop
+        assert resumed.logged == whole.logged[stop:], stop
+        for ours, theirs in zip(resumed.parameters, whole.parameters[stop:], strict=True):
+            assert torch.equal(ours, theirs), stop
+        assert callback._summary.rows(callback.weights) == whole_callback._summary.rows(whole_callback.weights), stop
+
+
+def test_the_models_state_dict_has_no_key_of_ours(tmp_path):
+    _, callback, _ = fit(tmp_path, {}, max_steps=3)
+    checkpoint = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
+    plain = TrunkAndHeads()
+    assert set(checkpoint["state_dict"]) == set(plain.state_dict())
+    plain.load_state_dict(checkpoint["state_dict"])
+    assert callback.state_key in checkpoint["callbacks"]
+
+
+def test_testing_a_checkpoint_does_not_touch_the_live_weights(tmp_path):
+    class WithTest(TrunkAndHeads):
+        def test_step(self, batch, batch_idx):
+            self.log("test", self.total_loss(self.losses(batch[0])))
+
+    torch.manual_seed(7)
+    module, callback = WithTest(), GradNormCallback(lr=0.1)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], max_steps=4)
+    trainer.fit(module, batches(10))
+    trainer.save_checkpoint(tmp_path / "early.ckpt")
+    trainer.fit_loop.epoch_loop.max_steps = 8
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, batches(10))
+    live = callback.weights
+    assert callback.balancer.steps == 8
+    trainer.test(module, batches(2), ckpt_path=tmp_path / "early.ckpt", verbose=False)
+    assert callback.weights == live
+    fresh = GradNormCallback(lr=0.1)
+    quiet_trainer(tmp_path, callbacks=[fresh]).test(module, batches(2), ckpt_path=tmp_path / "early.ckpt", verbose=False)
+    assert fresh.weights and fresh.weights != live, "a fresh callback tests with the checkpoint's weights"

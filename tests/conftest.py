@@ -1,0 +1,26 @@
+"""Every test starts from the same seed, on one thread, and leaves torch's global settings as they were."""
+
+import os
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(default)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)

@@ -1,0 +1,113 @@
+"""Small modules, graphs and Trainers that several tests use."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gradnorm import MultiTaskMixin
+
+
+def quiet_trainer(tmp_path: Any, **settings: Any) -> L.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "max_epochs": 1,
+    }
+    return L.Trainer(**(defaults | settings))
+
+
+def batches(steps: int, size: int = 8, features: int = 6, seed: int = 1) -> DataLoader:
+    """The same batches in the same order, whenever asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(steps * size, features, generator=generator)
+    return DataLoader(TensorDataset(x), batch_size=size, shuffle=False)
+
+
+SCALES = {"small": 0.05, "middle": 1.0, "large": 20.0, "odd": 3.0}
+
+
+class TrunkAndHeads(MultiTaskMixin, L.LightningModule):
+    """A trunk, four heads on it, losses of different scale and difficulty."""
+
+    def __init__(
+        self,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+        lr: float = 0.01,
+        scales: Mapping[str, float] = SCALES,
+    ) -> None:
+        super().__init__()
+        self.scales = dict(scales)
+        self.trunk = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh())
+        self.heads = nn.ModuleDict({task: nn.Linear(10, 2) for task in scales})
+        self.make_optimizer, self.lr = optimizer, lr
+
+    def losses(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.trunk(x)
+        target = x[:, :2]
+        return {
+            task: self.scales[task] * (head(z) - (k + 1) * target).pow(2).mean()
+            for k, (task, head) in enumerate(self.heads.items())
+        }
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.total_loss(self.losses(batch[0]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.parameters(), lr=self.lr)
+
+
+class MemoryLogger(Logger):
+    """Keeps what it is given: (step, name → value)."""
+
+    name, version = "memory", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.logged.append((step, dict(metrics)))
+
+
+class Recorder(L.Callback):
+    """After every batch: the weights that are to come, and the parameters."""
+
+    def __init__(self, balancing: Any) -> None:
+        self.balancing = balancing
+        self.weights: list[dict[str, float]] = []
+        self.parameters: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.weights.append(self.balancing.weights)
+        self.parameters.append(torch.cat([p.detach().flatten().clone() for p in pl_module.parameters()]))
+
+
+def same_state(a: Any, b: Any) -> bool:
+    """Whether two nested state dicts hold the same, bit for bit; NaN equals NaN."""
+    if isinstance(a, Tensor):
+        return (
+            isinstance(b, Tensor)
+            and a.dtype == b.dtype
+            and torch.equal(a.isnan(), b.isnan())
+            and torch.equal(a.nan_to_num(), b.nan_to_num())
+        )
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and list(a) == list(b) and all(same_state(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same_state, a, b))
+    return bool(a == b) or (a != a and b != b)

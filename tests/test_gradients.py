@@ -1,0 +1,235 @@
+"""The engine against the slow oracle, on graphs of many shapes."""
+
+import copy
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_gradnorm.gradients import (
+    IncompleteBackwardError,
+    JointBackward,
+    PerTaskBackward,
+    UnreachedSharedLayerError,
+    cosines,
+    is_built_from,
+    tap_losses,
+)
+from tests import graphs
+
+pytestmark = pytest.mark.usefixtures("float64")
+ENGINES = [JointBackward, PerTaskBackward]
+
+
+def oracle(losses, parameters):
+    """∇_W L_i, [T, |W|], one plain autograd.grad each."""
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses.values()]
+    return torch.stack(
+        [
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(row, parameters, strict=True)])
+            for row in rows
+        ]
+    )
+
+
+def weighted(taps, weights):
+    return sum(w * loss for w, loss in zip(weights, taps.values(), strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("scale", [1.0, 65536.0, 1 / 3], ids=["as is", "scaled up", "divided"])
+@pytest.mark.parametrize("graph", graphs.ALL, ids=lambda graph: graph.__name__)
+def test_norms_and_gradients_equal_one_autograd_grad_per_task(graph, scale, engine):
+    losses, parameters = graph()
+    expected = oracle(losses, parameters)
+    taps = tap_losses(losses)
+    root = weighted(taps, torch.rand(len(losses)) + 0.5) * scale
+    reader = engine(root, taps, parameters)
+    root.backward()
+    gradients = reader.gradients()
+    torch.testing.assert_close(gradients.norms(), expected.norm(dim=1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(gradients.flat(), expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("graph", graphs.ALL, ids=lambda graph: graph.__name__)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_reading_leaves_the_networks_gradients_bit_for_bit(graph, engine):
+    def grads(read):
+        torch.manual_seed(3)
+        losses, parameters = graph()
+        weights = torch.tensor([0.3, 1.9, 0.8])[: len(losses)]
+        taps = tap_losses(losses) if read else losses
+        total = weighted(taps, weights)
+        reader = engine(total, taps, parameters) if read else None
+        everything = _leaves(total)
+        total.backward()
+        if reader is not None:
+            reader.gradients()
+        return [leaf.grad for leaf in everything]
+
+    plain, balanced = grads(False), grads(True)
+    assert len(plain) == len(balanced) > 1
+    assert all(torch.equal(a, b) for a, b in zip(plain, balanced, strict=True))
+
+
+def _leaves(total):
+    seen, stack, leaves = set(), [total.grad_fn], []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        stack += [child for child, _ in node.next_functions]
+    return leaves
+
+
+@pytest.mark.parametrize("graph", graphs.ALL, ids=lambda graph: graph.__name__)
+def test_further_terms_of_the_total_are_not_mistaken_for_a_task(graph):
+    losses, parameters = graph()
+    expected = oracle(losses, parameters).norm(dim=1)
+    first, last = next(iter(losses.values())), list(losses.values())[-1]
+    taps = tap_losses(losses)
+    root = weighted(taps, torch.ones(len(losses))) + 0.7 * first + last.exp() + sum(p.pow(2).sum() for p in parameters)
+    reader = JointBackward(root, taps, parameters)
+    root.backward()
+    torch.testing.assert_close(reader.gradients().norms(), expected, rtol=1e-10, atol=0)
+
+
+def test_any_total_of_the_taps_will_do():
+    """The product of the losses: what arrives at a tap is ∂total/∂L_i, and is divided out."""
+    losses, parameters = graphs.trunk_and_heads()
+    expected = oracle(losses, parameters).norm(dim=1)
+    taps = tap_losses(losses)
+    root = math.prod(taps.values()).log()
+    reader = JointBackward(root, taps, parameters)
+    root.backward()
+    gradients = reader.gradients()
+    torch.testing.assert_close(gradients.cotangents, torch.stack([1 / loss.detach() for loss in losses.values()]))
+    torch.testing.assert_close(gradients.norms(), expected)
+
+
+@given(st.lists(st.floats(1e-12, 1e12), min_size=2, max_size=2), st.integers(0, 2**16))
+def test_norms_do_not_depend_on_the_weights(weights, seed):
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(seed)
+    losses, parameters = graphs.skip_connection()
+    expected = oracle(losses, parameters).norm(dim=1)
+    taps = tap_losses(losses)
+    root = weighted(taps, torch.tensor(weights))
+    reader = JointBackward(root, taps, parameters)
+    root.backward()
+    torch.testing.assert_close(reader.gradients().norms(), expected, rtol=1e-10, atol=0)
+
+
+def test_norms_of_float32_gradients_neither_overflow_nor_underflow():
+    torch.set_default_dtype(torch.float32)
+    net = nn.Linear(4, 3)
+    z = net(torch.randn(5, 4))
+    losses = {"huge": z.pow(2).mean() * 1e30, "tiny": z.pow(2).mean() * 1e-30}
+    expected = oracle(losses, [net.weight]).double().norm(dim=1)
+    taps = tap_losses(losses)
+    root = weighted(taps, torch.ones(2))
+    reader = JointBackward(root, taps, [net.weight])
+    root.backward()
+    torch.testing.assert_close(reader.gradients().norms(), expected, rtol=1e-6, atol=0)
+
+
+def test_half_precision_gradients_are_summed_in_float64():
+    net = nn.Linear(512, 512, bias=False, dtype=torch.float16)
+    losses = {
+        "a": net(torch.ones(2, 512, dtype=torch.float16)).float().sum(),
+        "b": net(torch.ones(1, 512, dtype=torch.float16)).float().sum(),
+    }
+    taps = tap_losses(losses)
+    root = weighted(taps, torch.ones(2))
+    reader = JointBackward(root, taps, [net.weight])
+    root.backward()
+    assert reader.gradients().norms().tolist() == [1024.0, 512.0]  # 2^18 entries of 2 and of 1: 65,504 is float16's largest
+
+
+def test_measurement_is_detached_and_named():
+    losses, parameters = graphs.trunk_and_heads()
+    taps = tap_losses(losses)
+    root = weighted(taps, torch.ones(3))
+    reader = JointBackward(root, taps, parameters)
+    root.backward()
+    measured = reader.measurement()
+    assert measured.tasks == ("task0", "task1", "task2")
+    assert measured.losses.tolist() == [loss.item() for loss in losses.values()]
+    assert not measured.losses.requires_grad and not measured.gradient_norms.requires_grad
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_task_that_misses_the_layer_is_named(engine):
+    shared, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    x = torch.randn(2, 4)
+    taps = tap_losses({"on": shared(x).pow(2).mean(), "beside": other(x).pow(2).mean()})
+    with pytest.raises(UnreachedSharedLayerError, match=r"task 'beside' does not reach the shared layer") as caught:
+        engine(weighted(taps, torch.ones(2)), taps, [shared.weight])
+    assert caught.value.tasks == ("beside",)
+
+
+def test_losses_that_were_not_tapped_are_refused():
+    net = nn.Linear(4, 1)
+    loss = net(torch.randn(2, 4)).mean()
+    with pytest.raises(ValueError, match=r"tap_losses\(\) first"):
+        JointBackward(2 * loss, {"a": loss, "b": loss}, [net.weight])
+
+
+def test_a_total_of_other_tensors_is_refused():
+    losses, parameters = graphs.trunk_and_heads()
+    taps = tap_losses(losses)
+    assert not is_built_from(weighted(losses, torch.ones(3)), taps)
+    assert is_built_from(weighted(taps, torch.ones(3)), taps)
+    with pytest.raises(
+        ValueError, match="total was not built from the tapped loss of task 'task0', task 'task1', task 'task2'"
+    ):
+        JointBackward(weighted(losses, torch.ones(3)), taps, parameters)
+
+
+def test_gradients_before_a_whole_backward_are_refused():
+    losses, parameters = graphs.trunk_and_heads()
+    taps = tap_losses(losses)
+    root = weighted(taps, torch.ones(3))
+    with pytest.raises(IncompleteBackwardError, match=r"Call backward\(\) once on the total"):
+        JointBackward(root, taps, parameters).gradients()
+    restricted = JointBackward(root, taps, parameters)
+    root.backward(inputs=[taps["task0"]])
+    with pytest.raises(IncompleteBackwardError):
+        restricted.gradients()
+
+
+@pytest.mark.parametrize("run_backward", [True, False])
+def test_nothing_holds_the_graph_afterwards(run_backward):
+    losses, parameters = graphs.trunk_and_heads()
+    taps = tap_losses(losses)
+    root = weighted(taps, torch.ones(3))
+    watched = weakref.ref(root)
+    reader = JointBackward(root, taps, parameters)
+    if run_backward:
+        root.backward()
+        reader.gradients()
+    else:
+        reader.discard()
+    gc.disable()
+    try:
+        del root, taps, losses
+        assert watched() is None
+    finally:
+        gc.enable()
+    copy.deepcopy(reader)
+
+
+def test_cosines_are_those_of_the_gradients():
+    rows = torch.tensor([[1.0, 0.0], [1.0, 1.0], [-2.0, 0.0], [0.0, 0.0]])
+    half = math.sqrt(0.5)
+    expected = torch.tensor([[1.0, half, -1.0], [half, 1.0, -half], [-1.0, -half, 1.0]])
+    torch.testing.assert_close(cosines(rows)[:3, :3], expected)
+    assert cosines(rows)[3].isnan().all()

@@ -14,15 +14,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gradnorm.autograd_graph import Edge, TaskGraph, task_graph
 from lightning_gradnorm.measurement import Measurement, stack_scalars, widest_float
-
-# Owners of a graph node, beside the number of the one task that it belongs to.
-_REST = -1  # no task: the nodes above the taps, and terms that were added to the total
-_MERGED = -2  # several: the engine sums their gradients before the node runs
-_Edge = tuple[int, Node, int]  # output of the parent, child node, input of the child
 
 
 def tap_losses(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -35,20 +31,6 @@ def tap_losses(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         losses: task name → scalar loss that requires grad.
     """
     return {task: loss.view_as(loss) for task, loss in losses.items()}
-
-
-def is_built_from(root: Tensor, losses: Mapping[str, Tensor]) -> bool:
-    """Whether the graph of ``root`` reaches any of the losses."""
-    wanted = {loss.grad_fn for loss in losses.values()}
-    stack, seen = [root.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node in wanted:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack += [child for child, _ in node.next_functions]
-    return False
 
 
 class UnreachedSharedLayerError(ValueError):
@@ -124,7 +106,7 @@ class GradientReader(ABC):
     Args:
         root: scalar that ``backward()`` will be called on: the total, scaled or with further terms as the case may be.
         losses: the tapped losses (see ``tap_losses``) that ``root`` was built from.
-        parameters: the shared parameters W: leaves that require grad.
+        parameters: the tensors of W: shared parameters, or features with a graph (for the norms of their gradients).
 
     Raises:
         UnreachedSharedLayerError: if a task's loss does not reach any of the parameters.
@@ -232,8 +214,7 @@ class JointBackward(GradientReader):
         if self._awaited or len(cotangents) < len(self.tasks):
             raise IncompleteBackwardError(
                 "The backward did not pass through the graph of every task's loss, so the tasks' gradients could not be read "
-                "from it. "
-                "Call backward() once on the total, without inputs=; or choose engine='per_task'."
+                "from it. Call backward() once on the total, without inputs=; or choose engine='per_task'."
             )
         return TaskGradients(self.tasks, self._gradients, stack_scalars(cotangents), self._parameters)
 
@@ -245,31 +226,28 @@ class JointBackward(GradientReader):
         self._arrived.clear()
 
     def _lay_hooks(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
-        leaves = {get_gradient_edge(parameter).node: k for k, parameter in enumerate(self._parameters)}
         taps = {loss.grad_fn: task for task, loss in enumerate(losses.values()) if loss.grad_fn is not None}
-        if len(taps) < len(self.tasks):
+        if len(taps) < len(self.tasks) or root.grad_fn is None:
             raise ValueError("Every loss needs an autograd node of its own: pass the losses through tap_losses() first.")
-        order, edges_to_w, seen_taps = _nodes_that_lead_to(leaves, root.grad_fn, taps)
-        if len(seen_taps) < len(taps):
-            missing = [task for i, task in enumerate(self.tasks) if i not in seen_taps]
+        graph = task_graph(root.grad_fn, taps, self._parameters)
+        if len(graph.met) < len(taps):
+            missing = [task for i, task in enumerate(self.tasks) if i not in graph.met]
             raise ValueError(
                 f"The total was not built from the tapped loss of {', '.join(f'task {task!r}' for task in missing)}. "
                 "Build it from the losses that tap_losses() returned."
             )
-        unreached = [task for task, loss in losses.items() if loss.grad_fn not in edges_to_w]
+        unreached = [task for task, loss in losses.items() if loss.grad_fn not in graph.edges]
         if unreached:
             raise UnreachedSharedLayerError(unreached)
-        owners = _owners(order, edges_to_w, taps)
-        merged: dict[Node, None] = {}
-        for node in order:
-            owner = owners[node]
-            if owner >= 0:
-                leaving = [edge for edge in edges_to_w[node] if edge[1] in leaves or owners[edge[1]] != owner]
-                if leaving:
-                    self._awaited += 1
-                    self._handles.append(node.register_hook(self._read(owner, leaving, leaves)))
-                    merged.update((child, None) for _, child, _ in leaving if child not in leaves)
-        self._handles += [node.register_prehook(self._push_down(node)) for node in merged]
+        pushed: dict[Node, None] = {}
+        for node in graph.edges:
+            owner = graph.owners[node]
+            leaving = graph.leaving(node) if owner >= 0 else []
+            if leaving:
+                self._awaited += 1
+                self._handles.append(node.register_hook(self._read(owner, leaving, graph)))
+                pushed.update((child, None) for _, child, _ in leaving if graph.is_pushed(child))
+        self._handles += [node.register_prehook(self._push_down(node)) for node in pushed]
         self._handles += [node.register_prehook(self._read_cotangent(task)) for node, task in taps.items()]
 
     def _read_cotangent(self, task: int) -> Callable[..., None]:
@@ -278,15 +256,18 @@ class JointBackward(GradientReader):
 
         return prehook
 
-    def _read(self, task: int, leaving: list[_Edge], leaves: dict[Node, int]) -> Callable[..., None]:
+    def _read(self, task: int, leaving: list[Edge], graph: TaskGraph) -> Callable[..., None]:
+        # Where it leaves to: a tensor of W, or a merged node whose prehook takes it on.
+        ways = [(i, child, nr, None if graph.is_pushed(child) else graph.targets[child, nr]) for i, child, nr in leaving]
+
         def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
             self._awaited -= 1
-            for output, child, number in leaving:
+            for output, child, number, k in ways:
                 gradient = grad_inputs[output]
                 if gradient is None:
                     continue
-                if child in leaves:
-                    self._add(task, leaves[child], gradient)
+                if k is not None:
+                    self._add(task, k, gradient)
                 else:
                     held = self._arrived.setdefault((child, task), {})
                     held[number] = gradient if number not in held else held[number] + gradient
@@ -315,51 +296,3 @@ class JointBackward(GradientReader):
     def _add(self, task: int, k: int, gradient: Tensor) -> None:
         held = self._gradients[task][k]
         self._gradients[task][k] = gradient.detach() if held is None else held + gradient
-
-
-def _nodes_that_lead_to(
-    leaves: dict[Node, int], root: Node | None, taps: dict[Node, int]
-) -> tuple[list[Node], dict[Node, list[_Edge]], set[int]]:
-    """One depth-first walk from ``root``.
-
-    Returns:
-        The nodes from which W is reached, children before parents (the leaves themselves left out); for each of them its
-        edges that lead to W; and the numbers of the taps that were met.
-    """
-    order: list[Node] = []
-    edges_to_w: dict[Node, list[_Edge]] = {}
-    seen_taps: set[int] = set()
-    expanded: dict[Node, tuple[tuple[Node | None, int], ...] | None] = dict.fromkeys(leaves)
-    stack: list[Node] = [root] if root is not None else []
-    while stack:
-        node = stack[-1]
-        if node not in expanded:
-            children = expanded[node] = node.next_functions
-            if node in taps:
-                seen_taps.add(taps[node])
-            stack += [child for child, _ in children if child is not None and child not in expanded]
-            continue
-        stack.pop()
-        done = expanded[node]
-        if done is None:
-            continue  # a leaf, or done before
-        expanded[node] = None
-        edges = [(i, child, number) for i, (child, number) in enumerate(done) if child in edges_to_w or child in leaves]
-        if edges:
-            order.append(node)
-            edges_to_w[node] = edges
-    return order, edges_to_w, seen_taps
-
-
-def _owners(order: list[Node], edges_to_w: dict[Node, list[_Edge]], taps: dict[Node, int]) -> dict[Node, int]:
-    """Node → the one task whose loss reaches it, ``_REST`` or ``_MERGED``; parents before children."""
-    owners: dict[Node, int] = {}
-    for node in reversed(order):
-        owner = taps.get(node)
-        if owner is None:
-            owner = owners.setdefault(node, _REST)
-        else:
-            owners[node] = owner
-        for _, child, _ in edges_to_w[node]:
-            owners[child] = owner if owners.get(child, owner) == owner else _MERGED
-    return owners

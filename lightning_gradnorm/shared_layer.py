@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+
+from lightning_gradnorm.autograd_graph import first_uses
 
 SharedLayerSpec = nn.Module | nn.Parameter | str | Iterable[nn.Module | nn.Parameter | str]
 
@@ -111,9 +112,7 @@ def detect_shared_layer(losses: Mapping[str, Tensor], network: nn.Module) -> Sha
         ValueError: if the tasks have no trainable weight in common; it says what each task reaches.
     """
     names = {parameter: name for name, parameter in network.named_parameters() if parameter.ndim >= 2}
-    reached = {
-        task: {p: order for p, order in _first_uses(loss.grad_fn).items() if p in names} for task, loss in losses.items()
-    }
+    reached = {task: {p: order for p, order in first_uses(loss.grad_fn).items() if p in names} for task, loss in losses.items()}
     by_task = list(reached.values())
     shared = set(by_task[0]).intersection(*by_task[1:])
     if not shared:
@@ -127,26 +126,6 @@ def detect_shared_layer(losses: Mapping[str, Tensor], network: nn.Module) -> Sha
     return SharedLayer(
         (names[chosen],), (chosen,), f"{reason}; found from the graph, override shared_layer() to choose another"
     )
-
-
-def _first_uses(root: Node | None) -> dict[nn.Parameter, int]:
-    """Every parameter that the graph reaches → the sequence number of the node that used it first in the forward pass."""
-    uses: dict[nn.Parameter, int] = {}
-    seen: set[Node] = set()
-    stack = [root] if root is not None else []
-    while stack:
-        node = stack.pop()
-        for child, _ in node.next_functions:
-            if child is None:
-                continue
-            parameter = getattr(child, "variable", None)
-            if isinstance(parameter, nn.Parameter):
-                order = node._sequence_nr()
-                uses[parameter] = min(order, uses.get(parameter, order))
-            elif child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return uses
 
 
 def _nothing_shared(reached: Mapping[str, Mapping[nn.Parameter, int]], names: Mapping[nn.Parameter, str]) -> str:

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_gradnorm.autograd_graph import is_built_from
 from lightning_gradnorm.gradients import (
     IncompleteBackwardError,
     JointBackward,
     PerTaskBackward,
     UnreachedSharedLayerError,
     cosines,
-    is_built_from,
     tap_losses,
 )
 from tests import graphs
@@ -113,6 +113,42 @@ def test_any_total_of_the_taps_will_do():
     gradients = reader.gradients()
     torch.testing.assert_close(gradients.cotangents, torch.stack([1 / loss.detach() for loss in losses.values()]))
     torch.testing.assert_close(gradients.norms(), expected)
+
+
+def features_of_trunk():
+    trunk, heads = nn.Sequential(nn.Linear(8, 16), nn.Tanh()), [nn.Linear(16, 2) for _ in range(3)]
+    z = trunk(torch.randn(5, 8))
+    return {f"task{i}": head(z).pow(2).mean() for i, head in enumerate(heads)}, [z]
+
+
+def features_used_again():
+    """The layer is called twice, the second time on what came of the first; one task reads both."""
+    layer, heads = nn.Linear(8, 8), [nn.Linear(8, 2) for _ in range(3)]
+    first = layer(torch.randn(5, 8))
+    second = layer(first.tanh())
+    losses = [heads[0](first).pow(2).mean(), heads[1](second).pow(2).mean(), heads[2](first * second).pow(2).mean()]
+    return {f"task{i}": loss for i, loss in enumerate(losses)}, [first, second]
+
+
+def features_below_a_shared_decoder():
+    trunk, decoder, heads = nn.Linear(8, 16), nn.Linear(16, 16), [nn.Linear(16, 2) for _ in range(2)]
+    z = trunk(torch.randn(5, 8))
+    d = decoder(z.tanh())
+    return {f"task{i}": head(d).pow(2).mean() for i, head in enumerate(heads)}, [z]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "graph", [features_of_trunk, features_used_again, features_below_a_shared_decoder], ids=lambda g: g.__name__
+)
+def test_gradients_at_features_equal_the_oracle(graph, engine):
+    losses, features = graph()
+    expected = oracle(losses, features)
+    taps = tap_losses(losses)
+    root = weighted(taps, torch.rand(len(losses)) + 0.5)
+    reader = engine(root, taps, features)
+    root.backward()
+    torch.testing.assert_close(reader.gradients().flat(), expected, rtol=1e-10, atol=1e-13)
 
 
 @given(st.lists(st.floats(1e-12, 1e12), min_size=2, max_size=2), st.integers(0, 2**16))

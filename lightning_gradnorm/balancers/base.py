@@ -65,6 +65,11 @@ class LossBalancer(ABC):
         return dict(zip(self.tasks, self._weights.tolist(), strict=True))
 
     @property
+    def known_tasks(self) -> tuple[str, ...]:
+        """The tasks learnt so far, or else the declared ones."""
+        return self.tasks or self._declared or ()
+
+    @property
     def due(self) -> bool:
         """Whether the step to come needs a measurement: the first, and every ``update_every``-th."""
         return self.steps == 0 or (self.steps + 1) % self.update_every == 0
@@ -169,7 +174,7 @@ class LossBalancer(ABC):
 
     def _learn(self, tasks: Iterable[str], device: torch.device) -> None:
         """Make room for new tasks, and move the state to where the measurements are."""
-        wanted = self.tasks or self._declared or ()
+        wanted = self.known_tasks
         wanted = (*wanted, *(task for task in tasks if task not in wanted))
         if self._weights.device != device:
             self._move(device)

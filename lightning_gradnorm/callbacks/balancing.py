@@ -8,9 +8,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from lightning_gradnorm.autograd_graph import is_built_from
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.callbacks.link import BalancingLink
-from lightning_gradnorm.gradients import GradientReader, IncompleteBackwardError, JointBackward, PerTaskBackward, is_built_from
+from lightning_gradnorm.callbacks.ranks import RankAgreement
+from lightning_gradnorm.gradients import GradientReader, IncompleteBackwardError, JointBackward, PerTaskBackward
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.mixin import MultiTaskMixin
 from lightning_gradnorm.report.summary import RunSummary
@@ -75,6 +77,7 @@ class LossBalancingCallback(pl.Callback):
         self._reader: GradientReader | None = None
         self._link = BalancingLink(balancer)
         self._window = MeasurementWindow()
+        self._agreement = RankAgreement()
         self._summary = RunSummary()
         self._stage = "fit"
         self._last_global_step = 0
@@ -122,14 +125,14 @@ class LossBalancingCallback(pl.Callback):
 
     def _let_go(self) -> None:
         self._link.stop()
-        self._window.clear()
+        self._window = MeasurementWindow()
         if self._reader is not None:
             self._reader.discard()
             self._reader = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last_global_step = trainer.global_step
-        self._window.clear()
+        self._window, self._agreement = MeasurementWindow(), RankAgreement()
         _lay_out_charts(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -142,7 +145,7 @@ class LossBalancingCallback(pl.Callback):
         rows, folder = self._summary.rows(self.weights), trainer.log_dir  # every rank asks for the folder
         if rows and trainer.is_global_zero:
             name, steps = self.balancer.state_name, self._summary.steps
-            print_table(rows, f"{name}, {steps} measured steps ('after' and the loss ratio: mean over the last epoch)")
+            print_table(rows, f"{name} after {steps} steps (w: weight, share: of the gradient norms on the shared layer)")
             if trainer.loggers and folder is not None:
                 path = write_weights(Path(folder), rows, method=name, settings=self.balancer.settings(), steps=steps)
                 rank_zero_info(f"Loss weights written to {path}")
@@ -187,7 +190,7 @@ class LossBalancingCallback(pl.Callback):
             self._window.add_gradients(reader.gradients())
             self.engine_used = reader.engine
         except IncompleteBackwardError as error:
-            self._window.clear()
+            self._window = MeasurementWindow()
             if self.engine == "joint":
                 raise
             self._reader_type = PerTaskBackward
@@ -203,7 +206,10 @@ class LossBalancingCallback(pl.Callback):
             return  # in the middle of an accumulation window
         self._last_global_step = trainer.global_step
         window, self._window = self._window, MeasurementWindow()
-        due, measurement = self.balancer.due, window.measurement() if window else None
+        due = self.balancer.due
+        if trainer.world_size > 1 and due:
+            self._reduce(trainer, window)
+        measurement = window.measurement()
         if measurement is None:
             self.balancer.update(None)
             return
@@ -213,6 +219,18 @@ class LossBalancingCallback(pl.Callback):
             self._summary.add(applied, measurement, trainer.current_epoch)
         if self._is_written(trainer) and not trainer.barebones:
             self._log(pl_module, applied, measurement, window)
+
+    def _reduce(self, trainer: pl.Trainer, window: MeasurementWindow) -> None:
+        """The same measurement on every rank: one collective, which all ranks call whatever they have seen."""
+        if not self._agreement.tasks:
+            layer = self.shared.names if self.shared is not None else ()
+            entries = sum(p.numel() for p in self.shared.parameters) if self.shared is not None else 0
+            self._agreement.agree((*self.balancer.known_tasks, *window.tasks), layer, entries)
+        self._agreement.check(window.tasks)
+        if self._agreement.tasks:
+            window.reduce(
+                self._agreement.all_reduce, self._agreement.tasks, self._agreement.entries, trainer.strategy.root_device
+            )
 
     # -- logging ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,8 @@
-"""The table at the end of fit."""
+"""The table at the end of fit.
+
+``w``: the weight at the first step, on average and for a next step. ``share``: the task's part of the gradient norms on the
+shared layer, unweighted at the first step and weighted over the last epoch. ``loss ratio``: of the first loss, what is left.
+"""
 
 import importlib.util
 import math
@@ -6,7 +10,7 @@ from collections.abc import Sequence
 
 from lightning_gradnorm.report.summary import TaskSummary
 
-COLUMNS = ("task", "weight: start", "mean", "end", "share of gradient: before", "after", "loss ratio")
+COLUMNS = ("task", "w start", "w mean", "w end", "share before", "share after", "loss ratio")
 
 
 def _number(value: float) -> str:

@@ -1,0 +1,65 @@
+"""What the ranks of a distributed run agree on, so that all of them hold the same weights."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+
+class RankAgreement:
+    """The tasks' order and the size of W, the same on every rank.
+
+    Agreed once, at the first measured step of a fit, by all ranks together; after that, each update needs one collective
+    whose size every rank knows, whatever it has seen itself.
+
+    Attributes:
+        tasks: all tasks, in the agreed order; empty before.
+        entries: |W|; 0 where no rank measures gradients.
+    """
+
+    def __init__(self) -> None:
+        self.tasks: tuple[str, ...] = ()
+        self.entries = 0
+
+    def agree(self, tasks: Sequence[str], layer: Sequence[str], entries: int) -> None:
+        """Exchange what each rank knows; a collective, called by all ranks.
+
+        Args:
+            tasks: the tasks that this rank knows of.
+            layer: names of the parameters of W, where this rank knows them.
+            entries: their size, 0 where it does not.
+
+        Raises:
+            ValueError: on every rank, if the ranks found different layers.
+        """
+        gathered: list[tuple[Sequence[str], Sequence[str], int]] = [((), (), 0)] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, (tuple(tasks), tuple(layer), entries))
+        layers = {known: size for _, known, size in gathered if known}
+        if len(layers) > 1:
+            raise ValueError(
+                f"The ranks found different shared layers: {', '.join(' and '.join(names) for names in layers)}. "
+                "Let shared_layer() name the one to use."
+            )
+        self.tasks = tuple(dict.fromkeys(task for known, _, _ in gathered for task in known))
+        self.entries = next(iter(layers.values()), 0)
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Refuse a task that the ranks do not all know of.
+
+        Raises:
+            ValueError: naming it.
+        """
+        new = [task for task in tasks if task not in self.tasks]
+        if new:
+            raise ValueError(
+                f"Task {', '.join(map(repr, new))} appeared after the first step of a distributed run, where the ranks agreed "
+                "on the "
+                f"tasks {list(self.tasks)}. Declare all of them: tasks={[*self.tasks, *new]}."
+            )
+
+    @staticmethod
+    def all_reduce(vector: Tensor) -> Tensor:
+        """Σ over the ranks, in place."""
+        torch.distributed.all_reduce(vector)
+        return vector

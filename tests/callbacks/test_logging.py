@@ -1,0 +1,178 @@
+"""What the loggers get: the values of the step itself, under the documented tags."""
+
+import math
+import re
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from lightning_gradnorm import GradNormCallback
+from tests.helpers import SCALES, MemoryLogger, TrunkAndHeads, batches, quiet_trainer
+
+TASKS = list(SCALES)
+PER_TASK = ["loss_weight", "task_loss", "grad_norm", "target_norm", "loss_ratio", "inverse_rate"]
+PAIRS = [f"{a}_{b}" for i, a in enumerate(TASKS) for b in TASKS[i + 1 :]]
+TAGS = {f"{tag}/{task}" for tag in PER_TASK for task in TASKS} | {f"grad_cosine/{pair}" for pair in PAIRS}
+TAGS |= {"total_loss/weighted", "total_loss/unweighted"}
+
+
+class Watcher(L.Callback):
+    """Before and after each update: applied weights, losses, and the gradients by the slow way."""
+
+    def __init__(self, balancing):
+        self.balancing, self.steps = balancing, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        applied = self.balancing.balancer.weights_for(TASKS).tolist()
+        losses = pl_module.losses(batch[0])
+        gradients = [
+            torch.autograd.grad(loss, pl_module.trunk[2].weight, retain_graph=True)[0].flatten().double()
+            for loss in losses.values()
+        ]
+        self.steps.append((applied, [loss.item() for loss in losses.values()], gradients))
+
+
+def expected(steps):
+    first = steps[0][1]
+    for applied, losses, gradients in steps:
+        ratios = [loss / l0 for loss, l0 in zip(losses, first, strict=True)]
+        rates = [ratio / (sum(ratios) / len(ratios)) for ratio in ratios]
+        norms = [w * g.norm().item() for w, g in zip(applied, gradients, strict=True)]
+        shares = [rate**1.5 for rate in rates]
+        targets = [sum(norms) / len(norms) * share / (sum(shares) / len(shares)) for share in shares]
+        rows = zip(PER_TASK, (applied, losses, norms, targets, ratios, rates), strict=True)
+        values = {f"{tag}/{task}": value for tag, row in rows for task, value in zip(TASKS, row, strict=True)}
+        for i, a in enumerate(TASKS):
+            for j, b in enumerate(TASKS[i + 1 :], i + 1):
+                values[f"grad_cosine/{a}_{b}"] = torch.cosine_similarity(gradients[i], gradients[j], dim=0).item()
+        values["total_loss/weighted"] = sum(w * loss for w, loss in zip(applied, losses, strict=True))
+        values["total_loss/unweighted"] = sum(losses)
+        yield values
+
+
+def test_every_logger_gets_the_values_of_the_step_itself(tmp_path):
+    callback = GradNormCallback(lr=0.1, summary=False)
+    watcher = Watcher(callback)
+    loggers = [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv"), MemoryLogger()]
+    quiet_trainer(tmp_path, callbacks=[watcher, callback], logger=loggers).fit(TrunkAndHeads(), batches(8))
+    events = EventAccumulator(loggers[0].log_dir).Reload()
+    assert set(events.Tags()["scalars"]) >= TAGS
+    assert len(loggers[2].logged) == 8
+    for step, values in enumerate(expected(watcher.steps)):
+        at, logged = loggers[2].logged[step]
+        assert at == step
+        assert {tag: logged[tag] for tag in TAGS} == pytest.approx(values, rel=1e-5), step
+        for tag in TAGS:
+            event = events.Scalars(tag)[step]
+            assert event.step == step
+            assert event.value == pytest.approx(logged[tag], rel=1e-6)
+    rows = (tmp_path / "csv" / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert set(rows[0].split(",")) >= TAGS
+    assert len(rows) == 9
+
+
+def test_only_written_steps_are_logged(tmp_path, monkeypatch):
+    memory, callback, calls = MemoryLogger(), GradNormCallback(lr=0.1, summary=False), []
+    module = TrunkAndHeads()
+    log_dict = module.log_dict
+    monkeypatch.setattr(module, "log_dict", lambda values, **settings: calls.append(values) or log_dict(values, **settings))
+    watcher = Watcher(callback)
+    trainer = quiet_trainer(
+        tmp_path, callbacks=[watcher, callback], logger=memory, log_every_n_steps=4, accumulate_grad_batches=2
+    )
+    trainer.fit(module, batches(18))  # 9 optimiser steps
+    assert [step for step, _ in memory.logged] == [3, 7]
+    assert len(calls) == 2
+    second_of_pair = watcher.steps[2 * 7 + 1][0]
+    assert [memory.logged[1][1][f"loss_weight/{task}"] for task in TASKS] == pytest.approx(second_of_pair, rel=1e-6)
+
+
+def test_tensorboard_has_one_chart_with_all_tasks(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    quiet_trainer(tmp_path, callbacks=[GradNormCallback(summary=False)], logger=logger).fit(TrunkAndHeads(), batches(3))
+    events = EventAccumulator(logger.log_dir).Reload()
+    content = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    layout = layout_pb2.Layout.FromString(content)
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    shown = {
+        title: {tag for tag in TAGS if any(re.match(regex, tag) for regex in regexes)} for title, regexes in charts.items()
+    }
+    assert shown["loss weights"] == {f"loss_weight/{task}" for task in TASKS}
+    assert shown["weighted gradient norms and their targets"] == {
+        f"{tag}/{t}" for tag in ("grad_norm", "target_norm") for t in TASKS
+    }
+    assert sum(map(len, shown.values())) == len(TAGS)
+    assert [path.name for path in (tmp_path / "lightning_logs" / "version_0").iterdir() if path.is_dir()] in (
+        [],
+        ["checkpoints"],
+    )
+
+
+@pytest.mark.parametrize("settings", [{"logger": False}, {"fast_dev_run": 3}, {"barebones": True}, {"log_every_n_steps": 0}])
+def test_it_works_where_nothing_is_logged(tmp_path, settings):
+    callback = GradNormCallback(lr=0.1)
+    barebones = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"))
+    extra = barebones | {"num_sanity_val_steps": None, "log_every_n_steps": None} if "barebones" in settings else {}
+    quiet_trainer(tmp_path, callbacks=[callback], **(extra | settings)).fit(TrunkAndHeads(), batches(3))
+    assert callback.balancer.steps == 3
+    assert callback.weights["small"] > 1
+    assert not list(tmp_path.rglob("loss_weights.yaml"))
+
+
+def test_weights_on_the_progress_bar_on_request(tmp_path):
+    for wanted in (True, False):
+        trainer = quiet_trainer(tmp_path, callbacks=[GradNormCallback(progress_bar=wanted, summary=False)])
+        trainer.fit(TrunkAndHeads(), batches(3))
+        assert {f"w/{task}" for task in TASKS} <= set(trainer.progress_bar_metrics) or not wanted
+        assert bool(trainer.progress_bar_metrics) == wanted
+
+
+def test_cosines_are_left_out_for_many_tasks_unless_asked_for(tmp_path):
+    many = {f"t{k}": 1.0 for k in range(11)}
+    for wanted, count in ((None, 0), (True, 55)):
+        memory = MemoryLogger()
+        callback = GradNormCallback(log_cosines=wanted, summary=False)
+        quiet_trainer(tmp_path, callbacks=[callback], logger=memory).fit(TrunkAndHeads(scales=many), batches(2))
+        assert sum(tag.startswith("grad_cosine/") for tag in memory.logged[0][1]) == count
+
+
+def test_end_of_fit_prints_the_table_and_writes_the_weights(tmp_path, capsys):
+    logger, callback = CSVLogger(tmp_path), GradNormCallback(lr=0.1)
+    watcher = Watcher(callback)
+    quiet_trainer(tmp_path, callbacks=[watcher, callback], logger=logger, max_epochs=2).fit(TrunkAndHeads(), batches(5))
+    printed = capsys.readouterr().out
+    assert all(task in printed for task in TASKS)
+    content = yaml.safe_load((tmp_path / "lightning_logs" / "version_0" / "loss_weights.yaml").read_text())
+    assert content["method"] == "GradNorm"
+    assert content["settings"]["lr"] == 0.1
+    assert content["steps"] == 10
+    for k, task in enumerate(TASKS):
+        applied = [step[0][k] for step in watcher.steps]
+        row = content["tasks"][task]
+        mean = sum(applied) / 10
+        assert row["final"] == callback.weights[task]
+        assert row["mean"] == pytest.approx(mean)
+        assert row["std"] == pytest.approx(math.sqrt(sum((w - mean) ** 2 for w in applied) / 10))
+
+
+def test_the_table_can_be_left_out(tmp_path, capsys):
+    quiet_trainer(tmp_path, callbacks=[GradNormCallback(summary=False)], logger=CSVLogger(tmp_path)).fit(
+        TrunkAndHeads(), batches(2)
+    )
+    assert "GradNorm" not in capsys.readouterr().out
+    assert not list(tmp_path.rglob("loss_weights.yaml"))
+
+
+def test_the_engine_in_use_is_said_once(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        quiet_trainer(tmp_path, callbacks=[GradNormCallback(summary=False)]).fit(TrunkAndHeads(), batches(5))
+    said = [record.message for record in caplog.records if "compares the tasks' gradients on" in record.message]
+    assert len(said) == 1
+    assert "trunk.2.weight (10, 10): 100 entries" in said[0]
+    assert "override shared_layer()" in said[0]
+    assert "'joint' engine" in said[0]

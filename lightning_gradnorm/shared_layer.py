@@ -67,6 +67,27 @@ def resolve_shared_layer(spec: SharedLayerSpec, network: nn.Module) -> SharedLay
     return SharedLayer(tuple(names[p] for p in trainable), tuple(trainable), "given by shared_layer()")
 
 
+def feature_modules(spec: SharedLayerSpec | None, network: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs are the shared features: those that ``spec`` names, or that own the parameters it names.
+
+    Raises:
+        ValueError: if ``spec`` is ``None``: the features must be known before the first forward pass.
+    """
+    if spec is None:
+        raise ValueError(
+            "norm_of='features' reads the gradient at the shared layer's output, and shared_layer() names no layer. "
+            f"{_OVERRIDE}."
+        )
+    if isinstance(spec, nn.Module):
+        return [spec]
+    if isinstance(spec, str) and spec in dict(network.named_modules()):
+        return [network.get_submodule(spec)]
+    if isinstance(spec, nn.Parameter | str):
+        wanted = list(_parameters(spec, network))
+        return [module for module in network.modules() if any(p is q for p in module.parameters(recurse=False) for q in wanted)]
+    return [module for part in spec for module in feature_modules(part, network)]
+
+
 def _parameters(spec: SharedLayerSpec, network: nn.Module) -> Iterable[nn.Parameter]:
     if isinstance(spec, nn.Parameter):
         yield spec

@@ -16,9 +16,14 @@ class MeasurementWindow:
 
     The norm of a step is the norm of its *mean* gradient, as if the micro-batches of all ranks were one batch; the mean of
     their norms would be another number. A task's mean is over the micro-batches that have it.
+
+    Args:
+        of_features: whether the gradients are of features, each micro-batch having its own, instead of parameters: their
+            squared norms add up then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, of_features: bool = False) -> None:
+        self._of_features = of_features
         self._losses: dict[str, Tensor] = {}
         self._counts: dict[str, int | Tensor] = {}
         self._only: TaskGradients | None = None  # while there is one micro-batch, its gradients as they came: no copy
@@ -27,6 +32,15 @@ class MeasurementWindow:
 
     def __bool__(self) -> bool:
         return bool(self._losses)
+
+    @property
+    def entries(self) -> int:
+        """Numbers per task that the ranks exchange: |W|, 1 for features; 0 before any gradient was measured."""
+        if self._of_features or not self._measured:
+            return int(self._measured)
+        if self._only is not None:
+            return sum(parameter.numel() for parameter in self._only.parameters)
+        return next(iter(self._sums.values())).numel()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -54,7 +68,8 @@ class MeasurementWindow:
             self._only = None
 
     def _add_flat(self, gradients: TaskGradients) -> None:
-        for task, gradient in zip(gradients.tasks, gradients.flat(), strict=True):
+        rows = gradients.norms().square().unsqueeze(1) if self._of_features else gradients.flat()
+        for task, gradient in zip(gradients.tasks, rows, strict=True):
             self._sums[task] = gradient if task not in self._sums else self._sums[task] + gradient
 
     def reduce(self, all_reduce: AllReduceSum, tasks: Sequence[str], entries: int, device: torch.device) -> None:
@@ -94,13 +109,15 @@ class MeasurementWindow:
         return Measurement(self.tasks, losses, self._norms() if self._measured else None)
 
     def cosines(self) -> Tensor | None:
-        """Cosine between every two tasks' mean gradients, ``[T, T]``; ``None`` where no gradients were measured."""
-        if not self._measured:
+        """Cosine between every two tasks' mean gradients, ``[T, T]``; ``None`` where they cannot be had."""
+        if not self._measured or (self._of_features and self._only is None):
             return None
         return cosines(self._only.flat() if self._only is not None else torch.stack(list(self._sums.values())))
 
     def _norms(self) -> Tensor:
         if self._only is not None:
             return self._only.norms()
+        if self._of_features:
+            return torch.stack([self._sums[task].sum().sqrt() / count for task, count in self._counts.items()])
         means = [self._sums[task] / count for task, count in self._counts.items()]
         return torch.stack([torch.linalg.vector_norm(mean, dtype=widest_float(mean.device)) for mean in means])

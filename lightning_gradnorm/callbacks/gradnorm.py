@@ -8,7 +8,8 @@ from lightning_gradnorm.balancers.gradnorm import GradNorm, Update
 from lightning_gradnorm.balancers.initial_losses import InitialLosses
 from lightning_gradnorm.balancers.optimizer import OptimizerFactory
 from lightning_gradnorm.balancers.scale import ScaleRule
-from lightning_gradnorm.callbacks.balancing import Engine, LossBalancingCallback
+from lightning_gradnorm.callbacks.balancing import LossBalancingCallback
+from lightning_gradnorm.callbacks.measuring import Engine, NormOf
 
 
 class GradNormCallback(LossBalancingCallback):
@@ -17,7 +18,7 @@ class GradNormCallback(LossBalancingCallback):
         trainer = L.Trainer(callbacks=[GradNormCallback(alpha=1.5)])
 
     It is ``LossBalancingCallback(GradNorm(…))`` with flat arguments; see ``GradNorm`` for the method's, and
-    ``LossBalancingCallback`` for ``engine``, ``log_cosines``, ``progress_bar`` and ``summary``.
+    ``LossBalancingCallback`` for ``engine``, ``norm_of``, ``log_cosines``, ``progress_bar`` and ``summary``.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class GradNormCallback(LossBalancingCallback):
         ema_decay: float = 0.9,
         tasks: list[str] | None = None,
         engine: Engine = "auto",
+        norm_of: NormOf = "parameters",
         log_cosines: bool | None = None,
         progress_bar: bool = False,
         summary: bool = True,
@@ -56,4 +58,11 @@ class GradNormCallback(LossBalancingCallback):
             ema_decay=ema_decay,
             tasks=tasks,
         )
-        super().__init__(balancer, engine=engine, log_cosines=log_cosines, progress_bar=progress_bar, summary=summary)
+        super().__init__(
+            balancer,
+            engine=engine,
+            norm_of=norm_of,
+            log_cosines=log_cosines,
+            progress_bar=progress_bar,
+            summary=summary,
+        )

@@ -1,0 +1,33 @@
+"""What is used of Lightning, for both of its namespaces.
+
+``lightning.pytorch`` and ``pytorch_lightning`` are two trees of classes, and a Trainer of one refuses a lone callback of the
+other. Our callbacks inherit from the ``Callback`` of every namespace that the program uses already, and of the first that is
+installed if it uses none; nothing is imported that nobody asked for.
+"""
+
+import importlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    LightningModule = Trainer = Any
+    _NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
+
+    def _callback_bases() -> tuple[type, ...]:
+        used = [name for name in _NAMESPACES if name in sys.modules]
+        installed = [name for name in _NAMESPACES if importlib.util.find_spec(name.partition(".")[0]) is not None]
+        return tuple(importlib.import_module(name).Callback for name in used or installed[:1])
+
+    Callback = type("Callback", _callback_bases(), {"__doc__": "The Callback of every Lightning namespace in use."})
+
+__all__ = ["Callback", "LightningModule", "Trainer", "rank_zero_info", "rank_zero_only", "rank_zero_warn", "setting_of"]
+
+
+def setting_of(trainer: Trainer, name: str) -> Any:
+    """What Lightning's connectors put on the Trainer, where its type does not show it."""
+    return getattr(trainer, name)

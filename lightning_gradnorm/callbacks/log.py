@@ -1,0 +1,85 @@
+"""What the callback sends to the loggers, and when."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, rank_zero_only, setting_of
+from lightning_gradnorm.measurement import Measurement
+from lightning_gradnorm.report.tags import custom_scalars_layout, per_pair, per_task, totals
+from lightning_gradnorm.window import MeasurementWindow
+
+_MOST_PAIRS = 45  # gradient cosines are logged without asking up to here: ten tasks
+
+
+class BalancingLog:
+    """Logs one optimiser step on the steps that ``log_every_n_steps`` asks for.
+
+    Args:
+        cosines: whether to log the cosines between the tasks' gradients; ``None`` for up to ten tasks.
+        progress_bar: whether the progress bar shows the weights.
+    """
+
+    def __init__(self, cosines: bool | None, progress_bar: bool) -> None:
+        self._cosines, self._progress_bar = cosines, progress_bar
+        # Lightning repeats in a later step of the epoch what an earlier one logged; so do we, across epochs and checkpoints.
+        self.shown: dict[str, Tensor] = {}
+
+    def is_written(self, trainer: Trainer) -> bool:
+        """Whether what is logged on this step goes anywhere; logging costs more than measuring."""
+        if trainer.barebones:
+            return False
+        if self._progress_bar or len(trainer.optimizers) != 1:  # with several, global_step counts them all
+            return True
+        every = setting_of(trainer, "log_every_n_steps")
+        return bool(every) and trainer.global_step % every == 0
+
+    def write(
+        self,
+        pl_module: LightningModule,
+        applied: Tensor,
+        measurement: Measurement,
+        diagnostics: dict[str, Tensor],
+        window: MeasurementWindow,
+    ) -> None:
+        """Log one step.
+
+        Args:
+            pl_module: logs.
+            applied: the weights that the step applied, of ``measurement.tasks``, shape ``[T]``.
+            measurement: what it measured.
+            diagnostics: what the balancer's update computed of it, ``[T]`` each.
+            window: for the gradients' cosines.
+        """
+        tasks, losses, _ = measurement
+        weights = per_task("loss_weight", tasks, applied)
+        values = weights | per_task("task_loss", tasks, losses) | dict(totals(applied.to(losses), losses))
+        for tag, vector in diagnostics.items():
+            values |= per_task(tag, tasks, vector)
+        pairs = len(tasks) * (len(tasks) - 1) // 2
+        if self._cosines or (self._cosines is None and pairs <= _MOST_PAIRS):
+            cosines = window.cosines()
+            if cosines is not None:
+                values |= per_pair("grad_cosine", tasks, cosines)
+        self.shown |= values
+        pl_module.log_dict(dict(self.shown), on_step=True, on_epoch=False)
+        if self._progress_bar:
+            short = {f"w/{tag.partition('/')[2]}": weight for tag, weight in weights.items()}
+            pl_module.log_dict(dict(short), logger=False, prog_bar=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was logged last, so that a resumed run goes on with it."""
+        return {tag: value.clone() for tag, value in self.shown.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state from ``state_dict``."""
+        self.shown = dict(state)
+
+
+@rank_zero_only
+def lay_out_charts(trainer: Trainer) -> None:
+    """One chart with all tasks for each quantity, on TensorBoard's Custom Scalars page."""
+    for logger in trainer.loggers:
+        add_layout = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)
+        if add_layout is not None:
+            add_layout(custom_scalars_layout())

@@ -34,6 +34,16 @@ class TaskGraph:
         owner = self.owners[node]
         return [edge for edge in self.edges[node] if edge[1:] in self.targets or self.owners[edge[1]] != owner]
 
+    def compiled(self, *, merged_only: bool) -> bool:
+        """Whether a node that leads to W is the whole backward of a ``torch.compile``d region.
+
+        Such a node may run only once: its buffers are given away as it runs. A merged one would run once per task.
+        """
+        return any(
+            node.name() == "CompiledFunctionBackward" and (not merged_only or self.owners[node] == MERGED)
+            for node in self.edges
+        )
+
     def is_pushed(self, node: Node) -> bool:
         """Whether gradients that arrive here have to be carried on to W task by task."""
         return node in self.edges and self.owners[node] == MERGED

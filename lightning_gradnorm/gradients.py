@@ -42,7 +42,22 @@ class UnreachedSharedLayerError(ValueError):
             f"The loss of {', '.join(f'task {task!r}' for task in self.tasks)} does not reach the shared layer: no gradient "
             "flows from it to those parameters. Let shared_layer() name a layer that every task uses; leave a task out "
             "of the dict for a batch that has no label for it; and where the layer runs inside torch.utils.checkpoint, "
-            "pass use_reentrant=False (a reentrant checkpoint hides its parameters from the graph)."
+            "pass use_reentrant=False (a reentrant checkpoint hides its parameters from the graph). "
+            "With torch.compile, compile the trunk below the layer and the heads above it, not the whole module."
+        )
+
+
+class CompiledSharedLayerError(RuntimeError):
+    """A compiled backward would have to run several times, which ``torch.compile`` does not allow."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} inside a region that torch.compile has compiled into one backward, and that may run only once: its "
+            "buffers are "
+            "given away as it runs, and a second run can return wrong gradients without an error. Keep the shared layer "
+            "outside the "
+            "compiled region (compile the trunk below it and the heads above it), or take norm_of='features' with a "
+            "shared_layer() whose output leaves the compiled region."
         )
 
 
@@ -110,6 +125,7 @@ class GradientReader(ABC):
 
     Raises:
         UnreachedSharedLayerError: if a task's loss does not reach any of the parameters.
+        CompiledSharedLayerError: if a compiled backward would have to run more than once.
     """
 
     engine: ClassVar[str]
@@ -142,6 +158,9 @@ class PerTaskBackward(GradientReader):
 
     def __init__(self, root: Tensor, losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> None:
         super().__init__(root, losses, parameters)
+        taps = {loss.grad_fn: task for task, loss in enumerate(losses.values()) if loss.grad_fn is not None}
+        if root.grad_fn is not None and task_graph(root.grad_fn, taps, self._parameters).compiled(merged_only=False):
+            raise CompiledSharedLayerError("The way from the losses to the shared layer leads")
         # With the joint backward's own cotangents as seeds, half precision under- and overflows no more than it does.
         seeds = torch.autograd.grad(root, list(losses.values()), retain_graph=True)
         gradients: list[list[Tensor | None]] = [
@@ -239,6 +258,8 @@ class JointBackward(GradientReader):
         unreached = [task for task, loss in losses.items() if loss.grad_fn not in graph.edges]
         if unreached:
             raise UnreachedSharedLayerError(unreached)
+        if graph.compiled(merged_only=True):
+            raise CompiledSharedLayerError("The tasks' gradients meet above the shared layer")
         pushed: dict[Node, None] = {}
         for node in graph.edges:
             owner = graph.owners[node]

@@ -6,6 +6,7 @@ training batch. The paper takes "generally the last shared layer", to save on co
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from lightning_gradnorm.autograd_graph import first_uses
 
 SharedLayerSpec = nn.Module | nn.Parameter | str | Iterable[nn.Module | nn.Parameter | str]
 
+_T = TypeVar("_T")
 _OVERRIDE = "Override shared_layer() in your LightningModule to return the layer that all tasks share"
 
 
@@ -37,6 +39,11 @@ class SharedLayer:
         return f"{shapes}{more}: {entries:,} entries, {self.reason}"
 
 
+def _named(pairs: Iterable[tuple[str, _T]]) -> Iterable[tuple[str, _T]]:
+    """The names as the user wrote the network: without what ``torch.compile`` puts between."""
+    return ((name.replace("_orig_mod.", "").removesuffix("._orig_mod"), value) for name, value in pairs)
+
+
 def resolve_shared_layer(spec: SharedLayerSpec, network: nn.Module) -> SharedLayer:
     """W as the user gave it.
 
@@ -52,7 +59,7 @@ def resolve_shared_layer(spec: SharedLayerSpec, network: nn.Module) -> SharedLay
     if not given:
         raise ValueError(f"shared_layer() gave no parameters ({_describe(spec)}). {_OVERRIDE}: one with weights.")
     trainable = [parameter for parameter in given if parameter.requires_grad]
-    names = {parameter: name for name, parameter in network.named_parameters()}
+    names = {parameter: name for name, parameter in _named(network.named_parameters())}
     if not trainable:
         frozen = ", ".join(names.get(parameter, "?") for parameter in given[:4])
         raise ValueError(
@@ -80,8 +87,8 @@ def feature_modules(spec: SharedLayerSpec | None, network: nn.Module) -> list[nn
         )
     if isinstance(spec, nn.Module):
         return [spec]
-    if isinstance(spec, str) and spec in dict(network.named_modules()):
-        return [network.get_submodule(spec)]
+    if isinstance(spec, str) and (module := dict(_named(network.named_modules())).get(spec)) is not None:
+        return [module]
     if isinstance(spec, nn.Parameter | str):
         wanted = list(_parameters(spec, network))
         return [module for module in network.modules() if any(p is q for p in module.parameters(recurse=False) for q in wanted)]
@@ -94,7 +101,7 @@ def _parameters(spec: SharedLayerSpec, network: nn.Module) -> Iterable[nn.Parame
     elif isinstance(spec, nn.Module):
         yield from spec.parameters()
     elif isinstance(spec, str):
-        modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
+        modules, parameters = dict(_named(network.named_modules())), dict(_named(network.named_parameters()))
         if spec not in modules and spec not in parameters:
             raise ValueError(
                 f"shared_layer() named {spec!r}, which is no module or parameter of {type(network).__name__}. "
@@ -132,7 +139,7 @@ def detect_shared_layer(losses: Mapping[str, Tensor], network: nn.Module) -> Sha
     Raises:
         ValueError: if the tasks have no trainable weight in common; it says what each task reaches.
     """
-    names = {parameter: name for name, parameter in network.named_parameters() if parameter.ndim >= 2}
+    names = {parameter: name for name, parameter in _named(network.named_parameters()) if parameter.ndim >= 2}
     reached = {task: {p: order for p, order in first_uses(loss.grad_fn).items() if p in names} for task, loss in losses.items()}
     by_task = list(reached.values())
     shared = set(by_task[0]).intersection(*by_task[1:])

@@ -1,6 +1,6 @@
 """Between the module, which has the losses, and the callback, which needs them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,14 @@ class BalancingLink:
         self.reads_gradients = False
         self.once_per_step = True
         self.noted: list[NotedLosses] = []
+        disable: Any = torch.compiler.disable
+        self._outside_compiled_code: Callable[[Mapping[str, Tensor]], Tensor] = disable(self._total)
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The weighted total, scalar, of checked losses."""
+        """The weighted total, scalar, of checked losses; a compiled ``training_step`` breaks its graph here."""
+        return self._outside_compiled_code(losses)
+
+    def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
         if not (self.recording and torch.is_grad_enabled()):
             return self.balancer.total(losses)
         if self.noted and self.once_per_step:

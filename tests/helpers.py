@@ -53,8 +53,11 @@ class TrunkAndHeads(MultiTaskMixin, L.LightningModule):
         self.heads = nn.ModuleDict({task: nn.Linear(10, 2) for task in scales})
         self.make_optimizer, self.lr = optimizer, lr
 
+    def features(self, x: Tensor) -> Tensor:
+        return self.trunk(x)
+
     def losses(self, x: Tensor) -> dict[str, Tensor]:
-        z = self.trunk(x)
+        z = self.features(x)
         target = x[:, :2]
         return {
             task: self.scales[task] * (head(z) - (k + 1) * target).pow(2).mean()

@@ -1,0 +1,165 @@
+"""Beside Lightning's other callbacks, activation checkpointing, the second namespace, and without a Trainer."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
+from torch.utils.checkpoint import checkpoint
+
+from lightning_gradnorm import GradNorm, GradNormCallback, JointBackward, tap_losses
+from tests.callbacks.test_trainer_features import TASKS, OnTensors, Watch, assert_same_history, loader, train
+from tests.helpers import TrunkAndHeads, batches, quiet_trainer
+
+
+@pytest.mark.filterwarnings("ignore")  # their own
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: EMAWeightAveraging(decay=0.9),
+        lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=10),
+        lambda: ModelPruning("l1_unstructured", parameter_names=["bias"], amount=0.0),
+    ],
+    ids=["EMA", "SWA", "pruning"],
+)
+def test_other_callbacks_change_nothing(tmp_path, other):
+    x, module = torch.randn(4, 8, 6), OnTensors()
+    beside = train(tmp_path, copy.deepcopy(module), loader(x), callbacks=[other()])
+    assert_same_history(beside, train(tmp_path, copy.deepcopy(module), loader(x)), rtol=1e-6)
+
+
+class Finetuned(OnTensors):
+    """A backbone that a finetuning callback freezes, and the rest."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = self.trunk
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+def test_while_a_finetuning_callback_keeps_the_layer_frozen_the_weights_wait(tmp_path):
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False)
+    with pytest.warns(
+        UserWarning, match="The weights stay as they are while a finetuning callback keeps the layer frozen"
+    ) as caught:
+        callback = train(tmp_path, Finetuned(), loader(torch.randn(3, 8, 6)), callbacks=[finetuning], max_epochs=4)
+    assert sum("finetuning" in str(warning.message) for warning in caught) == 1
+    moved = [not torch.equal(weights, torch.ones(4, dtype=torch.float64)) for weights in callback.applied]
+    assert moved == [False] * 7 + [True] * 5  # two epochs frozen; the first step after them still applies ones
+    assert callback.shared.names == ("trunk.2.weight",)
+
+
+def test_frozen_in_mid_training_the_weights_wait(tmp_path):
+    class Toggled(OnTensors):
+        def training_step(self, batch, batch_idx):
+            self.trunk[2].requires_grad_(batch_idx not in (2, 3))
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="is frozen or was not used in this step"):
+        callback = train(tmp_path, Toggled(), loader(torch.randn(6, 8, 6)))
+    still = [torch.equal(a, b) for a, b in zip(callback.applied, callback.applied[1:], strict=False)]
+    assert still == [False, False, True, True, False]
+
+
+class Checkpointed(OnTensors):
+    """The whole trunk computed again in the backward."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant, self.forwards = reentrant, 0
+        self.trunk[2].register_forward_hook(self._count)
+
+    def _count(self, *_):
+        self.forwards += 1
+
+    def features(self, x):
+        return checkpoint(self.trunk, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+def test_non_reentrant_checkpointing_is_exact_and_its_cost_known(tmp_path):
+    x, module = torch.randn(3, 8, 6), Checkpointed(reentrant=False)
+    plain = OnTensors()
+    plain.load_state_dict(module.state_dict())
+    callback = train(tmp_path, module, loader(x))
+    assert_same_history(callback, train(tmp_path, plain, loader(x)), rtol=1e-5)
+    # Per step: the forward, once again for each task's product, once again for the backward itself.
+    assert module.forwards == 3 * (1 + len(TASKS) + 1)
+
+
+def test_a_reentrant_checkpoint_over_the_layer_says_use_reentrant_false(tmp_path):
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        train(tmp_path, Checkpointed(reentrant=True), loader(torch.randn(3, 8, 6)))
+
+
+def test_a_balancer_can_be_pickled_and_copied_after_a_fit(tmp_path):
+    callback = GradNormCallback(lr=0.1, summary=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback])
+    trainer.fit(TrunkAndHeads(), batches(3))
+    again = pickle.loads(pickle.dumps(callback.balancer))
+    assert again.weights == callback.weights
+    assert copy.deepcopy(callback.balancer).weights == callback.weights
+
+
+def test_a_fabric_loop_equals_the_trainer(tmp_path):
+    x, module = torch.randn(6, 8, 6), TrunkAndHeads()
+    by_trainer = OnTensors()
+    by_trainer.load_state_dict(module.state_dict())
+    expected = train(tmp_path, by_trainer, loader(x))
+
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    fabric.launch()
+    network, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))
+    network.mark_forward_method("losses")
+    gradnorm = GradNorm(lr=0.1)
+    for batch in x:
+        optimizer.zero_grad()
+        losses = tap_losses(network.losses(batch))
+        total = gradnorm.total(losses)
+        reader = JointBackward(total, losses, [module.trunk[2].weight])
+        fabric.backward(total)
+        gradnorm.update(reader.measurement())
+        optimizer.step()
+    assert gradnorm.weights == pytest.approx(expected.weights, rel=1e-9)
+
+
+NAMESPACES = """
+import importlib, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+namespaces = sys.argv[2].split("+")
+modules = [importlib.import_module(name) for name in namespaces]
+from lightning_gradnorm import GradNormCallback, MultiTaskMixin
+for pl in modules:
+    class Net(MultiTaskMixin, pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.a, self.b = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+        def training_step(self, batch, batch_idx):
+            z = self.trunk(batch).tanh()
+            return self.total_loss({"a": self.a(z).pow(2).mean(), "b": 9 * (self.b(z) - 1).pow(2).mean()})
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+    for form in (lambda c: c, lambda c: [c]):
+        callback = GradNormCallback(summary=False)
+        off = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=sys.argv[1], callbacks=form(callback), **off)
+        trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(12, 3), batch_size=4))
+        assert callback.balancer.steps == 3 and callback.weights["a"] > 1, callback.weights
+if namespaces == ["pytorch_lightning"]:
+    assert "lightning.pytorch" not in sys.modules, "a namespace that nobody asked for was imported"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("namespaces", ["lightning.pytorch", "pytorch_lightning", "lightning.pytorch+pytorch_lightning"])
+def test_both_lightning_namespaces(tmp_path, namespaces):
+    for name in namespaces.split("+"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", NAMESPACES, str(tmp_path), namespaces], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

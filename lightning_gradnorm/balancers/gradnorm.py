@@ -85,15 +85,15 @@ class GradNorm(LossBalancer):
             optimizer.step()
             optimizer.zero_grad()
 
-    Deviations from the paper, by default: the update is on log w and the target is the feasible one. The printed rule,
-    additive on w with a target that cannot be met, rests elsewhere than at w_i ∝ r_i^α / n_i, and cannot hold a weight
-    much smaller than its step. ``update="paper"`` is Algorithm 1 as printed.
+    Deviations from the paper, by default: the update is of L_grad / Ḡ on log w, and the target is the feasible one. The
+    printed rule, additive on w with a target that cannot be met, rests elsewhere than at w_i ∝ r_i^α / n_i, and cannot
+    hold a weight much smaller than its step. ``update="paper"`` is Algorithm 1 as printed.
 
     Args:
         alpha: α ≥ 0, the asymmetry: how strongly slow tasks are favoured. The paper used 1.5 on NYUv2 and 0.12 on its toy.
         lr: learning rate of the weights' own optimiser (the paper: 0.025); with ``update="log"`` and Adam, about the
             relative change of a weight in one step. Not used by ``"closed_form"``.
-        update: ``"log"``, the gradient of L_grad applied to log w; ``"paper"``, Algorithm 1 as printed; ``"closed_form"``,
+        update: ``"log"``, the gradient of L_grad / Ḡ applied to log w; ``"paper"``, Algorithm 1 as printed; ``"closed_form"``,
             w_i ∝ r_i^α / n_i in an exponential average of log w.
         optimizer: factory of the weights' optimiser, called as ``optimizer([weights], lr=lr)``.
         initial_losses: L_i(0): ``"first"`` measurement, the mean of the first N (an int; weights stay at 1 until then),
@@ -266,7 +266,8 @@ class GradNorm(LossBalancer):
             log_wanted = wanted.clamp(self.min_weight, self.max_weight).log()
             return torch.where(moves, self.ema_decay * weights.log() + (1 - self.ema_decay) * log_wanted, weights.log()).exp()
         logarithmic = self.update_rule == "log"
-        gradient = gradnorm_gradient(weighted, targets, weighted if logarithmic else norms)
+        # Of L_grad / Ḡ on log w: a number without a unit, so that the losses' unit does not meet an optimiser's epsilon.
+        gradient = gradnorm_gradient(weighted, targets, weighted / weighted.mean() if logarithmic else norms)
         values, accept = self._weights.log() if logarithmic else self._weights, usable.expand(self._weights.shape)
         if positions is not None:
             gradient = torch.zeros_like(self._weights).index_copy(0, positions, gradient)

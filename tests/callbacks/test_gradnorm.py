@@ -16,7 +16,7 @@ MILD = {"small": 0.5, "middle": 0.4, "large": 0.3, "odd": 0.2}  # so that the ad
 def algorithm_1(module, loader, *, alpha, lr, optimizer, network_optimizer, logarithmic):
     """Chen et al. 2018, Algorithm 1, with L_grad differentiated by autograd through a second-order graph.
 
-    ``logarithmic``: the variant on log w with the feasible target.
+    ``logarithmic``: the variant on log w with the feasible target, of L_grad / Ḡ.
     """
     w = torch.ones(len(TASKS), requires_grad=True)
     v = torch.zeros(len(TASKS), requires_grad=True)  # log w
@@ -36,6 +36,7 @@ def algorithm_1(module, loader, *, alpha, lr, optimizer, network_optimizer, loga
         shares = rates**alpha
         targets = (norms.mean() * (shares / shares.mean() if logarithmic else shares)).detach()
         loss_grad = (norms - targets).abs().sum()
+        loss_grad = loss_grad / norms.mean().detach() if logarithmic else loss_grad
         gradient = torch.autograd.grad(loss_grad, v if logarithmic else w, retain_graph=True)[0]
         network.zero_grad()
         (applied.detach() * losses).sum().backward()

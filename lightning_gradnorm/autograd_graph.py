@@ -44,6 +44,10 @@ class TaskGraph:
             for node in self.edges
         )
 
+    def has_reentrant_checkpoint(self) -> bool:
+        """Whether a part of the graph is hidden in a reentrant ``torch.utils.checkpoint``."""
+        return any(node.name() == "CheckpointFunctionBackward" for node in self.edges)
+
     def is_pushed(self, node: Node) -> bool:
         """Whether gradients that arrive here have to be carried on to W task by task."""
         return node in self.edges and self.owners[node] == MERGED

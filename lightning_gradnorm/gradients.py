@@ -10,7 +10,7 @@ Both leave every parameter's ``.grad`` as the plain backward makes it.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradnorm.autograd_graph import Edge, TaskGraph, task_graph
+from lightning_gradnorm.losses import check_losses
 from lightning_gradnorm.measurement import Measurement, stack_scalars, widest_float
 
 
@@ -29,8 +30,11 @@ def tap_losses(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         losses: task name → scalar loss that requires grad.
+
+    Raises:
+        TypeError, ValueError: for losses that cannot be used; the message names the task and the way out.
     """
-    return {task: loss.view_as(loss) for task, loss in losses.items()}
+    return {task: loss.view_as(loss) for task, loss in check_losses(losses, differentiable=True).items()}
 
 
 class UnreachedSharedLayerError(ValueError):
@@ -109,6 +113,17 @@ def cosines(gradients: Tensor) -> Tensor:
     """Cosine of the angle between every two rows, ``[T, |W|]`` → ``[T, T]``; NaN beside a row of zeros."""
     unit = gradients / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
     return torch.mm(unit, unit.T)
+
+
+class HiddenUseError(RuntimeError):
+    """The shared layer was used inside a reentrant checkpoint as well, where its gradient cannot be told apart by task."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The shared layer is also used inside a reentrant torch.utils.checkpoint, which hides that part of the tasks' "
+            "gradients. "
+            "Pass use_reentrant=False."
+        )
 
 
 class IncompleteBackwardError(RuntimeError):
@@ -214,6 +229,7 @@ class JointBackward(GradientReader):
         self._gradients: list[list[Tensor | None]] = [[None] * len(self._parameters) for _ in self.tasks]
         self._arrived: dict[tuple[Node, int], dict[int, Tensor]] = {}
         self._handles: list[RemovableHandle] = []
+        self._accumulated: dict[int, int] = {}
         self._awaited = 0  # exclusive nodes whose hook has not fired yet
         try:
             self._lay_hooks(root, losses)
@@ -227,8 +243,11 @@ class JointBackward(GradientReader):
         Raises:
             IncompleteBackwardError: if the backward did not pass through all of the tasks' graphs (it was not run, or
                 was restricted with ``inputs=``).
+            HiddenUseError: if W was used inside a reentrant checkpoint too.
         """
         self.discard()
+        if any(count > 1 for count in self._accumulated.values()):
+            raise HiddenUseError
         cotangents = [c for c in self._cotangents if c is not None]
         if self._awaited or len(cotangents) < len(self.tasks):
             raise IncompleteBackwardError(
@@ -268,8 +287,14 @@ class JointBackward(GradientReader):
                 self._awaited += 1
                 self._handles.append(node.register_hook(self._read(owner, leaving, graph)))
                 pushed.update((child, None) for _, child, _ in leaving if graph.is_pushed(child))
+        if graph.has_reentrant_checkpoint():  # then count how often W takes in a gradient: once is all that we can see
+            leaves: list[Any] = [tensor for tensor in self._parameters if tensor.is_leaf]
+            self._handles += [leaf.register_post_accumulate_grad_hook(self._count) for leaf in leaves]
         self._handles += [node.register_prehook(self._push_down(node)) for node in pushed]
         self._handles += [node.register_prehook(self._read_cotangent(task)) for node, task in taps.items()]
+
+    def _count(self, parameter: Tensor) -> None:
+        self._accumulated[id(parameter)] = self._accumulated.get(id(parameter), 0) + 1
 
     def _read_cotangent(self, task: int) -> Callable[..., None]:
         def prehook(grad_outputs: tuple[Tensor | None, ...]) -> None:

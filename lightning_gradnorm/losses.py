@@ -62,12 +62,13 @@ def check_losses(losses: TaskLosses, *, differentiable: bool) -> dict[str, Tenso
         ValueError: if there is no loss, a loss is not a real scalar, is detached though a backward will follow, or a
             name cannot be used.
     """
-    if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
+    usable = isinstance(losses, Iterable) and not isinstance(losses, Tensor | str)
+    pairs = list(losses.items() if isinstance(losses, Mapping) else losses) if usable else []
+    if not usable or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise TypeError(
             f"total_loss() takes a dict of task name → loss, got {type(losses).__name__}. "
             "Write total_loss({'depth': depth_loss, 'normals': normals_loss})."
         )
-    pairs = list(losses.items() if isinstance(losses, Mapping) else losses)
     if not pairs:
         raise ValueError(
             "total_loss() needs at least one task's loss, got none. For a batch without any label, return None from "

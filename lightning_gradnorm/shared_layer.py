@@ -4,6 +4,7 @@ Given by the user (a module, a parameter, several of them, a dotted name), or fo
 training batch. The paper takes "generally the last shared layer", to save on compute.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,6 +15,7 @@ from lightning_gradnorm.autograd_graph import first_uses
 
 SharedLayerSpec = nn.Module | nn.Parameter | str | Iterable[nn.Module | nn.Parameter | str]
 
+_PART = re.compile(r"(?<=\.)original\d*$")
 _T = TypeVar("_T")
 _OVERRIDE = "Override shared_layer() in your LightningModule to return the layer that all tasks share"
 
@@ -87,7 +89,7 @@ def feature_modules(spec: SharedLayerSpec | None, network: nn.Module) -> list[nn
         )
     if isinstance(spec, nn.Module):
         return [spec]
-    if isinstance(spec, str) and (module := dict(_named(network.named_modules())).get(spec)) is not None:
+    if isinstance(spec, str) and (module := dict(_named(network.named_modules(remove_duplicate=False))).get(spec)) is not None:
         return [module]
     if isinstance(spec, nn.Parameter | str):
         wanted = list(_parameters(spec, network))
@@ -101,7 +103,8 @@ def _parameters(spec: SharedLayerSpec, network: nn.Module) -> Iterable[nn.Parame
     elif isinstance(spec, nn.Module):
         yield from spec.parameters()
     elif isinstance(spec, str):
-        modules, parameters = dict(_named(network.named_modules())), dict(_named(network.named_parameters()))
+        modules = dict(_named(network.named_modules(remove_duplicate=False)))
+        parameters = dict(_named(network.named_parameters(remove_duplicate=False)))
         if spec not in modules and spec not in parameters:
             raise ValueError(
                 f"shared_layer() named {spec!r}, which is no module or parameter of {type(network).__name__}. "
@@ -145,15 +148,17 @@ def detect_shared_layer(losses: Mapping[str, Tensor], network: nn.Module) -> Sha
     shared = set(by_task[0]).intersection(*by_task[1:])
     if not shared:
         raise ValueError(_nothing_shared(reached, names))
-    first_use = {p: min(uses[p] for uses in by_task) for p in shared}
-    ranked = sorted(shared, key=lambda parameter: first_use[parameter])
+    # The parts of a parametrised weight (of weight_norm, say) are one weight.
+    weights: dict[str, list[nn.Parameter]] = {}
+    for parameter in sorted(shared, key=lambda parameter: min(uses[parameter] for uses in by_task)):
+        weights.setdefault(_PART.sub("", names[parameter]), []).append(parameter)
+    ranked = list(weights.values())
     if len(ranked) > 1 and len(by_task) > 1 and all(set(uses) == shared for uses in by_task):
         chosen, reason = ranked[-2], "the last hidden weight of a network that the tasks share whole"
     else:
         chosen, reason = ranked[-1], "the last weight that every task's loss reaches"
-    return SharedLayer(
-        (names[chosen],), (chosen,), f"{reason}; found from the graph, override shared_layer() to choose another"
-    )
+    reason += "; found from the graph, override shared_layer() to choose another"
+    return SharedLayer(tuple(names[parameter] for parameter in chosen), tuple(chosen), reason)
 
 
 def _nothing_shared(reached: Mapping[str, Mapping[nn.Parameter, int]], names: Mapping[nn.Parameter, str]) -> str:

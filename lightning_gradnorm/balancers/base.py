@@ -2,7 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -83,7 +83,7 @@ class LossBalancer(ABC):
         tasks = tuple(tasks)
         if tasks == self.tasks:
             return self._weights.clone()
-        self._check_known(tasks)
+        self._check_names(tasks)
         or_one = torch.cat([self._weights, self._weights.new_ones(1)])
         positions = [self.tasks.index(task) if task in self.tasks else len(self.tasks) for task in tasks]
         return or_one.index_select(0, torch.tensor(positions, device=or_one.device))
@@ -120,7 +120,7 @@ class LossBalancer(ABC):
                     f"{type(self).__name__} needs each task's gradient norm on the shared layer, and the measurement has none. "
                     "Read them with JointBackward, or use LossBalancingCallback."
                 )
-            self._check_known(measurement.tasks)
+            self._check_names(measurement.tasks)
             self._check(measurement)
             self._learn(measurement.tasks, measurement.losses.device)
             positions = [self.tasks.index(task) for task in measurement.tasks]
@@ -156,14 +156,20 @@ class LossBalancer(ABC):
         Raises:
             ValueError: if it holds other tasks than the declared ones.
         """
-        self._check_known(state["tasks"])
+        self._check_declared(state["tasks"])
         self._clear()
         self.tasks = tuple(state["tasks"])
         self.steps = int(state["steps"])
         self.skipped_updates = state["skipped_updates"].clone()
         self._weights = state["weights"].clone()
 
-    def _check_known(self, tasks: Iterable[str]) -> None:
+    def _check_names(self, tasks: Sequence[str]) -> None:
+        if not tasks:
+            raise ValueError(f"{type(self).__name__} weighs at least one task's loss, got none.")
+        check_task_names((*self.known_tasks, *(task for task in tasks if task not in self.known_tasks)))
+        self._check_declared(tasks)
+
+    def _check_declared(self, tasks: Iterable[str]) -> None:
         unknown = [task for task in tasks if self._declared is not None and task not in self._declared]
         if unknown:
             raise ValueError(

@@ -161,7 +161,7 @@ class GradNorm(LossBalancer):
             _in_range(f"priority of task {task!r}", priority, 0 < priority < math.inf, "above 0; 1 is the usual importance")
         self.alpha, self.lr, self.update_rule, self.scale, self.reference = float(alpha), float(lr), update, scale, reference
         self.min_weight, self.max_weight, self.ema_decay = float(min_weight), float(upper), float(ema_decay)
-        self.priorities = dict(priorities or {})
+        self.priorities = {task: float(priority) for task, priority in (priorities or {}).items()}
         self._initial_losses = InitialLossTracker(initial_losses)
         self._initial_losses_spec = initial_losses
         self._factory = optimizer
@@ -179,7 +179,7 @@ class GradNorm(LossBalancer):
             "lr": self.lr,
             "update": self.update_rule,
             "optimizer": getattr(self._factory, "__name__", None) or str(self._factory),
-            "initial_losses": dict(given) if isinstance(given, Mapping) else given,
+            "initial_losses": dict(self._initial_losses.given) if isinstance(given, Mapping) else given,
             "scale": self.scale,
             "reference": self.reference,
             "min_weight": self.min_weight,
@@ -221,7 +221,9 @@ class GradNorm(LossBalancer):
     def _update(self, measurement: Measurement, positions: Tensor | None) -> None:
         norms = measurement.gradient_norms
         initial = self._initial_losses.observe(measurement)
-        if initial is None or norms is None:
+        assert norms is not None, "the contract has checked it"
+        if initial is None:
+            self.skipped_updates += ~(measurement.losses + norms).sum().isfinite()
             return
         norms = norms.to(self._weights)
         weights = self._weights if positions is None else self._weights[positions]

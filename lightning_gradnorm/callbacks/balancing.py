@@ -120,15 +120,15 @@ class LossBalancingCallback(Callback):
         pl_module._loss_balancing = self._link
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
-        vars(pl_module).pop("_loss_balancing", None)
+        self._let_go(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
+        self._let_go(pl_module)
 
-    def _let_go(self) -> None:
+    def _let_go(self, pl_module: LightningModule) -> None:
         self._link.stop()
         self._measuring.let_go()
+        vars(pl_module).pop("_loss_balancing", None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_global_step = trainer.global_step
@@ -145,7 +145,9 @@ class LossBalancingCallback(Callback):
         rows, folder = self._summary.rows(self.weights), trainer.log_dir  # every rank asks for the folder
         if rows and trainer.is_global_zero:
             name, steps = self.balancer.state_name, self._summary.steps
-            print_table(rows, f"{name} after {steps} steps (w: weight, share: of the gradient norms on the shared layer)")
+            print_table(
+                rows, f"{name} after {steps} steps (w: weight; before, after: share of the gradient norms on the shared layer)"
+            )
             if trainer.loggers and folder is not None:
                 path = write_weights(Path(folder), rows, method=name, settings=self.balancer.settings(), steps=steps)
                 rank_zero_info(f"Loss weights written to {path}")

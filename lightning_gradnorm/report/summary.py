@@ -57,13 +57,13 @@ class RunSummary:
 
         Args:
             weights: the weights that it applied, of ``measurement.tasks``, shape ``[T]``.
-            measurement: its losses and norms; a step with a non-finite loss or norm is left out.
+            measurement: its losses and norms; a step with a non-finite loss or norm, or none above 0, is left out.
             epoch: its number; the first step of another epoch starts the epoch's sums anew.
         """
         tasks, losses, norms = measurement
         self._make_room(tasks, losses)
         weights = weights.to(losses)
-        usable = (losses if norms is None else losses + norms).sum().isfinite()
+        usable = (losses if norms is None else losses + norms / norms.sum()).sum().isfinite()  # all norms 0 is no share
         norms = torch.full_like(losses, torch.nan) if norms is None else norms.to(losses)
         at = (
             slice(None)

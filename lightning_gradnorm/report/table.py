@@ -1,7 +1,8 @@
 """The table at the end of fit.
 
-``w``: the weight at the first step, on average and for a next step. ``share``: the task's part of the gradient norms on the
-shared layer, unweighted at the first step and weighted over the last epoch. ``loss ratio``: of the first loss, what is left.
+``w``: the weight at the first step, on average and for a next step. ``before``, ``after``: the task's share of the gradient
+norms on the shared layer, unweighted at the first step and weighted over the last epoch. ``loss ratio``: of the first loss,
+what is left.
 """
 
 import importlib.util
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from lightning_gradnorm.report.summary import TaskSummary
 
-COLUMNS = ("task", "w start", "w mean", "w end", "share before", "share after", "loss ratio")
+COLUMNS = ("task", "w start", "w mean", "w end", "before", "after", "loss ratio")
 
 
 def _number(value: float) -> str:
@@ -51,10 +52,12 @@ def print_table(rows: Sequence[TaskSummary], title: str) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i == 0 else "right")
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column(COLUMNS[0], overflow="fold")  # on a narrow console a name goes on in the next line; a number never does
+    for column in COLUMNS[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*map(Text, cells(row)))  # as it is: a task's name may look like rich's markup
     Console().print(table)

@@ -43,8 +43,13 @@ def per_task(tag: str, tasks: Sequence[str], values: Tensor) -> dict[str, Tensor
 
 def per_pair(tag: str, tasks: Sequence[str], values: Tensor) -> dict[str, Tensor]:
     """``[T, T]`` symmetric values → ``<tag>/<a>_<b>`` → scalar, each pair once."""
-    pairs = itertools.combinations(range(len(tasks)), 2)
-    return {f"{tag}/{task_tag(tasks[i])}_{task_tag(tasks[j])}": values[i, j] for i, j in pairs}
+    scalars: dict[str, Tensor] = {}
+    for i, j in itertools.combinations(range(len(tasks)), 2):
+        joint = "_"
+        while (name := f"{tag}/{task_tag(tasks[i])}{joint}{task_tag(tasks[j])}") in scalars:  # "a_b" with "c", "a" with "b_c"
+            joint += "_"
+        scalars[name] = values[i, j]
+    return scalars
 
 
 def totals(weights: Tensor, losses: Tensor) -> Mapping[str, Tensor]:

@@ -1,0 +1,178 @@
+"""The running statistics against plain Python ones over the whole history."""
+
+import io
+import math
+from statistics import fmean, pstdev
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_gradnorm.measurement import Measurement
+from lightning_gradnorm.report.summary import RunSummary, TaskSummary
+
+TASKS = ("a", "b", "c", "größe 4")
+STD = 2
+FINAL = {task: 0.5 + i for i, task in enumerate(TASKS)}
+NUMBER = st.floats(1e-3, 1e3)
+BROKEN = st.sampled_from([math.nan, math.inf, -math.inf])
+
+
+@st.composite
+def a_step(draw, norms: bool):
+    """What one step applied and measured: task → (weight, loss, norm)."""
+    tasks = draw(st.permutations(TASKS))[: draw(st.integers(1, len(TASKS)))]
+    step = {task: [draw(NUMBER), draw(NUMBER), draw(NUMBER) if norms else None] for task in tasks}
+    if draw(st.integers(0, 5)) == 0:
+        step[draw(st.sampled_from(tasks))][2 if norms and draw(st.booleans()) else 1] = draw(BROKEN)
+    return step
+
+
+def runs():
+    """Epochs of steps; either all steps measured norms, or none."""
+    return st.booleans().flatmap(
+        lambda norms: st.lists(st.lists(a_step(norms), min_size=1, max_size=6), min_size=1, max_size=3)
+    )
+
+
+def finite(step) -> bool:
+    return all(math.isfinite(value) for values in step.values() for value in values if value is not None)
+
+
+def take(summary: RunSummary, step, epoch: int = 0) -> None:
+    weights, losses, norms = (list(column) for column in zip(*step.values(), strict=True))
+    as_double = [torch.tensor(column, dtype=torch.float64) for column in (weights, losses)]
+    gradient_norms = None if None in norms else torch.tensor(norms, dtype=torch.float64)
+    summary.add(as_double[0], Measurement(tuple(step), as_double[1], gradient_norms), epoch)
+
+
+def summary_of(run) -> RunSummary:
+    summary = RunSummary()
+    for number, epoch in enumerate(run):
+        for step in epoch:
+            take(summary, step, number)
+    return summary
+
+
+def share(step, task, weighted: bool) -> float:
+    parts = {t: (w if weighted else 1.0) * (math.nan if n is None else n) for t, (w, _, n) in step.items()}
+    return parts[task] / sum(parts.values())
+
+
+def by_hand(run) -> dict[str, TaskSummary]:
+    """From the whole history, one task at a time."""
+    rows = {}
+    for task in TASKS:
+        steps = [step for epoch in run for step in epoch if task in step and finite(step)]
+        if not steps:
+            continue
+        last = [step for step in run[-1] if task in step and finite(step)]
+        weights, first_loss = [step[task][0] for step in steps], steps[0][task][1]
+        rows[task] = TaskSummary(
+            task=task,
+            start=weights[0],
+            mean=fmean(weights),
+            std=pstdev(weights),
+            final=FINAL[task],
+            share_before=share(steps[0], task, weighted=False),
+            share_after=fmean(share(step, task, weighted=True) for step in last) if last else math.nan,
+            loss_ratio=fmean(step[task][1] / first_loss for step in last) if last else math.nan,
+        )
+    return rows
+
+
+def numbers(row: TaskSummary) -> list[float]:
+    return [getattr(row, name) for name in TaskSummary.__dataclass_fields__ if name != "task"]
+
+
+@given(runs())
+def test_the_rows_are_the_plain_statistics(run):
+    summary, expected = summary_of(run), by_hand(run)
+    rows = summary.rows(FINAL)
+    assert {row.task for row in rows} == expected.keys()
+    for row in rows:
+        by_sums, plain = numbers(row), numbers(expected[row.task])
+        assert by_sums.pop(STD) == pytest.approx(plain.pop(STD), abs=1e-4), "a difference of sums of squares up to 1e6"
+        assert by_sums == pytest.approx(plain, rel=1e-9, nan_ok=True)
+    seen = [sum(finite(step) and task in step for epoch in run for step in epoch) for task in TASKS]
+    assert summary.steps == max(seen)
+
+
+@given(runs(), st.data())
+def test_a_state_saved_and_loaded_goes_on_as_if_nothing_had_been(run, data):
+    """Stopped after any step, through torch's safe loading, and equal bit for bit at the end."""
+    whole = summary_of(run)
+    stop = data.draw(st.integers(0, sum(map(len, run))))
+    summary, seen = RunSummary(), 0
+    for number, epoch in enumerate(run):
+        for step in epoch:
+            if seen == stop:
+                file = io.BytesIO()
+                torch.save(summary.state_dict(), file)
+                file.seek(0)
+                summary = RunSummary()
+                summary.load_state_dict(torch.load(file, weights_only=True))
+            take(summary, step, number)
+            seen += 1
+    assert repr(summary.rows(FINAL)) == repr(whole.rows(FINAL))
+    assert summary.tasks == whole.tasks
+    assert summary.steps == whole.steps
+
+
+def test_a_state_is_a_copy():
+    summary = summary_of([[{"a": [1.0, 2.0, 3.0]}]])
+    state = summary.state_dict()
+    take(summary, {"a": [5.0, 2.0, 3.0]})
+    other = RunSummary()
+    other.load_state_dict(state)
+    take(other, {"a": [7.0, 2.0, 3.0]})
+    third = RunSummary()
+    third.load_state_dict(state)
+    assert [s.rows({})[0].mean for s in (summary, other, third)] == [3.0, 4.0, 1.0]
+
+
+def test_numbers_that_can_be_done_in_the_head():
+    """Two epochs; ``b`` joins in the second; a NaN at the start counts for nothing."""
+    summary = RunSummary()
+    assert summary.rows({}) == []
+    assert summary.steps == 0
+    take(summary, {"a": [9.0, math.nan, 1.0]})
+    assert summary.rows({}) == []
+    take(summary, {"a": [1.0, 8.0, 1.0]})
+    take(summary, {"a": [2.0, 6.0, 1.0]})
+    take(summary, {"a": [3.0, 4.0, 1.0], "b": [1.0, 10.0, 3.0]}, epoch=1)
+    take(summary, {"b": [0.5, 5.0, 2.0], "a": [2.0, 2.0, 3.0]}, epoch=1)
+    a, b = summary.rows({"a": 2.5})
+    assert numbers(a) == pytest.approx([1.0, 2.0, 0.5**0.5, 2.5, 1.0, (3 / 6 + 6 / 7) / 2, (4 / 8 + 2 / 8) / 2])
+    assert numbers(b) == pytest.approx([1.0, 0.75, 0.25, 0.75, 3 / 4, (3 / 6 + 1 / 7) / 2, 0.75])
+    assert summary.steps == 4
+
+
+def test_without_norms_there_are_no_shares():
+    row = summary_of([[{"a": [1.0, 2.0, None]}, {"a": [3.0, 1.0, None]}]]).rows({"a": 4.0})[0]
+    assert math.isnan(row.share_before)
+    assert math.isnan(row.share_after)
+    assert (row.start, row.mean, row.std, row.final, row.loss_ratio) == (1.0, 2.0, 1.0, 4.0, 0.75)
+
+
+def test_a_step_whose_gradients_all_vanish_does_not_spoil_the_shares():
+    summary = summary_of([[{"a": [1.0, 2.0, 1.0], "b": [1.0, 2.0, 3.0]}, {"a": [1.0, 2.0, 0.0], "b": [1.0, 2.0, 0.0]}]])
+    assert [row.share_after for row in summary.rows({})] == pytest.approx([0.25, 0.75])
+
+
+def test_an_epoch_without_steps_leaves_the_last_one_standing():
+    summary = summary_of([[{"a": [1.0, 2.0, 1.0]}, {"a": [1.0, 1.0, 1.0]}], []])
+    assert summary.rows({})[0].loss_ratio == 0.75
+
+
+def test_the_spread_of_a_constant_weight_is_zero():
+    run = [[{"a": [0.1, 1.0, 1.0], "b": [1234.567, 1.0, 1.0]}] * 1000]
+    assert [row.std for row in summary_of(run).rows({})] == pytest.approx([0.0, 0.0], abs=1e-4)
+
+
+def test_single_precision_comes_out_in_double():
+    summary = RunSummary()
+    for weight in (1.0, 1.0 + 2**-20):
+        summary.add(torch.tensor([weight]), Measurement(("a",), torch.tensor([2.0], dtype=torch.float64), torch.ones(1)), 0)
+    assert summary.rows({})[0].mean == 1.0 + 2**-21

@@ -1,0 +1,371 @@
+"""What is refused says what came, what the rule is and the way out; and no state is changed by it."""
+
+import math
+import re
+import warnings
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_gradnorm import (
+    GradNorm,
+    GradNormCallback,
+    JointBackward,
+    LossBalancingCallback,
+    Measurement,
+    PerTaskBackward,
+    tap_losses,
+)
+from tests.helpers import TrunkAndHeads, batches, quiet_trainer, same_state
+
+NAN, INF = math.nan, math.inf
+TASKS = ("a", "b", "c d")
+
+
+def measured(tasks=TASKS, losses=None, norms=(1.0, 2.0, 4.0)) -> Measurement:
+    losses = torch.arange(1.0, 1 + len(tasks), dtype=torch.float64) if losses is None else torch.tensor(losses).double()
+    return Measurement(tuple(tasks), losses, None if norms is None else torch.tensor(norms[: len(tasks)]).double())
+
+
+def live(**settings) -> GradNorm:
+    """A balancer in the middle of its work."""
+    balancer = GradNorm(**settings)
+    balancer.update(measured())
+    balancer.update(measured(losses=[0.9, 1.5, 2.9], norms=(2.0, 1.0, 3.0)))
+    return balancer
+
+
+def refuses(balancer: GradNorm, error, words, call) -> None:
+    """It raises, by its words, and its state is as it was."""
+    before = balancer.state_dict()
+    with pytest.raises(error, match=words):
+        call(balancer)
+    assert same_state(before, balancer.state_dict())
+
+
+# -- settings ------------------------------------------------------------------------------------------------------------
+
+RULES = {
+    "alpha": ((-0.5, NAN, INF), "at least 0: at 0 all norms are pulled together, at 1.5 slow tasks are favoured"),
+    "lr": ((-1e-3, NAN, INF), "at least 0"),
+    "ema_decay": ((1.0, -0.1, NAN), "at least 0 and below 1"),
+    "min_weight": ((1.5, 0.0, -0.1, NAN), "above 0 and at most 1, or no weights could sum to the number of tasks"),
+    "max_weight": ((0.5, NAN), "at least 1, or no weights could sum to the number of tasks; None for no bound"),
+    "update": (("additive", None), "one of 'log', 'paper', 'closed_form'"),
+    "scale": (("mean", None), "one of 'sum', 'reference', 'gradient'"),
+    "update_every": ((0, -2, True, 1.5, "2"), "a whole number of steps, 1 or more"),
+    "initial_losses": ((0, -3, "mean", True, 2.5), "'first', a number of steps to average, or a dict of task name → L(0)"),
+}
+TOGETHER = [
+    ({"scale": "reference"}, "go together: got scale='reference' with reference=None.*Name the task"),
+    ({"reference": "a"}, "go together: got scale='sum' with reference='a'.*choose another scale rule"),
+    *(({"initial_losses": {"b": 1.0, "a": v}}, f"initial loss of task 'a' is {v!r}; .* finite one above 0.*initial_losses=")
+      for v in (0, -0.5, NAN, INF, None, "1", True)),
+    *(({"priorities": {"b": 1.0, "a": v}}, f"priority of task 'a' is above 0; 1 is the usual importance; got {v!r}")
+      for v in (0, -0.5, NAN, INF)),
+    ({"tasks": ["a", "b", "a"]}, "Two tasks with one name: 'a' twice"),
+    ({"tasks": ["a b", "a_b"]}, "'a_b' and 'a b' .*both are 'a_b' in a logger's tag"),
+    ({"tasks": ["a", "b\n"]}, r"task name 'b\\n' cannot be part of a logger's tag"),
+]  # fmt: skip
+ALONE = [({name: v}, re.escape(f"{name} is {rule}; got {v!r}.")) for name, (values, rule) in RULES.items() for v in values]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"), ALONE + TOGETHER, ids=lambda value: str(value) if isinstance(value, dict) else ""
+)
+@pytest.mark.parametrize("kind", [GradNorm, GradNormCallback])
+def test_a_setting_outside_its_range(kind, settings, words):
+    with pytest.raises(ValueError, match=words):
+        kind(**settings)
+
+
+def test_settings_at_the_edge_are_fine():
+    GradNorm(alpha=0, lr=0, min_weight=1.0, max_weight=1, ema_decay=0, update_every=1, initial_losses=1, priorities={"a": 1e-9})
+    GradNorm(max_weight=INF, scale="reference", reference="a")
+
+
+@pytest.mark.parametrize("tasks", ["depth", "ab"])
+def test_one_string_is_no_list_of_tasks(tasks):
+    with pytest.raises(TypeError, match=rf"tasks is a list of names, got the string '{tasks}'\. Write tasks=\['{tasks}'\]"):
+        GradNorm(tasks=tasks)
+
+
+@pytest.mark.parametrize("thing", [None, 1.5, "gradnorm", GradNorm, torch.nn.Linear(1, 1), GradNormCallback()])
+def test_what_is_no_balancer(thing):
+    with pytest.raises(TypeError, match=r"takes a balancer, got .*Write LossBalancingCallback\(GradNorm\(alpha=1\.5\)\), or"):
+        LossBalancingCallback(thing)
+
+
+@pytest.mark.parametrize("kind", [lambda **k: LossBalancingCallback(GradNorm(), **k), GradNormCallback])
+@pytest.mark.parametrize("engine", ["fast", None, "Joint"])
+def test_an_unknown_engine(kind, engine):
+    with pytest.raises(ValueError, match=f"engine is one of 'auto', 'joint', 'per_task'; got {engine!r}"):
+        kind(engine=engine)
+
+
+# -- measurements --------------------------------------------------------------------------------------------------------
+
+FIRST = [
+    ({"initial_losses": {"a": 1.0, "z": 1.0}}, measured(), "_losses names 'z', which is no task: .* are 'a', 'b', 'c d'"),
+    ({"priorities": {"y": 1.0, "z": 2.0}}, measured(), "priorities names 'y', 'z', which is no task: .*Correct the name"),
+    ({"scale": "reference", "reference": "z"}, measured(), "reference names 'z', which is no task: .*list all names with"),
+    ({"tasks": ["a", "b"]}, measured(), r"Unknown task 'c d': GradNorm was given tasks=\['a', 'b'\]\. Add the name there"),
+    ({"tasks": ["x"]}, measured("ab"), "Unknown tasks 'a', 'b': "),
+    ({}, measured(losses=[1.0, 0.0, 2.0]), r"initial loss of task 'b' is 0\.0; .*need a finite one above 0.*add a constant"),
+    ({}, measured(losses=[1.0, 2.0, -0.25]), r"initial loss of task 'c d' is -0\.25; .*initial_losses=\{'c d': math\.log"),
+    ({"initial_losses": 3}, measured(losses=[-1.0, 2.0, 3.0]), r"initial loss of task 'a' is -1\.0"),
+    ({"initial_losses": {"a": 1.0}}, measured(losses=[0.0, 0.0, 3.0]), r"initial loss of task 'b' is 0\.0"),
+    ({}, measured(norms=None), "GradNorm needs each task's gradient norm .*measurement has none.*JointBackward, or use Loss"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "measurement", "words"), FIRST, ids=range(len(FIRST)))
+def test_a_first_measurement_that_cannot_be_used(settings, measurement, words):
+    balancer = GradNorm(**settings)
+    refuses(balancer, ValueError, words, lambda b: b.update(measurement))
+    assert balancer.weights == {}
+    assert balancer.steps == 0
+
+
+def other_state():
+    return GradNorm().state_dict() | {"tasks": ["x", "y"]}
+
+
+LATER = {
+    "no norms": ({}, lambda b: b.update(measured(norms=None)), "needs each task's gradient norm"),
+    "an undeclared task": ({"tasks": TASKS}, lambda b: b.update(measured("ax")), "Unknown task 'x'"),
+    "its loss": ({"tasks": TASKS}, lambda b: b.total({"a": torch.ones(()), "x": torch.ones(())}), "Unknown task 'x'"),
+    "its weight": ({"tasks": TASKS}, lambda b: b.weights_for(["x", "a"]), "Unknown task 'x'"),
+    "its state": ({"tasks": TASKS}, lambda b: b.load_state_dict(other_state()), "Unknown tasks 'x', 'y'"),
+    "a new task at 0": ({}, lambda b: b.update(measured("abd", [1, 2, 0])), r"initial loss of task 'd' is 0\.0"),
+    "a new task below 0": ({}, lambda b: b.update(measured("dab", [-1, 2, 1])), r"initial loss of task 'd' is -1\.0"),
+    "no loss at all": ({}, lambda b: b.total({}), "at least one task's loss, got none"),
+    "no name for a tag": ({}, lambda b: b.update(measured(["a", "b\n"])), "cannot be part of a logger's tag"),
+    "two names for a tag": ({}, lambda b: b.update(measured(["a", "c_d"])), "Two tasks with one name: 'c_d' and 'c d'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("update", ["log", "paper", "closed_form"])
+@pytest.mark.parametrize(("settings", "call", "words"), LATER.values(), ids=LATER)
+def test_a_later_call_that_cannot_be_served(settings, call, words, update):
+    balancer, other = live(update=update, **settings), live(update=update, **settings)
+    refuses(balancer, ValueError, words, call)
+    for it in (balancer, other):
+        it.update(measured(losses=[0.5, 1.0, 2.5], norms=(1.0, 3.0, 2.0)))
+    assert same_state(balancer.state_dict(), other.state_dict()), "and it goes on as if it had not been asked"
+
+
+def test_a_ratio_needs_only_its_first_loss_above_zero():
+    """Later losses may be zero: such a task is done."""
+    balancer = live()
+    balancer.update(measured(losses=[0.0, 1.0, 1.0]))
+    assert balancer.skipped_updates == 0
+    assert sum(balancer.weights.values()) == pytest.approx(3)
+
+
+# -- in a bare loop ------------------------------------------------------------------------------------------------------
+
+BARE = {
+    "empty": (lambda loss: {}, "at least one task's loss, got none"),
+    "vector": (lambda loss: {"a": loss, "b": loss.expand(2)}, "loss of task 'b' has shape"),
+    "complex": (lambda loss: {"a": loss, "b": loss * 1j}, "loss of task 'b' is complex"),
+    "detached": (lambda loss: {"a": loss, "b": loss.detach()}, "loss of task 'b' is detached"),
+    "name": (lambda loss: {"a": loss, "b/": loss}, "task name 'b/' cannot be part of a logger's tag"),
+}
+
+
+@pytest.mark.parametrize("engine", [JointBackward, PerTaskBackward])
+@pytest.mark.parametrize(("losses", "words"), BARE.values(), ids=BARE)
+def test_a_loop_without_a_trainer_is_told_the_same(losses, words, engine):
+    """The four lines of GradNorm's docstring."""
+
+    def step(gradnorm):
+        tapped = tap_losses(losses(w.pow(2).sum()))
+        total = gradnorm.total(tapped)
+        reader = engine(total, tapped, [w])
+        total.backward()
+        gradnorm.update(reader.measurement())
+
+    w = torch.nn.Parameter(torch.ones(3))
+    refuses(live(), ValueError, words, step)
+
+
+# -- through the Trainer -------------------------------------------------------------------------------------------------
+
+
+class Spoilt(TrunkAndHeads):
+    """Hands in what ``spoil`` makes of the losses, from step ``at`` on."""
+
+    def __init__(self, spoil, at=0):
+        super().__init__()
+        self.spoil, self.at = spoil, at
+
+    def training_step(self, batch, batch_idx):
+        losses = self.losses(batch[0])
+        return self.total_loss(losses) if batch_idx < self.at else self.spoil(self, losses)
+
+
+def handing_in(change):
+    return lambda module, losses: module.total_loss(change(losses))
+
+
+def in_two_calls(module, losses):
+    one, *others = losses.items()
+    return module.total_loss([one]) + module.total_loss(others)
+
+
+def as_new(value):
+    return handing_in(lambda losses: losses | {"new": losses["small"] * 0 + value})
+
+
+IN_A_STEP = {
+    "empty": (handing_in(lambda losses: {}), ValueError, "needs at least one task's loss, got none"),
+    "no dict": (handing_in(lambda losses: losses["odd"]), TypeError, "takes a dict of task name → loss, got Tensor"),
+    "vector": (handing_in(lambda losses: losses | {"odd": losses["odd"].expand(2)}), ValueError, r"'odd' has shape \(2,\)"),
+    "complex": (handing_in(lambda losses: losses | {"odd": losses["odd"] * 1j}), ValueError, "'odd' is complex"),
+    "detached": (handing_in(lambda losses: losses | {"odd": losses["odd"].detach()}), ValueError, "'odd' is detached"),
+    "number": (handing_in(lambda losses: losses | {"odd": 1.0}), TypeError, "loss of task 'odd' is a float"),
+    "name": (handing_in(lambda losses: losses | {"a\nb": losses["odd"]}), ValueError, "cannot be part of a logger's tag"),
+    "one name twice": (handing_in(lambda losses: [*losses.items()] * 2), ValueError, "'small' twice"),
+    "undeclared": (handing_in(lambda losses: losses | {"x": losses["odd"]}), ValueError, "Unknown task 'x'"),
+    "two calls": (
+        in_two_calls,
+        RuntimeError,
+        r"called twice in one step: first for .*'small'.*now for .*'middle'.*Call it once",
+    ),
+    "starts at 0": (as_new(0.0), ValueError, r"initial loss of task 'new' is 0\.0"),
+    "starts below 0": (as_new(-2.0), ValueError, r"initial loss of task 'new' is -2\.0"),
+}
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(("spoil", "error", "words"), IN_A_STEP.values(), ids=IN_A_STEP)
+def test_a_bad_step_ends_the_fit_and_leaves_the_state_of_the_step_before(tmp_path, spoil, error, words, at):
+    callback, clean = (GradNormCallback(tasks=["small", "middle", "large", "odd", "new"], summary=False) for _ in "ab")
+    with pytest.raises(error, match=words):
+        quiet_trainer(tmp_path, callbacks=[callback]).fit(Spoilt(spoil, at), batches(4))
+    if at:
+        torch.manual_seed(0)
+        quiet_trainer(tmp_path, callbacks=[clean], max_steps=at).fit(Spoilt(spoil, at), batches(4))
+    assert callback.balancer.steps == at
+    assert callback.state_dict().keys() == clean.state_dict().keys()
+    assert same_state(callback.state_dict(), clean.state_dict())
+
+
+def test_a_module_without_the_mixin(tmp_path):
+    class Plain(L.LightningModule):
+        training_step, configure_optimizers = TrunkAndHeads.training_step, TrunkAndHeads.configure_optimizers
+
+    words = r"GradNormCallback needs a module with MultiTaskMixin, and Plain has none\. Write class Plain\(MultiTaskMixin, L\."
+    with pytest.raises(TypeError, match=words):
+        quiet_trainer(tmp_path, callbacks=[GradNormCallback()]).fit(Plain(), batches(1))
+
+
+class OtherMethod(GradNorm):
+    pass
+
+
+def test_two_balancing_callbacks(tmp_path):
+    module = TrunkAndHeads()
+    with pytest.raises(ValueError, match=r"One callback weighs the losses, .* given 2: GradNormCallback, LossBal.*Keep one"):
+        quiet_trainer(tmp_path, callbacks=[GradNormCallback(), LossBalancingCallback(OtherMethod())]).fit(module, batches(1))
+    assert module._loss_balancing is None
+
+
+def test_two_callbacks_of_one_method_are_refused_by_the_trainer_itself(tmp_path):
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type"):
+        quiet_trainer(tmp_path, callbacks=[GradNormCallback(), LossBalancingCallback(GradNorm())])
+
+
+@pytest.mark.parametrize("setting", ["initial_losses", "priorities"])
+def test_a_name_misspelt_in_a_setting_ends_the_fit_at_the_first_step(tmp_path, setting):
+    callback = GradNormCallback(**{setting: {"small": 1.0, "larg": 2.0}})
+    with pytest.raises(
+        ValueError, match=f"{setting} names 'larg', which is no task: the tasks are 'large', 'middle', 'odd', 'sma"
+    ):
+        quiet_trainer(tmp_path, callbacks=[callback]).fit(TrunkAndHeads(), batches(2))
+    assert same_state(callback.state_dict(), GradNormCallback().state_dict())
+
+
+# -- not bad input: what is not finite ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize(
+    "settings", [{"update": u} for u in ("log", "paper", "closed_form")] + [{"scale": "gradient"}], ids=str
+)
+def test_a_later_update_is_skipped_and_counted(settings, position, value):
+    for what in ("losses", "norms"):
+        numbers = {"losses": [1.0, 1.0, 1.0], "norms": [1.0, 2.0, 3.0]}
+        numbers[what][position] = value
+        balancer, other = live(**settings), live(**settings)
+        before = balancer.state_dict()
+        balancer.update(measured(**numbers))
+        after = balancer.state_dict()
+        assert same_state(after, before | {"steps": 3, "skipped_updates": torch.tensor(1)})
+        for it in (balancer, other):
+            it.update(measured(losses=[0.5, 1.0, 2.0]))
+        assert balancer.weights == other.weights, "the optimiser's memory is the same"
+        balancer.update(measured(TASKS[position:], losses=[value] * (3 - position)))
+        assert balancer.skipped_updates == 2
+        assert balancer.weights == other.weights, "likewise with tasks absent"
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("what", ["losses", "norms"])
+@pytest.mark.parametrize("update", ["log", "paper", "closed_form"])
+def test_a_first_update_is_skipped_and_counted(update, what, position, value):
+    numbers = {"losses": [1.0, 2.0, 3.0], "norms": [1.0, 2.0, 4.0]}
+    numbers[what][position] = value
+    balancer, fresh = GradNorm(update=update), GradNorm(update=update)
+    balancer.update(measured(**numbers))
+    assert balancer.weights == dict.fromkeys(TASKS, 1.0)
+    assert balancer.state_dict()["optimizer"]["state"] == {}
+    for losses in ([3.0, 2.0, 1.0], [0.5, 1.0, 2.9], [0.4, 0.5, 0.1]):
+        for it in (balancer, fresh):
+            it.update(measured(losses=losses))
+        assert what == "norms" or balancer.weights == fresh.weights, "as if training had begun one step later"
+    assert len(set(balancer.weights.values())) == 3
+    assert balancer.skipped_updates == 1
+
+
+class NotFinite(TrunkAndHeads):
+    """One task's loss, or only its gradient, is not finite on some steps; the network itself is kept from harm."""
+
+    def __init__(self, task, value, steps):
+        super().__init__()
+        self.task, self.value, self.steps = task, value, steps
+
+    def training_step(self, batch, batch_idx):
+        losses = self.losses(batch[0])
+        if batch_idx in self.steps:
+            bad = (losses[self.task] * 0).sqrt() if self.value is None else losses[self.task] * self.value
+            losses[self.task] = losses[self.task].detach() + bad
+        return self.total_loss(losses)
+
+    def on_before_optimizer_step(self, optimizer):
+        for parameter in self.parameters():
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("steps", [(0,), (2,), (1, 3)], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF, None], ids=["loss nan", "loss inf", "gradient"])
+@pytest.mark.parametrize("task", ["small", "odd"])
+@pytest.mark.parametrize("settings", [{}, {"engine": "per_task", "log_cosines": False}], ids=["joint", "per task"])
+def test_the_fit_goes_on_and_warns_once(tmp_path, settings, task, value, steps):
+    callback, weights = GradNormCallback(summary=False, **settings), []
+    watch = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda *_: weights.append(callback.weights))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        quiet_trainer(tmp_path, callbacks=[callback, watch], max_epochs=2).fit(NotFinite(task, value, steps), batches(5))
+    about = [str(warning.message) for warning in told if "skipped" in str(warning.message)]
+    assert len(about) == 1
+    assert "GradNormCallback skipped 1 weight update so far: a task's loss or gradient was not finite" in about[0]
+    assert callback.balancer.steps == 10
+    assert callback.balancer.skipped_updates == 2 * len(steps)
+    ones = dict.fromkeys(("small", "middle", "large", "odd"), 1.0)
+    moved = [i for i, (now, before) in enumerate(zip(weights, [ones, *weights], strict=False)) if now != before]
+    assert moved == [i for i in range(10) if i % 5 not in steps]

@@ -1,0 +1,174 @@
+"""What a dict of losses may hold, and how its names become tags."""
+
+import re
+from types import MappingProxyType
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.tensorboard import summary
+
+from lightning_gradnorm.losses import check_losses, check_task_names, plain_sum, task_tag, unweighted_total
+
+# one line of printable text without space or slash at its ends
+NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(
+    lambda name: name.isprintable() and name == name.strip("/ ") and "/dataloader_idx_" not in name
+)
+
+
+def loss(value: float = 2.0) -> torch.Tensor:
+    return torch.tensor(value, requires_grad=True) * 1.0
+
+
+BAD_NAMES = [
+    pytest.param(3, TypeError, r"name is a string, got 3 \(int\)", id="a number"),
+    pytest.param(None, TypeError, r"name is a string, got None \(NoneType\)", id="None"),
+    pytest.param(("a", "b"), TypeError, r"name is a string, got \('a', 'b'\) \(tuple\)", id="a tuple"),
+    pytest.param("", ValueError, "not empty", id="empty"),
+    pytest.param("   ", ValueError, "not empty", id="spaces"),
+    pytest.param("//", ValueError, "not empty", id="slashes"),
+    pytest.param("a\nb", ValueError, "one line of printable characters", id="newline"),
+    pytest.param("a\tb", ValueError, "printable characters", id="tab"),
+    pytest.param("a\x00", ValueError, "printable characters", id="null byte"),
+    pytest.param("\ud800", ValueError, "printable characters", id="half a surrogate pair"),
+    pytest.param(" depth", ValueError, "no space or slash at its ends", id="leading space"),
+    pytest.param("depth ", ValueError, "no space or slash at its ends", id="trailing space"),
+    pytest.param("/depth", ValueError, "no space or slash at its ends", id="leading slash"),
+    pytest.param("depth/", ValueError, "no space or slash at its ends", id="trailing slash"),
+    pytest.param("depth/dataloader_idx_0", ValueError, "without '/dataloader_idx_'", id="Lightning's own suffix"),
+]
+
+
+@pytest.mark.parametrize(("name", "error", "words"), BAD_NAMES)
+def test_a_name_that_cannot_be_a_tag_is_refused(name, error, words):
+    for check in (task_tag, lambda name: check_task_names(["fine", name]), _as_losses):
+        with pytest.raises(error, match=words) as caught:
+            check(name)
+        assert repr(name) in str(caught.value)
+
+
+def _as_losses(name):
+    return check_losses({"fine": loss(), name: loss()}, differentiable=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["a", "b", "a"], r"Two tasks with one name: 'a' twice\. Give every task a name of its own"),
+        (["a b", "a_b"], r"'a_b' and 'a b' \(both are 'a_b' in a logger's tag\)"),
+        (["u(x)", "v", "u[x]"], r"'u\[x\]' and 'u\(x\)' \(both are 'u_x_' in a logger's tag\)"),
+    ],
+)
+def test_two_names_for_one_tag_are_refused(names, words):
+    with pytest.raises(ValueError, match=words):
+        check_task_names(names)
+    with pytest.raises(ValueError, match=words):
+        check_losses([(name, loss()) for name in names], differentiable=True)
+
+
+@given(NAMES)
+def test_any_printable_name_becomes_a_tag_that_no_writer_changes(name):
+    tag = task_tag(name)
+    assert len(tag) == len(name)
+    assert all(a == b or b == "_" for a, b in zip(name, tag, strict=True))
+    assert re.fullmatch(r"[-/\w.]+", tag), "tensorboardX, and MLflow likewise, allow no other characters"
+    assert task_tag(tag) == tag
+    assert summary.scalar(f"loss_weight/{tag}", 1.0).value[0].tag == f"loss_weight/{tag}"
+    assert list(check_losses({name: loss()}, differentiable=True)) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("depth", "depth"),
+        ("Tiefe/größe-2.5", "Tiefe/größe-2.5"),
+        ("a b", "a_b"),
+        ("∂u/∂x", "_u/_x"),
+        ("温度", "温度"),
+        ("🙂", "_"),
+    ],
+)
+def test_the_tag_of_a_name(name, tag):
+    assert task_tag(name) == tag
+
+
+BAD_DICTS = [
+    pytest.param({}, ValueError, "needs at least one task's loss, got none.*return None from training_step", id="empty dict"),
+    pytest.param([], ValueError, "needs at least one task's loss", id="no pairs"),
+    pytest.param(None, TypeError, r"takes a dict of task name → loss, got NoneType\. Write total_loss", id="None"),
+    pytest.param(3.0, TypeError, "takes a dict of task name → loss, got float", id="a number"),
+    pytest.param(loss(), TypeError, "takes a dict of task name → loss, got Tensor", id="one loss"),
+    pytest.param(torch.ones(2), TypeError, "takes a dict of task name → loss, got Tensor", id="a vector of losses"),
+    pytest.param([loss(), loss()], TypeError, "takes a dict of task name → loss", id="a list of losses"),
+    pytest.param((loss(), loss()), TypeError, "takes a dict of task name → loss", id="a tuple of losses"),
+    pytest.param(["depth", "normals"], TypeError, "takes a dict of task name → loss", id="a list of names"),
+    pytest.param("depth", TypeError, "takes a dict of task name → loss", id="a name"),
+]
+
+
+@pytest.mark.parametrize(("losses", "error", "words"), BAD_DICTS)
+def test_what_is_no_dict_of_losses_is_refused(losses, error, words):
+    for differentiable in (True, False):
+        with pytest.raises(error, match=words):
+            check_losses(losses, differentiable=differentiable)
+
+
+BAD_LOSSES = [
+    pytest.param(1.5, TypeError, "loss of task 'bad' is a float; every loss is a scalar tensor", id="a number"),
+    pytest.param(None, TypeError, "loss of task 'bad' is a NoneType; every loss is a scalar tensor", id="None"),
+    pytest.param(loss().expand(3), ValueError, r"loss of task 'bad' has shape \(3,\).*is a scalar.*\.mean\(\)", id="vector"),
+    pytest.param(loss().view(1), ValueError, r"loss of task 'bad' has shape \(1,\)", id="one entry"),
+    pytest.param(loss().view(1, 1), ValueError, r"loss of task 'bad' has shape \(1, 1\)", id="matrix"),
+    pytest.param(loss() * 1j, ValueError, r"task 'bad' is complex \(torch\.complex64\).*loss\.abs\(\)", id="complex"),
+    pytest.param(torch.tensor(3), ValueError, r"task 'bad' is not a floating-point number \(torch\.int64\)", id="integer"),
+    pytest.param(torch.tensor(True), ValueError, r"task 'bad' is not a floating-point number \(torch\.bool\)", id="bool"),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "words"), BAD_LOSSES)
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_a_loss_that_is_no_real_scalar_is_refused(bad, error, words, differentiable):
+    with pytest.raises(error, match=words):
+        check_losses({"good": loss(), "bad": bad}, differentiable=differentiable)
+
+
+def test_a_detached_loss_is_refused_only_where_a_backward_follows():
+    losses = {"good": loss(), "bad": loss().detach()}
+    with pytest.raises(ValueError, match=r"loss of task 'bad' is detached.*can train nothing.*leave the task out of the dict"):
+        check_losses(losses, differentiable=True)
+    assert check_losses(losses, differentiable=False) == losses
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_value_and_any_float_type_pass(value, dtype):
+    it = loss(value).to(dtype)
+    assert check_losses({"a": it}, differentiable=True)["a"] is it
+
+
+@pytest.mark.parametrize(
+    "form", [dict, MappingProxyType, lambda d: list(d.items()), lambda d: iter(d.items()), lambda d: d.items()]
+)
+def test_order_and_tensors_are_kept(form):
+    losses = {task: loss() for task in ("z", "a", "m", "B")}
+    checked = check_losses(form(losses), differentiable=True)
+    assert type(checked) is dict
+    assert list(checked) == ["z", "a", "m", "B"]
+    assert all(checked[task] is losses[task] for task in losses)
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=8))
+def test_plain_sum_is_what_plus_gives(values):
+    parameters = [torch.tensor(value, requires_grad=True) for value in values]
+    total = plain_sum({str(i): p * 1.0 for i, p in enumerate(parameters)})
+    expected = parameters[0].detach()
+    for p in parameters[1:]:
+        expected = expected + p.detach()
+    assert torch.equal(total.detach(), expected)
+    total.backward()
+    assert all(p.grad == 1 for p in parameters)
+
+
+def test_unweighted_total_leaves_absent_tasks_out():
+    assert unweighted_total(torch.tensor([1.0, torch.nan, 2.5])) == 3.5

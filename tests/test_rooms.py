@@ -1,0 +1,122 @@
+"""Imports run one way, as the plan of the house says; read from the source, since importing one room runs them all."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_gradnorm
+
+PACKAGE = "lightning_gradnorm"
+ROOT = Path(lightning_gradnorm.__file__).parent
+
+# Room → the rooms of ours that it may import; a room's own files may import each other.
+FLOOR = {"losses", "measurement"}  # torch and words; stands on nothing
+MAY_IMPORT = {
+    "losses": set(),
+    "measurement": set(),
+    "autograd_graph": set(),
+    "shared_layer": {"autograd_graph"},
+    "gradients": FLOOR | {"autograd_graph"},
+    "window": {"measurement", "gradients"},
+    "balancers": FLOOR,
+    "pointwise": FLOOR,
+    "report": FLOOR,
+    "mixin": FLOOR | {"shared_layer"},
+    "callbacks": FLOOR | {"autograd_graph", "shared_layer", "gradients", "window", "balancers", "report", "mixin", "pointwise"},
+    "cli": {"callbacks"},
+    "__init__": FLOOR | {"gradients", "balancers", "mixin", "pointwise", "callbacks"},
+}
+KNOW_LIGHTNING = {"callbacks", "cli"}
+# What else a room may stand on, beside torch and the standard library.
+THIRD_PARTY = {"report": {"yaml", "rich", "matplotlib"}}
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that the file imports, anywhere in it, as absolute dotted names."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            whole = node.module or ""
+            # `from lightning_gradnorm import mixin` imports a room by another spelling
+            names |= {f"{whole}.{alias.name}" for alias in node.names} if whole == PACKAGE else {whole}
+    return names
+
+
+def rooms_imported(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported(path) if name.startswith(f"{PACKAGE}.")}
+
+
+def top_level(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def ids(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_there_is_something_to_look_at():
+    assert len(FILES) > 15
+    assert {"callbacks", "balancers", "report", "gradients", "mixin", "__init__"} <= set(map(room_of, FILES))
+
+
+def test_the_reader_sees_imports_in_every_spelling(tmp_path):
+    file = tmp_path / "some.py"
+    file.write_text(
+        "import lightning as L\n"
+        "from lightning_gradnorm import mixin\n"
+        "def late():\n    import lightning_gradnorm.balancers.base\n    from lightning_gradnorm.report.tags import per_task\n"
+    )
+    assert rooms_imported(file) == {"mixin", "balancers", "report"}
+    assert top_level(file) == {"lightning", PACKAGE}
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_a_room_imports_only_the_rooms_below_it(path):
+    room = room_of(path)
+    assert room in MAY_IMPORT, f"a new room: say in DESIGN.md and here what {room!r} may import"
+    assert rooms_imported(path) <= MAY_IMPORT[room] | {room}
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_only_callbacks_and_the_command_line_know_lightning(path):
+    known = top_level(path) & {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics"}
+    assert not known or room_of(path) in KNOW_LIGHTNING
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_nor_does_another_room_import_by_a_name_put_together(path):
+    calls = {"import_module", "__import__", "exec", "eval"}
+    names = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))}
+    assert not names & calls or room_of(path) in KNOW_LIGHTNING
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_nothing_else_is_needed(path):
+    others = top_level(path) - set(sys.stdlib_module_names) - {PACKAGE, "torch"}
+    allowed = THIRD_PARTY.get(room_of(path), set())
+    assert others <= allowed | (
+        {"lightning", "lightning_utilities", "torchmetrics"} if room_of(path) in KNOW_LIGHTNING else set()
+    )
+
+
+def test_the_table_has_no_way_back():
+    """Following what may be imported never leads back to where one started."""
+
+    def below(room: str, path: tuple[str, ...]) -> None:
+        assert room not in path, f"a circle: {' → '.join((*path, room))}"
+        for other in MAY_IMPORT[room]:
+            below(other, (*path, room))
+
+    for room in MAY_IMPORT:
+        below(room, ())

@@ -1,0 +1,322 @@
+"""What W is: as the user gave it, and as the graph of a first batch shows it."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+from lightning_utilities.core import rank_zero
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
+
+from lightning_gradnorm import GradNormCallback, JointBackward, PerTaskBackward, tap_losses
+from lightning_gradnorm.gradients import UnreachedSharedLayerError
+from lightning_gradnorm.shared_layer import detect_shared_layer, resolve_shared_layer
+from tests.helpers import TrunkAndHeads, batches, quiet_trainer
+
+OVERRIDE = r"Override shared_layer\(\) in your LightningModule to return the layer that all tasks share"
+
+
+def mlp() -> nn.Module:
+    net = nn.Module()
+    net.trunk = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8))
+    net.head, net.tied, net.act = nn.Linear(8, 2), nn.Linear(8, 8), nn.Tanh()
+    net.tied.weight = net.trunk[2].weight
+    net.again = net.head
+    return net
+
+
+# -- given by the user --------------------------------------------------------------------------------------------------
+
+TRUNK = ["trunk.0.weight", "trunk.0.bias", "trunk.2.weight", "trunk.2.bias"]
+HEAD = ["head.weight", "head.bias"]
+GIVEN = {
+    "module": (lambda n: n.head, HEAD),
+    "parameter": (lambda n: n.trunk[2].weight, TRUNK[2:3]),
+    "bias": (lambda n: n.head.bias, HEAD[1:]),
+    "module's name": (lambda n: "trunk", TRUNK),
+    "parameter's name": (lambda n: "trunk.0.bias", TRUNK[1:2]),
+    "several kinds": (lambda n: ["head.bias", n.trunk[0], "trunk.2"], HEAD[1:] + TRUNK),
+    "nested": (lambda n: [["head.bias"], (n.head.weight,)], HEAD[::-1]),
+    "generator": (lambda n: n.head.parameters(), HEAD),
+    "said thrice": (lambda n: [n.head, "head", n.head.weight], HEAD),
+    "tied": (lambda n: [n.trunk[2], n.tied], [*TRUNK[2:], "tied.bias"]),
+    "tied parameter's other name": (lambda n: "tied.weight", TRUNK[2:3]),
+    "module's other name": (lambda n: "again", HEAD),
+}
+
+
+@pytest.mark.parametrize(("spec", "names"), GIVEN.values(), ids=GIVEN)
+def test_the_layer_as_given(spec, names):
+    net = mlp()
+    shared = resolve_shared_layer(spec(net), net)
+    assert list(shared.names) == names
+    assert all(p is net.get_parameter(name) for p, name in zip(shared.parameters, shared.names, strict=True))
+
+
+def test_of_a_partly_frozen_layer_the_trainable_part_is_taken():
+    net = mlp()
+    net.head.weight.requires_grad_(False)
+    assert resolve_shared_layer(net.head, net).names == ("head.bias",)
+    assert resolve_shared_layer(["head", net.trunk[0].weight], net).names == ("head.bias", "trunk.0.weight")
+
+
+def frozen(net: nn.Module) -> nn.Module:
+    return net.head.requires_grad_(False)
+
+
+NOT_GIVEN = {
+    "unknown name": (lambda n: "heads", ValueError, r"named 'heads', which is no .* are: trunk\.0\.weight, .*head\.bias"),
+    "unknown among others": (lambda n: ["head", "trunk.2.wieght"], ValueError, r"named 'trunk\.2\.wieght', which is no"),
+    "frozen": (frozen, ValueError, rf"is frozen: .*\(head\.weight, head\.bias\) requires.*{OVERRIDE}.*unfreeze it"),
+    "another network's": (lambda n: nn.Linear(4, 4), ValueError, rf"not one of Module's own \(Linear\)\. {OVERRIDE}, not a"),
+    "one of another's": (lambda n: [n.head, nn.Parameter(torch.ones(2))], ValueError, "not one of Module's own"),
+    "no parameters": (lambda n: n.act, ValueError, rf"gave no parameters \(Tanh\)\. {OVERRIDE}: one with weights"),
+    "empty list": (lambda n: [], ValueError, r"gave no parameters \(list\)"),
+    "plain tensor": (lambda n: n.head.weight.detach(), TypeError, r"tensor of shape \(2, 8\) that is no parameter\. It re"),
+    "plain tensor in a list": (lambda n: [n.head, torch.ones(3)], TypeError, r"a tensor of shape \(3,\) that is no parameter"),
+    "number": (lambda n: 2, TypeError, r"shared_layer\(\) gave int\. It returns a module, a parameter, the dotted name"),
+    "None in a list": (lambda n: [None], TypeError, "gave NoneType.*or None to have the layer found"),
+}
+
+
+@pytest.mark.parametrize(("spec", "error", "words"), NOT_GIVEN.values(), ids=NOT_GIVEN)
+def test_what_is_no_layer_of_the_network_is_refused(spec, error, words):
+    net = mlp()
+    with pytest.raises(error, match=words):
+        resolve_shared_layer(spec(net), net)
+
+
+def test_the_choice_as_text_tells_names_shapes_and_size():
+    net = mlp()
+    assert str(resolve_shared_layer("head.weight", net)) == "head.weight (2, 8): 16 entries, given by shared_layer()"
+    every = str(resolve_shared_layer(net, net))
+    assert "trunk.2.bias (8,) and 3 more: 138 entries" in every
+
+
+# -- found in the graph --------------------------------------------------------------------------------------------------
+
+
+def two_heads(z: torch.Tensor, **parts: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    net = nn.ModuleDict({"a": nn.Linear(z.shape[1], 2), "b": nn.Linear(z.shape[1], 1)} | parts)
+    return net, {"a": net["a"](z).pow(2).mean(), "b": net["b"](z).abs().mean()}
+
+
+def block(wrap=lambda layer: layer) -> nn.Module:
+    return nn.Sequential(wrap(nn.Linear(4, 8)), nn.Tanh(), wrap(nn.Linear(8, 8)), nn.Tanh())
+
+
+def trunk_and_heads(wrap=lambda layer: layer):
+    trunk = block(wrap)
+    return two_heads(trunk(torch.randn(5, 4)), trunk=trunk)
+
+
+def partly_shared_decoder():
+    trunk, decoder = block(), nn.Linear(8, 8)
+    z = trunk(torch.randn(5, 4))
+    net, losses = two_heads(decoder(z).tanh(), decoder=decoder, trunk=trunk)
+    return net, losses | {"c": z.pow(2).mean()}
+
+
+def skip_connection():
+    first, last = nn.Linear(4, 8), nn.Linear(8, 8)
+    x = first(torch.randn(5, 4)).tanh()
+    net, losses = two_heads(torch.cat([x, last(x).tanh()], 1), last=last, first=first)
+    return net, losses | {"c": (x + last(x)).pow(2).mean()}
+
+
+def tied_decoder():
+    first, last = nn.Linear(4, 8), nn.Linear(8, 8)
+    z = last(first(torch.randn(5, 4)).tanh()).tanh()
+    return two_heads(z @ first.weight, last=last, first=first)
+
+
+def convolutions():
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.Flatten())
+    return two_heads(trunk(torch.randn(4, 3, 6, 6)), trunk=trunk)
+
+
+def transformer():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
+    return two_heads(encoder(torch.randn(3, 5, 8))[:, 0], encoder=encoder)
+
+
+def embedding_and_gru():
+    embedding, gru = nn.Embedding(10, 4), nn.GRU(4, 8, batch_first=True)
+    return two_heads(gru(embedding(torch.randint(10, (3, 5))))[0][:, -1], embedding=embedding, gru=gru)
+
+
+def physics_informed(wrap=lambda layer: layer, hidden=2):
+    sizes = [2, *[8] * hidden, 1]
+    layers = [part for a, b in itertools.pairwise(sizes) for part in (wrap(nn.Linear(a, b)), nn.Tanh())]
+    net = nn.Sequential(*layers[:-1])
+    x = torch.rand(9, 2, requires_grad=True)
+    g = torch.autograd.grad(net(x).sum(), x, create_graph=True)[0]
+    gg = torch.autograd.grad(g[:, 0].sum(), x, create_graph=True)[0]
+    return net, {"residual": (gg[:, 0] + g[:, 1]).pow(2).mean(), "boundary": net(torch.rand(5, 2)).pow(2).mean()}
+
+
+def split_output(*layers: nn.Module):
+    net = nn.Sequential(*layers)
+    y = net(torch.randn(5, 4))
+    return net, {"a": y[:, 0].pow(2).mean(), "b": y[:, 1].abs().mean()}
+
+
+def one_task():
+    net, losses = trunk_and_heads()
+    return net, {"a": losses["a"]}
+
+
+def half_precision():
+    with torch.autocast("cpu", torch.bfloat16):
+        return trunk_and_heads()
+
+
+FOUND = {
+    "trunk and heads": (trunk_and_heads, "trunk.2.weight"),
+    "partly shared decoder": (partly_shared_decoder, "trunk.2.weight"),
+    "skip connection": (skip_connection, "last.weight"),
+    "tied decoder": (tied_decoder, "last.weight"),
+    "convolutions": (convolutions, "trunk.3.weight"),
+    "transformer": (transformer, "encoder.layers.1.linear2.weight"),
+    "embedding and GRU": (embedding_and_gru, "gru.weight_hh_l0"),
+    "one task": (one_task, "a.weight"),
+    "physics-informed": (physics_informed, "2.weight"),
+    "physics-informed, deep": (lambda: physics_informed(hidden=4), "6.weight"),
+    "split output": (lambda: split_output(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), "0.weight"),
+    "one linear": (lambda: split_output(nn.Linear(4, 2)), "0.weight"),
+    "bfloat16": (half_precision, "trunk.2.weight"),
+    "spectral norm": (lambda: trunk_and_heads(spectral_norm), "trunk.2.parametrizations.weight.original"),
+    "weight norm": (lambda: trunk_and_heads(weight_norm), "trunk.2.parametrizations.weight.original1"),
+    "physics-informed, weight norm": (lambda: physics_informed(weight_norm), "2.parametrizations.weight.original1"),
+}
+
+
+@pytest.mark.parametrize(("build", "name"), FOUND.values(), ids=FOUND)
+@pytest.mark.parametrize("tap", [dict, tap_losses])
+def test_the_layer_found(build, name, tap):
+    net, losses = build()
+    shared = detect_shared_layer(tap(losses), net)
+    assert name in shared.names, "of a weight put together from several, the one that holds its direction at least"
+    assert {n.rpartition(".")[0] for n in shared.names} == {name.rpartition(".")[0]}, "one layer"
+    assert all(p is net.get_parameter(n) for p, n in zip(shared.parameters, shared.names, strict=True))
+    assert "override shared_layer()" in str(shared)
+
+
+def test_nothing_in_common_says_what_each_task_reaches():
+    trunk, many = block().requires_grad_(False), nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)])
+    z = trunk(torch.randn(5, 4))
+    net, losses = two_heads(z, trunk=trunk, many=many)
+    losses |= {"many": many(z).sum(), "bias": many[0].bias.sum()}
+    with pytest.raises(ValueError, match=rf"share no trainable weight(.*\n)+.*frozen.*use_reentrant=False.*{OVERRIDE}") as e:
+        detect_shared_layer(losses, net)
+    reached = ["a.weight", "b.weight", "many.4.weight, many.3.weight, many.2.weight and 2 more", "no trainable weight at all"]
+    lines = [f"  {task!r} reaches {what}" for task, what in zip(losses, reached, strict=True)]
+    assert str(e.value).splitlines()[1:-1] == lines
+
+
+# -- what a graph has to have, through both engines and the Trainer ------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", [JointBackward, PerTaskBackward])
+def test_a_task_that_does_not_reach_the_layer_is_named(engine):
+    net = mlp()
+    z = net.trunk(torch.randn(5, 4))
+    losses = {"on it": net.head(z).sum(), "beside": z.sum(), "alone": net.trunk[0].weight.sum(), "too": net.head(z).mean()}
+    losses = tap_losses(losses)
+    with pytest.raises(UnreachedSharedLayerError, match="task 'beside', task 'alone' does not reach the shared layer") as e:
+        engine(sum(losses.values()), losses, net.head.parameters())
+    assert e.value.tasks == ("beside", "alone")
+    assert not any(task in str(e.value) for task in ("'on it'", "'too'"))
+
+
+class Given(TrunkAndHeads):
+    """As the user overrides it; the task ``odd`` leaves the trunk after its first layer."""
+
+    def __init__(self, spec="trunk.2.weight", runs_in=None):
+        super().__init__()
+        self.spec, self.runs_in = spec, runs_in
+
+    def shared_layer(self):
+        return self.spec
+
+    def losses(self, x):
+        first = self.trunk[:2](x.requires_grad_(True))
+        z = self.trunk[2:](first) if self.runs_in is None else self.runs_in(self.trunk[2:], first)
+        losses = {task: head(z).pow(2).mean() for task, head in self.heads.items()}
+        if self.runs_in is None:
+            losses["odd"] = self.heads["odd"](first).pow(2).mean()
+        return losses
+
+
+@pytest.mark.parametrize("engine", ["joint", "per_task", "auto"])
+def test_the_trainer_stops_on_a_task_that_does_not_reach_the_layer(tmp_path, engine):
+    callback = GradNormCallback(engine=engine)
+    with pytest.raises(UnreachedSharedLayerError, match="The loss of task 'odd' does not reach the shared layer"):
+        quiet_trainer(tmp_path, callbacks=[callback]).fit(Given(), batches(2))
+    assert callback.weights == {}
+
+
+def plainly(block, x):
+    return block(x)
+
+
+def reentrant(block, x):
+    return checkpoint(block, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("engine", ["joint", "per_task", "auto"])
+@pytest.mark.parametrize("spec", ["trunk.2.weight", "trunk.0.weight", None], ids=["over W", "above W", "above the W found"])
+def test_a_reentrant_checkpoint_is_refused_with_the_way_out(tmp_path, engine, spec):
+    trainer = quiet_trainer(tmp_path, callbacks=[GradNormCallback(engine=engine)])
+    with pytest.raises((ValueError, RuntimeError), match="use_reentrant=False"):
+        trainer.fit(Given(spec, reentrant), batches(2))
+
+
+@pytest.mark.parametrize("engine", [JointBackward, PerTaskBackward])
+def test_a_second_use_of_the_layer_that_a_reentrant_checkpoint_hides_is_refused_too(engine):
+    """W is reached outside the checkpoints, so its gradient would not be missing, but wrong."""
+    net = mlp()
+    z = net.tied(torch.randn(5, 8, requires_grad=True)).tanh()
+    losses = {task: reentrant(lambda t: net.head(net.tied(t)).pow(2).mean(), z) for task in ("a", "b")}
+    losses = tap_losses(losses)
+    with pytest.raises((ValueError, RuntimeError), match="use_reentrant=False"):
+        root = sum(losses.values())
+        reader = engine(root, losses, [net.tied.weight])
+        root.backward()
+        reader.gradients()
+
+
+def test_the_way_out_is_one(tmp_path):
+    callback = GradNormCallback()
+    module = Given(runs_in=lambda block, x: checkpoint(block, x, use_reentrant=False))
+    quiet_trainer(tmp_path, callbacks=[callback]).fit(module, batches(2))
+    assert len(set(callback.weights.values())) > 1
+
+
+# -- announced ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The lines that rank_zero_info was given, whichever Lightning has made its logger last."""
+    lines, logger = [], logging.Logger("told")
+    logger.addFilter(lambda record: lines.append(record.getMessage()))
+    monkeypatch.setattr(rank_zero, "log", logger)
+    return lines
+
+
+SAID = {
+    "found": (TrunkAndHeads, "trunk.2.weight (10, 10): 100 entries, the last weight that every task's loss reaches"),
+    "given": (lambda: Given("trunk.0", plainly), "trunk.0.weight (10, 6), trunk.0.bias (10,): 70 entries, given by"),
+}
+
+
+@pytest.mark.parametrize(("module", "words"), SAID.values(), ids=SAID)
+def test_the_choice_is_said_once_with_its_size(tmp_path, told, module, words):
+    callback = GradNormCallback()
+    quiet_trainer(tmp_path, callbacks=[callback], max_epochs=2).fit(module(), batches(3))
+    said = [line for line in told if "entries" in line]
+    assert len(said) == 1
+    assert all(part in said[0] for part in (words, "shared_layer()", "GradNormCallback", "'joint'", str(callback.shared)))

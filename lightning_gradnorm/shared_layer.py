@@ -25,8 +25,8 @@ class SharedLayer:
     """The shared parameters W.
 
     Attributes:
-        names: their dotted names in the network.
-        parameters: the parameters, each once, all trainable.
+        names: their dotted names in the network; of the modules, where it stands for their outputs.
+        parameters: the parameters, each once, all trainable; none where it stands for modules' outputs.
         reason: why these: for people to read.
     """
 
@@ -35,6 +35,8 @@ class SharedLayer:
     reason: str
 
     def __str__(self) -> str:
+        if not self.parameters:
+            return f"{', '.join(self.names)}, {self.reason}"
         entries = sum(parameter.numel() for parameter in self.parameters)
         shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in zip(self.names[:4], self.parameters, strict=False))
         more = f" and {len(self.names) - 4} more" if len(self.names) > 4 else ""
@@ -57,44 +59,66 @@ def resolve_shared_layer(spec: SharedLayerSpec, network: nn.Module) -> SharedLay
         TypeError: if ``spec`` is of another kind.
         ValueError: if a name is unknown, a parameter is not the network's, there is none, or all are frozen.
     """
-    given = list(dict.fromkeys(_parameters(spec, network)))  # each once: a tied parameter counts once in the norm
-    if not given:
-        raise ValueError(f"shared_layer() gave no parameters ({_describe(spec)}). {_OVERRIDE}: one with weights.")
+    given = _given(spec, network)
     trainable = [parameter for parameter in given if parameter.requires_grad]
-    names = {parameter: name for name, parameter in _named(network.named_parameters())}
     if not trainable:
-        frozen = ", ".join(names.get(parameter, "?") for parameter in given[:4])
         raise ValueError(
-            f"The shared layer is frozen: none of its parameters ({frozen}) requires grad, so no task has a gradient there. "
-            f"{_OVERRIDE} and is trained, or unfreeze it."
+            f"The shared layer is frozen: none of its parameters ({', '.join(list(given.values())[:4])}) requires grad, so no "
+            "task "
+            f"has a gradient there. {_OVERRIDE} and is trained, or unfreeze it."
         )
-    if any(parameter not in names for parameter in trainable):
-        raise ValueError(
-            f"shared_layer() gave a parameter that is not one of {type(network).__name__}'s own ({_describe(spec)}). "
-            f"{_OVERRIDE}, not a copy of it."
-        )
-    return SharedLayer(tuple(names[p] for p in trainable), tuple(trainable), "given by shared_layer()")
+    return SharedLayer(tuple(given[p] for p in trainable), tuple(trainable), "given by shared_layer()")
 
 
 def feature_modules(spec: SharedLayerSpec | None, network: nn.Module) -> list[nn.Module]:
     """The modules whose outputs are the shared features: those that ``spec`` names, or that own the parameters it names.
 
     Raises:
-        ValueError: if ``spec`` is ``None``: the features must be known before the first forward pass.
+        TypeError: if ``spec`` is of a kind that ``shared_layer()`` cannot return.
+        ValueError: if it is ``None`` (the features must be known before the forward pass), or names nothing of ``network``.
     """
     if spec is None:
         raise ValueError(
             "norm_of='features' reads the gradient at the shared layer's output, and shared_layer() names no layer. "
             f"{_OVERRIDE}."
         )
+    if not isinstance(spec, nn.Module) or spec not in network.modules():  # a module without parameters has features too
+        _given(spec, network)
+    return list(dict.fromkeys(_modules(spec, network)))
+
+
+def shared_features(spec: SharedLayerSpec | None, network: nn.Module) -> SharedLayer:
+    """The layer as ``feature_modules`` takes it, for people to read: names of modules, and no parameters."""
+    names = {module: name for name, module in _named(network.named_modules())}
+    return SharedLayer(tuple(names[module] for module in feature_modules(spec, network)), (), "given by shared_layer()")
+
+
+def _modules(spec: SharedLayerSpec, network: nn.Module) -> Iterable[nn.Module]:
+    modules = dict(_named(network.named_modules(remove_duplicate=False)))
     if isinstance(spec, nn.Module):
-        return [spec]
-    if isinstance(spec, str) and (module := dict(_named(network.named_modules(remove_duplicate=False))).get(spec)) is not None:
-        return [module]
-    if isinstance(spec, nn.Parameter | str):
-        wanted = list(_parameters(spec, network))
-        return [module for module in network.modules() if any(p is q for p in module.parameters(recurse=False) for q in wanted)]
-    return [module for part in spec for module in feature_modules(part, network)]
+        yield spec
+    elif isinstance(spec, str) and spec in modules:
+        yield modules[spec]
+    elif isinstance(spec, nn.Parameter | str):
+        wanted = {id(parameter) for parameter in _parameters(spec, network)}
+        yield from (m for m in network.modules() if any(id(p) in wanted for p in m.parameters(recurse=False)))
+    else:
+        for part in spec:
+            yield from _modules(part, network)
+
+
+def _given(spec: SharedLayerSpec, network: nn.Module) -> dict[nn.Parameter, str]:
+    """The parameters that ``spec`` stands for → their names; each once, as a tied parameter counts once in the norm."""
+    given = list(dict.fromkeys(_parameters(spec, network)))
+    if not given:
+        raise ValueError(f"shared_layer() gave no parameters ({_describe(spec)}). {_OVERRIDE}: one with weights.")
+    names = {parameter: name for name, parameter in _named(network.named_parameters())}
+    if any(parameter not in names for parameter in given):
+        raise ValueError(
+            f"shared_layer() gave a parameter that is not one of {type(network).__name__}'s own ({_describe(spec)}). "
+            f"{_OVERRIDE}, not a copy of it."
+        )
+    return {parameter: names[parameter] for parameter in given}
 
 
 def _parameters(spec: SharedLayerSpec, network: nn.Module) -> Iterable[nn.Parameter]:
@@ -117,8 +141,7 @@ def _parameters(spec: SharedLayerSpec, network: nn.Module) -> Iterable[nn.Parame
     else:
         raise TypeError(
             f"shared_layer() gave {_describe(spec)}. It returns a module, a parameter, the dotted name of either, an iterable "
-            "of these, "
-            "or None to have the layer found."
+            "of these, or None to have the layer found."
         )
 
 

@@ -149,9 +149,9 @@ def test_validation_applies_the_present_weights_and_changes_nothing(tmp_path, in
 
 
 class WithPenalty(TrunkAndHeads):
-    """Terms that are not balanced, before and after the total: on W, and on what the losses themselves are made from."""
+    """A term that is not balanced, added on either side of the total: on W, and on what the losses are made from."""
 
-    factor = 1.0
+    factor, first = 1.0, True
 
     def losses(self, x):
         z, target = self.trunk(x), x[:, :2]
@@ -160,17 +160,18 @@ class WithPenalty(TrunkAndHeads):
 
     def training_step(self, batch, batch_idx):
         total = self.total_loss(self.losses(batch[0]))
-        squares, sizes = sum(y.pow(2).sum() for y in self.outputs), sum(y.abs().sum() for y in self.outputs)
-        return self.factor * squares + total + self.factor * (sizes + self.trunk[2].weight.pow(2).sum())
+        penalty = self.factor * (sum(y.pow(2).sum() for y in self.outputs) + self.trunk[2].weight.pow(2).sum())
+        return penalty + total if self.first else total + penalty
 
 
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("engine", ["joint", "per_task"])
 @pytest.mark.usefixtures("float64")
-def test_a_further_term_leaves_the_measured_norms_as_they_are(tmp_path, engine):
+def test_a_further_term_leaves_the_measured_norms_as_they_are(tmp_path, engine, first):
     measured, moved = [], []
     for factor in (1.0, 0.0):
         it, callback = module(WithPenalty), GradNormCallback(engine=engine)
-        it.factor, start = factor, parameters(it)
+        it.factor, it.first, start = factor, first, parameters(it)
         trainer = quiet_trainer(tmp_path, callbacks=[callback], max_steps=1, precision="64-true")
         trainer.fit(it, batches(1))
         measured.append({tag: v.item() for tag, v in trainer.callback_metrics.items() if tag.startswith("grad_")})

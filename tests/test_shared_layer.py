@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_gradnorm import GradNormCallback, JointBackward, PerTaskBackward, tap_losses
 from lightning_gradnorm.gradients import UnreachedSharedLayerError
-from lightning_gradnorm.shared_layer import detect_shared_layer, resolve_shared_layer
+from lightning_gradnorm.shared_layer import detect_shared_layer, feature_modules, resolve_shared_layer
 from tests.helpers import TrunkAndHeads, batches, quiet_trainer
 
 OVERRIDE = r"Override shared_layer\(\) in your LightningModule to return the layer that all tasks share"
@@ -86,6 +86,18 @@ def test_what_is_no_layer_of_the_network_is_refused(spec, error, words):
     net = mlp()
     with pytest.raises(error, match=words):
         resolve_shared_layer(spec(net), net)
+
+
+@pytest.mark.parametrize(("spec", "error", "words"), NOT_GIVEN.values(), ids=NOT_GIVEN)
+def test_what_is_no_layer_has_no_features_either(spec, error, words):
+    """``norm_of="features"`` refuses the same, but for a frozen layer: at its output there is a gradient all the same."""
+    net = mlp()
+    given = spec(net)
+    if spec is frozen:
+        assert feature_modules(given, net) == [net.head]
+        return
+    with pytest.raises(error, match=words):
+        feature_modules(given, net)
 
 
 def test_the_choice_as_text_tells_names_shapes_and_size():
@@ -281,11 +293,15 @@ def test_a_second_use_of_the_layer_that_a_reentrant_checkpoint_hides_is_refused_
     z = net.tied(torch.randn(5, 8, requires_grad=True)).tanh()
     losses = {task: reentrant(lambda t: net.head(net.tied(t)).pow(2).mean(), z) for task in ("a", "b")}
     losses = tap_losses(losses)
-    with pytest.raises((ValueError, RuntimeError), match="use_reentrant=False"):
+
+    def step():
         root = sum(losses.values())
         reader = engine(root, losses, [net.tied.weight])
         root.backward()
         reader.gradients()
+
+    with pytest.raises((ValueError, RuntimeError), match="use_reentrant=False"):
+        step()
 
 
 def test_the_way_out_is_one(tmp_path):

@@ -25,6 +25,8 @@ from lightning_gradnorm.report.table import print_table
 from lightning_gradnorm.report.weights_file import write_weights
 from lightning_gradnorm.shared_layer import SharedLayer
 
+_TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+
 
 class LossBalancingCallback(Callback):
     """Weighs the losses of a module with ``MultiTaskMixin`` by any ``LossBalancer``.
@@ -48,6 +50,7 @@ class LossBalancingCallback(Callback):
         log_cosines: whether to log the cosine between every two tasks' gradients; by default for up to ten tasks.
         progress_bar: whether the progress bar shows the weights.
         summary: whether to print the table and write ``loss_weights.yaml`` at the end of ``fit``.
+        untested_strategies: whether to run under Trainer strategies other than a single device and DDP.
 
     Attributes:
         engine_used: ``"joint"`` or ``"per_task"``, once a step was measured.
@@ -63,6 +66,7 @@ class LossBalancingCallback(Callback):
         log_cosines: bool | None = None,
         progress_bar: bool = False,
         summary: bool = True,
+        untested_strategies: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(balancer, LossBalancer):
@@ -70,7 +74,7 @@ class LossBalancingCallback(Callback):
                 f"LossBalancingCallback takes a balancer, got {balancer!r}. Write LossBalancingCallback(GradNorm(alpha=1.5)), "
                 "or GradNormCallback(alpha=1.5)."
             )
-        self.balancer, self.summary = balancer, summary
+        self.balancer, self.summary, self._untested_strategies = balancer, summary, untested_strategies
         self._measuring = Measuring(engine, norm_of)
         self._log = BalancingLog(log_cosines, progress_bar)
         self._link = BalancingLink(balancer)
@@ -111,6 +115,7 @@ class LossBalancingCallback(Callback):
                 f"Write class {name}(MultiTaskMixin, L.LightningModule) and return self.total_loss({{'task': loss, …}}) from "
                 "training_step."
             )
+        self._check_strategy(setting_of(trainer, "strategy"))
         others = [callback for callback in setting_of(trainer, "callbacks") if isinstance(callback, LossBalancingCallback)]
         if len(others) > 1:
             raise ValueError(
@@ -118,6 +123,18 @@ class LossBalancingCallback(Callback):
                 f"{', '.join(type(c).__name__ for c in others)}. Keep one of them."
             )
         pl_module._loss_balancing = self._link
+
+    def _check_strategy(self, strategy: object) -> None:
+        names = [cls.__name__ for cls in type(strategy).__mro__]
+        tested = any(name in _TESTED_STRATEGIES for name in names) and not any("DeepSpeed" in name for name in names)
+        if not (tested or self._untested_strategies):
+            raise ValueError(
+                f"{type(self).__name__} is tested with one device and with DDP, not with {names[0]}: where parameters are "
+                "sharded, "
+                "their gradients per task cannot be read. Use strategy='ddp'; or try it with untested_strategies=True, best "
+                "with "
+                "norm_of='features', which needs no parameter gradient."
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go(pl_module)

@@ -18,7 +18,8 @@ class GradNormCallback(LossBalancingCallback):
         trainer = L.Trainer(callbacks=[GradNormCallback(alpha=1.5)])
 
     It is ``LossBalancingCallback(GradNorm(…))`` with flat arguments; see ``GradNorm`` for the method's, and
-    ``LossBalancingCallback`` for ``engine``, ``norm_of``, ``log_cosines``, ``progress_bar`` and ``summary``.
+    ``LossBalancingCallback`` for ``engine``, ``norm_of``, ``log_cosines``, ``progress_bar``, ``summary`` and
+    ``untested_strategies``.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class GradNormCallback(LossBalancingCallback):
         log_cosines: bool | None = None,
         progress_bar: bool = False,
         summary: bool = True,
+        untested_strategies: bool = False,
     ) -> None:
         balancer = GradNorm(
             alpha,
@@ -65,4 +67,5 @@ class GradNormCallback(LossBalancingCallback):
             log_cosines=log_cosines,
             progress_bar=progress_bar,
             summary=summary,
+            untested_strategies=untested_strategies,
         )

@@ -9,7 +9,13 @@ from torch.utils.hooks import RemovableHandle
 from lightning_gradnorm.callbacks.link import NotedLosses
 from lightning_gradnorm.callbacks.ranks import RankAgreement
 from lightning_gradnorm.gradients import GradientReader, IncompleteBackwardError, JointBackward, PerTaskBackward
-from lightning_gradnorm.shared_layer import SharedLayer, detect_shared_layer, feature_modules, resolve_shared_layer
+from lightning_gradnorm.shared_layer import (
+    SharedLayer,
+    detect_shared_layer,
+    feature_modules,
+    resolve_shared_layer,
+    shared_features,
+)
 from lightning_gradnorm.window import MeasurementWindow
 
 Engine = Literal["auto", "joint", "per_task"]
@@ -85,7 +91,10 @@ class Measuring:
             TypeError, ValueError: where there is none that will do; the message says the way out.
         """
         spec = module.shared_layer()
-        self.shared = detect_shared_layer(losses, module) if spec is None else resolve_shared_layer(spec, module)
+        if self.norm_of == "features":
+            self.shared = shared_features(spec, module)
+        else:
+            self.shared = detect_shared_layer(losses, module) if spec is None else resolve_shared_layer(spec, module)
 
     def before_backward(self, root: Tensor, noted: NotedLosses) -> bool:
         """Get ready for the backward of ``root``.

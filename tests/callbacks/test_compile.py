@@ -41,6 +41,11 @@ class FeaturesOfTrunk(OnTensors):
         return "trunk"
 
 
+@pytest.mark.feature(
+    "`torch.compile` of heads, of the trunk below the shared layer",
+    "supported",
+    "`default` and `reduce-overhead`, cold and warm cache",
+)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("compile_part", [heads, below, above_and_below])
 def test_exact_where_the_shared_layer_is_outside(tmp_path, compile_part, mode):
@@ -53,6 +58,11 @@ def test_exact_where_the_shared_layer_is_outside(tmp_path, compile_part, mode):
         torch.compiler.reset()
 
 
+@pytest.mark.feature(
+    "`torch.compile` of a region with the shared layer in it",
+    "refused",
+    "“Keep the shared layer outside the compiled region …, or take norm_of='features'”",
+)
 @pytest.mark.parametrize("engine", ["auto", "per_task"])
 def test_a_compiled_shared_layer_is_refused_with_the_way_out(tmp_path, engine):
     module = OnTensors()
@@ -62,6 +72,7 @@ def test_a_compiled_shared_layer_is_refused_with_the_way_out(tmp_path, engine):
         train(tmp_path, module, loader(torch.randn(3, 8, 6)), Watch(engine=engine))
 
 
+@pytest.mark.feature('`norm_of="features"` of a compiled trunk', "supported")
 def test_features_of_a_compiled_trunk_are_exact(tmp_path):
     x, module = torch.randn(4, 8, 6), FeaturesOfTrunk()
     eager = train(tmp_path, copy.deepcopy(module), loader(x), Watch(norm_of="features"))
@@ -72,6 +83,11 @@ def test_features_of_a_compiled_trunk_are_exact(tmp_path):
         torch.compiler.reset()
 
 
+@pytest.mark.feature(
+    "`torch.compile` of the whole module",
+    "refused",
+    "“compile the trunk below the layer and the heads above it, not the whole module”",
+)
 @pytest.mark.parametrize("norm_of", ["parameters", "features"])
 def test_a_whole_compiled_module_is_refused(tmp_path, norm_of):
     with pytest.raises((CompiledSharedLayerError, UnreachedSharedLayerError), match="compile the trunk below"):

@@ -44,6 +44,11 @@ def test_ranks_hold_identical_weights_and_parameters(ranks, case):
     assert max(abs(w - 1) for w in one["history"][-1][0].values()) > 1e-3
 
 
+@pytest.mark.feature(
+    '`strategy="ddp"`, also with `find_unused_parameters`, `gradient_as_bucket_view`, `static_graph`',
+    "supported",
+    "two processes equal one on the same global batch",
+)
 @pytest.mark.parametrize("case", SAME_AS_ONE_PROCESS)
 def test_equal_to_one_process_on_the_same_global_batch(ranks, case, tmp_path):
     alone = fit(case, tmp_path, global_batches(), "auto")
@@ -54,12 +59,14 @@ def test_equal_to_one_process_on_the_same_global_batch(ranks, case, tmp_path):
     torch.testing.assert_close(ranks[0][case]["parameters"], alone["parameters"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.feature('`strategy="ddp"`', "supported", "one collective per update")
 @pytest.mark.parametrize("case", [case for case in CASES if case != "new task on one rank"])
 def test_one_collective_per_update(ranks, case):
     updates = {"accumulation": 3, "update_every": 3}.get(case, STEPS)
     assert ranks[0][case]["collectives"] == ranks[1][case]["collectives"] == updates
 
 
+@pytest.mark.feature("a task absent on one rank", "supported", "its mean is over the ranks that have it")
 def test_a_task_absent_on_one_rank_is_measured_where_it_is(ranks):
     torch.manual_seed(0)
     module = Scenario("plain")
@@ -78,6 +85,7 @@ def _order(ranks):
     return list(ranks[0]["absent on one rank"]["history"][0][0])
 
 
+@pytest.mark.feature("a NaN on one rank", "supported", "every rank skips the update")
 def test_not_a_number_on_one_rank_is_skipped_by_both(ranks):
     for rank in ranks:
         result = rank["not a number on one rank"]
@@ -86,6 +94,7 @@ def test_not_a_number_on_one_rank_is_skipped_by_both(ranks):
         assert result["skipped"] >= 1
 
 
+@pytest.mark.feature("a task that first appears later in a distributed run", "refused", "“Declare all of them: tasks=[…]”")
 def test_a_new_task_on_one_rank_is_an_error_that_says_to_declare_it(ranks):
     error = ranks[1]["new task on one rank"]["error"]
     assert "'surprise' appeared after the first step of a distributed run" in error

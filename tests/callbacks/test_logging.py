@@ -76,6 +76,9 @@ def test_every_logger_gets_the_values_of_the_step_itself(tmp_path):
     assert len(rows) == 9
 
 
+@pytest.mark.feature(
+    "`log_every_n_steps` with accumulation", "supported", "what is written belongs to the step that is written"
+)
 def test_only_written_steps_are_logged(tmp_path, monkeypatch):
     memory, callback, calls = MemoryLogger(), GradNormCallback(lr=0.1, summary=False), []
     module = TrunkAndHeads()
@@ -113,6 +116,7 @@ def test_tensorboard_has_one_chart_with_all_tasks(tmp_path):
     )
 
 
+@pytest.mark.feature("`logger=False`, `barebones`, `log_every_n_steps=0`", "supported")
 @pytest.mark.parametrize("settings", [{"logger": False}, {"fast_dev_run": 3}, {"barebones": True}, {"log_every_n_steps": 0}])
 def test_it_works_where_nothing_is_logged(tmp_path, settings):
     callback = GradNormCallback(lr=0.1)

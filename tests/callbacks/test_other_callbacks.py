@@ -16,6 +16,7 @@ from tests.callbacks.test_trainer_features import TASKS, OnTensors, assert_same_
 from tests.helpers import TrunkAndHeads, batches, quiet_trainer
 
 
+@pytest.mark.feature("`EMAWeightAveraging`, `StochasticWeightAveraging`, `ModelPruning`", "supported", "unaffected")
 @pytest.mark.filterwarnings("ignore")  # their own
 @pytest.mark.parametrize(
     "other",
@@ -40,6 +41,7 @@ class Finetuned(OnTensors):
         self.backbone = self.trunk
 
 
+@pytest.mark.feature("`BackboneFinetuning`", "supported", "the weights wait while the shared layer is frozen; told once")
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
 def test_while_a_finetuning_callback_keeps_the_layer_frozen_the_weights_wait(tmp_path):
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False)
@@ -80,6 +82,11 @@ class Checkpointed(OnTensors):
         return checkpoint(self.trunk, x.requires_grad_(), use_reentrant=self.reentrant)
 
 
+@pytest.mark.feature(
+    "activation checkpointing, `use_reentrant=False`, with the shared layer in it",
+    "supported",
+    "exact; the forward is computed T + 1 times more, once per task and once for the backward",
+)
 def test_non_reentrant_checkpointing_is_exact_and_its_cost_known(tmp_path):
     x, module = torch.randn(3, 8, 6), Checkpointed(reentrant=False)
     plain = OnTensors()
@@ -90,6 +97,9 @@ def test_non_reentrant_checkpointing_is_exact_and_its_cost_known(tmp_path):
     assert module.forwards == 3 * (1 + len(TASKS) + 1)
 
 
+@pytest.mark.feature(
+    "activation checkpointing, `use_reentrant=True`, with the shared layer in it", "refused", "“pass use_reentrant=False”"
+)
 def test_a_reentrant_checkpoint_over_the_layer_says_use_reentrant_false(tmp_path):
     with pytest.raises(ValueError, match="use_reentrant=False"):
         train(tmp_path, Checkpointed(reentrant=True), loader(torch.randn(3, 8, 6)))
@@ -104,6 +114,7 @@ def test_a_balancer_can_be_pickled_and_copied_after_a_fit(tmp_path):
     assert copy.deepcopy(callback.balancer).weights == callback.weights
 
 
+@pytest.mark.feature("`Fabric`", "supported", "`GradNorm` and `JointBackward` in a Fabric loop equal the Trainer")
 def test_a_fabric_loop_equals_the_trainer(tmp_path):
     x, module = torch.randn(6, 8, 6), TrunkAndHeads()
     by_trainer = OnTensors()
@@ -154,6 +165,7 @@ if namespaces == ["pytorch_lightning"]:
 """
 
 
+@pytest.mark.feature("`lightning.pytorch` and `pytorch_lightning`", "supported", "import the one you use first")
 @pytest.mark.slow
 @pytest.mark.parametrize("namespaces", ["lightning.pytorch", "pytorch_lightning", "lightning.pytorch+pytorch_lightning"])
 def test_both_lightning_namespaces(tmp_path, namespaces):

@@ -64,6 +64,11 @@ SETTINGS = {
 }
 
 
+@pytest.mark.feature(
+    "checkpoint and resume, also in mid-epoch",
+    "supported",
+    "weights, parameters and logged values equal the uninterrupted run's, step by step",
+)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_resumed_equals_uninterrupted(tmp_path, settings):
@@ -79,6 +84,11 @@ def test_resumed_equals_uninterrupted(tmp_path, settings):
         assert callback._summary.rows(callback.weights) == whole_callback._summary.rows(whole_callback.weights), stop
 
 
+@pytest.mark.feature(
+    "the model's `state_dict`",
+    "supported",
+    "has no key of ours; loads with and without the package, also with `weights_only=True`",
+)
 def test_the_models_state_dict_has_no_key_of_ours(tmp_path):
     _, callback, _ = fit(tmp_path, {}, max_steps=3)
     checkpoint = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
@@ -88,6 +98,7 @@ def test_the_models_state_dict_has_no_key_of_ours(tmp_path):
     assert callback.state_key in checkpoint["callbacks"]
 
 
+@pytest.mark.feature("`trainer.test(ckpt_path=…)` after `fit`", "supported", "the live weights stay")
 def test_testing_a_checkpoint_does_not_touch_the_live_weights(tmp_path):
     class WithTest(TrunkAndHeads):
         def test_step(self, batch, batch_idx):

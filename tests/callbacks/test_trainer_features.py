@@ -65,6 +65,11 @@ class OnTensors(TrunkAndHeads):
 # -- accumulation ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.feature(
+    "`accumulate_grad_batches=N`",
+    "supported",
+    "one update per optimiser step, from the norm of the mean gradient: equal to one batch N times as large",
+)
 def test_accumulation_equals_one_batch_n_times_as_large(tmp_path):
     x, module = torch.randn(6, 12, 6), OnTensors()
     large = train(tmp_path, copy.deepcopy(module), loader(x))
@@ -72,6 +77,7 @@ def test_accumulation_equals_one_batch_n_times_as_large(tmp_path):
     assert_same_history(small, large)
 
 
+@pytest.mark.feature("`accumulate_grad_batches=N`", "supported", "the weights are constant inside the window")
 def test_weights_are_constant_inside_the_window(tmp_path):
     callback = train(tmp_path, OnTensors(), loader(torch.randn(8, 4, 6)), accumulate_grad_batches=4)
     assert callback.inside[:4] == [callback.inside[0]] * 4
@@ -79,6 +85,7 @@ def test_weights_are_constant_inside_the_window(tmp_path):
     assert callback.inside[0] != callback.inside[4]
 
 
+@pytest.mark.feature("a last short accumulation window", "supported", "its norms are its own")
 def test_a_last_short_window_is_measured_as_what_it_is(tmp_path):
     """5 batches in twos: the last one alone. Its norms are its own, though Lightning divides its loss by two."""
     x, module = torch.randn(5, 4, 6), OnTensors(lr=0.0)
@@ -88,6 +95,7 @@ def test_a_last_short_window_is_measured_as_what_it_is(tmp_path):
     torch.testing.assert_close(callback.norms[2].float(), expected)
 
 
+@pytest.mark.feature("`GradientAccumulationScheduler`", "supported")
 def test_accumulation_scheduler(tmp_path):
     x, module = torch.randn(4, 4, 6), OnTensors(lr=0.0)
     callback = train(tmp_path, module, loader(x), callbacks=[GradientAccumulationScheduler({0: 1, 1: 4})], max_epochs=2)
@@ -96,6 +104,7 @@ def test_accumulation_scheduler(tmp_path):
     torch.testing.assert_close(callback.norms[4].float(), expected)
 
 
+@pytest.mark.feature('`norm_of="features"` with accumulation', "supported")
 def test_features_accumulate_as_one_batch_too(tmp_path):
     class Named(OnTensors):
         def shared_layer(self):
@@ -119,6 +128,11 @@ def test_features_accumulate_as_one_batch_too(tmp_path):
 # -- precision ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.feature(
+    '`precision="16-mixed"` (GradScaler)',
+    "supported",
+    "whatever the scale; a step that overflows is skipped for the weights too",
+)
 @pytest.mark.filterwarnings("ignore:.*weight update.* so far")
 @pytest.mark.parametrize("init_scale", [1.0, 65536.0, 2.0**40])
 def test_grad_scaler_is_divided_out_exactly(tmp_path, init_scale):
@@ -140,6 +154,7 @@ def test_grad_scaler_is_divided_out_exactly(tmp_path, init_scale):
         assert scaled.balancer.skipped_updates == 0
 
 
+@pytest.mark.feature("`bf16-mixed`, `bf16-true`, `64-true`", "supported", "norms are summed in float64; the state is float64")
 @pytest.mark.parametrize(("precision", "rtol"), [("bf16-mixed", 0.05), ("bf16-true", 0.1), ("64-true", 1e-4)])
 def test_precision(tmp_path, precision, rtol):
     x, module = torch.randn(4, 64, 6), OnTensors(lr=1e-4)
@@ -154,6 +169,7 @@ def test_precision(tmp_path, precision, rtol):
 # -- clipping, anomaly, profiler ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.feature("`gradient_clip_val`, by norm and by value", "supported", "norms are those before clipping")
 @pytest.mark.parametrize(
     "settings",
     [{"gradient_clip_val": 1e-6}, {"gradient_clip_val": 1e-6, "gradient_clip_algorithm": "value"}],
@@ -164,6 +180,7 @@ def test_norms_are_those_before_clipping(tmp_path, settings):
     assert_same_history(train(tmp_path, copy.deepcopy(module), loader(x), **settings), train(tmp_path, module, loader(x)))
 
 
+@pytest.mark.feature("`detect_anomaly`, `profiler`, `deterministic`, `inference_mode`", "supported", "unaffected")
 @pytest.mark.filterwarnings("ignore:You have turned on `Trainer\\(detect_anomaly=True\\)`")
 @pytest.mark.parametrize(
     "settings", [{"detect_anomaly": True}, {"profiler": "simple"}, {"deterministic": True}, {"inference_mode": False}], ids=str
@@ -192,12 +209,16 @@ class Manual(OnTensors):
         optimizer.step()
 
 
+@pytest.mark.feature("manual optimisation with `manual_backward`", "supported", "same weights as automatic")
 def test_manual_optimisation_equals_automatic(tmp_path):
     x, automatic, manual = torch.randn(6, 8, 6), OnTensors(), Manual()
     manual.load_state_dict(automatic.state_dict())
     assert_same_history(train(tmp_path, manual, loader(x)), train(tmp_path, automatic, loader(x)), rtol=1e-12)
 
 
+@pytest.mark.feature(
+    "a raw `.backward()` in manual optimisation", "warned", "“Call self.manual_backward(total) instead of total.backward()”"
+)
 def test_a_raw_backward_in_manual_optimisation_is_told_once(tmp_path):
     with pytest.warns(UserWarning, match=r"Call self.manual_backward\(total\) instead of total.backward\(\)") as caught:
         callback = train(tmp_path, Manual(raw=True), loader(torch.randn(3, 8, 6)))
@@ -233,6 +254,7 @@ class Adversarial(OnTensors):
         return torch.optim.SGD(shared, lr=0.01), torch.optim.SGD(self.critic.parameters(), lr=0.01)
 
 
+@pytest.mark.feature("several optimisers (a GAN with two tasks in the generator)", "supported")
 def test_several_optimisers_and_a_foreign_backward_in_between(tmp_path):
     x, module = torch.randn(6, 8, 6), Adversarial()
     by_hand = copy.deepcopy(module)
@@ -252,6 +274,9 @@ def test_several_optimisers_and_a_foreign_backward_in_between(tmp_path):
     torch.testing.assert_close(fresh.balancer.diagnostics["grad_norm"].float(), expected)
 
 
+@pytest.mark.feature(
+    "L-BFGS and other closures", "supported", "measured at the first evaluation; the weights are constant inside the closure"
+)
 def test_closures_measure_once_and_hold_the_weights(tmp_path):
     class Closures(OnTensors):
         def configure_optimizers(self):
@@ -280,6 +305,7 @@ class Inner(L.Callback):
         assert torch.equal(copied.trunk[0].weight, pl_module.trunk[0].weight)
 
 
+@pytest.mark.feature("`deepcopy` of the module while training", "supported", "the copy has the weights and no graph")
 def test_a_deep_copy_in_mid_step_has_the_weights_and_no_graph(tmp_path):
     class First(Watch):
         pass
@@ -318,11 +344,13 @@ TRIALS = {
 }
 
 
+@pytest.mark.feature("`validate`, `test`, `predict` before `fit`; sanity check", "supported", "L(0) and weights untouched")
 @pytest.mark.parametrize("trial", TRIALS.values(), ids=TRIALS)
 def test_evaluation_before_fit_changes_nothing(tmp_path, trial):
     assert_same_history(fit_after(tmp_path, trial), fit_after(tmp_path, lambda *_: None), rtol=0)
 
 
+@pytest.mark.feature("`lr_find`, `scale_batch_size`", "supported", "L(0) and weights untouched")
 @pytest.mark.filterwarnings("ignore")  # the tuner's own
 def test_the_tuner_changes_nothing(tmp_path):
     class Sized(WithValidation):
@@ -351,6 +379,7 @@ def test_the_tuner_changes_nothing(tmp_path):
     assert_same_history(run(True), run(False), rtol=0)
 
 
+@pytest.mark.feature("two `fit`s in a row", "supported", "the second goes on; `callback.balancer.reset()` starts anew")
 def test_two_fits_go_on_with_the_weights(tmp_path):
     module, callback = TrunkAndHeads(), Watch()
     quiet_trainer(tmp_path, callbacks=[callback]).fit(module, batches(4))
@@ -362,6 +391,7 @@ def test_two_fits_go_on_with_the_weights(tmp_path):
     assert callback.weights == {}
 
 
+@pytest.mark.feature("`limit_train_batches`, `overfit_batches`, `max_steps`, `fast_dev_run`", "supported")
 @pytest.mark.parametrize(
     "settings", [{"limit_train_batches": 3}, {"overfit_batches": 3}, {"max_steps": 3}, {"fast_dev_run": 3}], ids=str
 )
@@ -370,6 +400,7 @@ def test_short_runs_update_once_per_step(tmp_path, settings):
     assert callback.balancer.steps == 3
 
 
+@pytest.mark.feature("an exception or Ctrl-C in a step", "supported", "the state is that of the last whole step")
 @pytest.mark.parametrize("where", ["training_step", "on_before_zero_grad", "on_train_batch_end"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_leaves_whole_state_and_no_graph(tmp_path, where, error):
@@ -392,3 +423,26 @@ def test_an_exception_leaves_whole_state_and_no_graph(tmp_path, where, error):
     setattr(module, where, original)
     quiet_trainer(tmp_path, callbacks=[callback]).fit(module, batches(3))
     assert sum(callback.weights.values()) == pytest.approx(4)
+
+
+@pytest.mark.feature(
+    "FSDP, ModelParallel, DeepSpeed and other strategies",
+    "refused",
+    "“tested with one device and with DDP”; `untested_strategies=True` is the way past it",
+)
+def test_untested_strategies_are_refused_early_with_a_way_past(tmp_path):
+    from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+
+    class Sharded(SingleDeviceStrategy):
+        pass
+
+    class Other(Strategy):
+        for name in Strategy.__abstractmethods__:
+            locals()[name] = None
+
+    callback = GradNormCallback(summary=False)
+    with pytest.raises(ValueError, match=r"not with Other: .*Use strategy='ddp'; or try it with untested_strategies=True"):
+        callback._check_strategy(Other())
+    GradNormCallback(untested_strategies=True)._check_strategy(Other())
+    train(tmp_path, OnTensors(), loader(torch.randn(2, 8, 6)), callback, strategy=Sharded(device="cpu"))
+    assert callback.balancer.steps == 2

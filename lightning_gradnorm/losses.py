@@ -10,7 +10,7 @@ from torch import Tensor
 
 TaskLosses = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
-# TensorBoard keeps these characters of a tag and turns every other one into "_".
+# What tensorboardX, which Lightning's TensorBoardLogger can use as well, turns into "_" in a tag.
 _REPLACED_IN_TAGS = re.compile(r"[^-/\w.]")
 
 

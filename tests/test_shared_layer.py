@@ -90,11 +90,11 @@ def test_what_is_no_layer_of_the_network_is_refused(spec, error, words):
 
 @pytest.mark.parametrize(("spec", "error", "words"), NOT_GIVEN.values(), ids=NOT_GIVEN)
 def test_what_is_no_layer_has_no_features_either(spec, error, words):
-    """``norm_of="features"`` refuses the same, but for a frozen layer: at its output there is a gradient all the same."""
+    """``norm_of="features"`` refuses the same, but for a module with nothing to train: its output has a gradient."""
     net = mlp()
     given = spec(net)
-    if spec is frozen:
-        assert feature_modules(given, net) == [net.head]
+    if given is net.act or spec is frozen:
+        assert feature_modules(given, net) == [given]
         return
     with pytest.raises(error, match=words):
         feature_modules(given, net)

@@ -79,7 +79,7 @@ class LossBalancingCallback(Callback):
         self._log = BalancingLog(log_cosines, progress_bar)
         self._link = BalancingLink(balancer)
         self._summary = RunSummary()
-        self._stage = "fit"
+        self._stage, self._is_set_up = "fit", False
         self._last_global_step = 0
         self._read_in_batch = False
         self._told: set[str] = set()
@@ -102,12 +102,14 @@ class LossBalancingCallback(Callback):
     @property
     def state_key(self) -> str:
         """Of the method, not of this class: a named subclass and the general callback find each other's state."""
-        return f"LossBalancing[{self.balancer.state_name}]"
+        key = f"LossBalancing[{self.balancer.state_name}]"
+        # Until setup, a Trainer asks for keys only to refuse two equal ones, without a word of the way out; setup says it.
+        return key if self._is_set_up else f"{key} of {id(self)}"
 
     # -- life of a fit ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._stage = stage
+        self._stage, self._is_set_up = stage, True
         if not isinstance(pl_module, MultiTaskMixin):
             name = type(pl_module).__name__
             raise TypeError(

@@ -1,0 +1,88 @@
+"""The examples run as a reader runs them, only shorter."""
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The example that the test names, imported as ``python examples/<name>.py`` finds it."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    yield importlib.import_module(request.param)
+    for name in (request.param, "_common"):
+        sys.modules.pop(name, None)
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether the file is a PNG with more in it than an empty page."""
+    content = path.read_bytes()
+    return content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 20_000
+
+
+@pytest.mark.parametrize("example", ["digits"], indirect=True)
+def test_digits_trains_both_methods_and_shows_what_came_of_it(example, tmp_path, capsys):
+    example.main(["--quick", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for word in ("equal", "GradNorm", "difference", "digit, accuracy", "pixels, RMSE", "ink, RMSE"):
+        assert word in printed
+    assert is_drawn(tmp_path / "digits.png")
+    assert f"--logdir {tmp_path}" in printed
+    for method in ("equal", "GradNorm"):
+        assert list((tmp_path / method / "seed_0").glob("events.out.tfevents.*"))
+    assert (tmp_path / "GradNorm" / "seed_0" / "loss_weights.yaml").exists()
+
+
+@pytest.mark.parametrize("example", ["digits"], indirect=True)
+def test_digits_leaves_one_run_in_a_folder_that_is_used_twice(example, tmp_path):
+    for _ in range(2):
+        example.main(["--quick", "--epochs", "1", "--out", str(tmp_path)])
+    assert len(list((tmp_path / "GradNorm" / "seed_0").glob("events.out.tfevents.*"))) == 1
+
+
+@pytest.mark.parametrize(("example", "module"), [("digits", "Digits"), ("toy", "Toy")], indirect=["example"])
+def test_all_methods_start_from_one_network_and_one_batch(example, module, tmp_path, monkeypatch):
+    starts = []
+    plain = getattr(example, module).training_step
+
+    def noting(self, batch, batch_idx):
+        if self.global_step == 0:
+            starts.append([*(p.detach().clone() for p in self.parameters()), *(part.clone() for part in batch)])
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(getattr(example, module), "training_step", noting)
+    example.main(["--quick", "--out", str(tmp_path), *(["--tasks", "2"] if module == "Toy" else [])])
+    assert len(starts) == len(example.METHODS)
+    for other in starts[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(starts[0], other, strict=True))
+
+
+@pytest.mark.parametrize("example", ["toy"], indirect=True)
+def test_toy_starts_at_the_number_of_tasks_and_raises_the_smallest_scale(example, tmp_path, capsys):
+    example.main(["--quick", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert is_drawn(tmp_path / "toy.png")
+    values = json.loads((tmp_path / "toy.json").read_text(encoding="utf-8"))
+    for tasks, smallest in ((2, "σ=1"), (10, "σ=3")):
+        assert f"T = {tasks}" in printed
+        runs = values["runs"][f"T={tasks}"]
+        assert list(runs) == ["equal", "GradNorm", "fixed 1/σ²"]
+        for method, (run,) in runs.items():
+            assert method in printed
+            assert run["measures"][0] == pytest.approx(tasks)
+            assert all(math.isfinite(measure) for measure in run["measures"])
+            assert sum(run["weights"][-1].values()) == pytest.approx(tasks)
+        weights = runs["GradNorm"][0]["weights"][-1]
+        assert max(weights, key=weights.__getitem__) == smallest
+        assert set(runs["equal"][0]["weights"][-1].values()) == {1.0}

@@ -1,0 +1,105 @@
+"""What the examples share: a quiet Trainer, a progress bar, a table, a figure's looks."""
+
+import logging
+import statistics
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import lightning as L
+import matplotlib
+
+matplotlib.use("Agg")  # draws to files; no window is needed
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+# Colours of Okabe and Ito, which people with any kind of colour vision tell apart.
+BLACK, ORANGE, GREEN, BLUE, PURPLE = "#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7"
+METHOD_COLOURS = {"equal": ORANGE, "GradNorm": BLUE, "fixed 1/σ²": GREEN}
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Lightning's notices on devices and models, its advice on worker processes and its own use of a deprecated call."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers")
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class Progress(L.Callback):
+    """One bar over several fits, drawn on terminals only; it goes away when the last fit ends.
+
+    Args:
+        total: optimiser steps of all fits together.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.bar = tqdm(total=total, disable=None, leave=False, unit="step", mininterval=0.3)
+
+    def name(self, text: str) -> None:
+        """What the bar says of the fit that comes next."""
+        self.bar.set_description(text)
+
+    def on_train_batch_end(self, *args: object) -> None:
+        self.bar.update()
+        if self.bar.total == self.bar.n:
+            self.bar.close()
+
+
+def mean_std(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """``mean ± standard deviation`` over the seeds; the mean alone of one seed."""
+    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """To the console; the first column to the left, the others to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Plain axes and a light grid, for the figures made inside."""
+    changes = {
+        "figure.dpi": 150,
+        "figure.constrained_layout.use": True,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "0.9",
+        "axes.titlelocation": "left",
+        "lines.linewidth": 1.8,
+        "legend.frameon": False,
+    }
+    with plt.rc_context(changes):
+        yield
+
+
+def draw_runs(axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], **line: object) -> None:
+    """The mean of several seeds' curves as a line, their range as a band."""
+    columns = list(zip(*runs, strict=True))
+    (drawn,) = axes.plot(x, [statistics.fmean(column) for column in columns], **line)
+    axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=drawn.get_color(), alpha=0.18, linewidth=0)
+
+
+def by_task(records: Sequence[Mapping[str, float]], task: str) -> list[float]:
+    """One task's values out of a list of dicts."""
+    return [record[task] for record in records]

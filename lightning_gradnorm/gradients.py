@@ -84,13 +84,8 @@ class TaskGradients:
 
     def norms(self) -> Tensor:
         """n_i = ‖∇_W L_i‖₂ of the unweighted losses, shape ``[T]``, summed in float64 where the device has it."""
-        device = self.cotangents.device
-        dtype = widest_float(device)
-        per_task = []
-        for gradients in self.gradients:
-            norms = [torch.linalg.vector_norm(g, dtype=dtype).to(device) for g in gradients if g is not None]
-            per_task.append(norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)))
-        return torch.stack(per_task) / self.cotangents.abs()
+        norms = [_norm([g for g in row if g is not None]) for row in self.gradients]
+        return torch.stack([norm.to(self.cotangents.device) for norm in norms]) / self.cotangents.abs()
 
     def flat(self) -> Tensor:
         """∇_W L_i of the unweighted losses, shape ``[T, |W|]``, in at least float32; 0 where a task uses none of it."""
@@ -109,6 +104,30 @@ class TaskGradients:
         return stacked / self.cotangents.to(stacked.dtype).unsqueeze(1)
 
 
+_FEW = 1 << 16  # elements
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm of all the gradients as one vector, scalar, as wide as the device allows."""
+    kinds = {(g.device, g.dtype) for g in gradients}
+    if len(gradients) > 1 and len(kinds) == 1 and sum(g.numel() for g in gradients) <= _FEW:
+        gradients = [torch.cat([g.flatten() for g in gradients])]  # many small norms cost more than one copy
+    norms = [_norm_of_one(g).to(gradients[0].device) for g in gradients]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _norm_of_one(gradient: Tensor) -> Tensor:
+    wide = widest_float(gradient.device)
+    if gradient.device.type == "cpu" and gradient.dtype == torch.float32 and gradient.ndim > 1 and gradient.numel() > _FEW:
+        # A float64 norm makes a float64 copy on the CPU. The rows, as they lie in memory, are short enough for float32.
+        as_it_lies = gradient.permute(sorted(range(gradient.ndim), key=gradient.stride, reverse=True))
+        norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(as_it_lies.flatten(1), dim=1), dtype=wide)
+        if 1e-12 < norm < 1e18:  # nothing in it over- or underflowed
+            return norm
+    whole: Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
+    return whole
+
+
 def cosines(gradients: Tensor) -> Tensor:
     """Cosine of the angle between every two rows, ``[T, |W|]`` → ``[T, T]``; NaN beside a row of zeros."""
     unit = gradients / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
@@ -121,8 +140,7 @@ class HiddenUseError(RuntimeError):
     def __init__(self) -> None:
         super().__init__(
             "The shared layer is also used inside a reentrant torch.utils.checkpoint, which hides that part of the tasks' "
-            "gradients. "
-            "Pass use_reentrant=False."
+            "gradients. Pass use_reentrant=False."
         )
 
 
@@ -227,7 +245,7 @@ class JointBackward(GradientReader):
         super().__init__(root, losses, parameters)
         self._cotangents: list[Tensor | None] = [None] * len(self.tasks)
         self._gradients: list[list[Tensor | None]] = [[None] * len(self._parameters) for _ in self.tasks]
-        self._arrived: dict[tuple[Node, int], dict[int, Tensor]] = {}
+        self._arrived: dict[Node, dict[int, dict[int, Tensor]]] = {}  # merged node → task → input → cotangent
         self._handles: list[RemovableHandle] = []
         self._accumulated: dict[int, int] = {}
         self._awaited = 0  # exclusive nodes whose hook has not fired yet
@@ -315,17 +333,17 @@ class JointBackward(GradientReader):
                 if k is not None:
                     self._add(task, k, gradient)
                 else:
-                    held = self._arrived.setdefault((child, task), {})
+                    held = self._arrived.setdefault(child, {}).setdefault(task, {})
                     held[number] = gradient if number not in held else held[number] + gradient
 
         return hook
 
     def _push_down(self, node: Node) -> Callable[..., None]:
         def prehook(grad_outputs: tuple[Tensor | None, ...]) -> None:
-            for task in range(len(self.tasks)):
-                held = self._arrived.pop((node, task), None)
-                if held is None:
-                    continue
+            # All taken at once, for each product runs the node, and with it this prehook, again; and let go of one by one.
+            arrived = self._arrived.pop(node, {})
+            while arrived:
+                task, held = arrived.popitem()
                 gradients = torch.autograd.grad(
                     [GradientEdge(node, number) for number in held],
                     self._parameters,
@@ -340,5 +358,7 @@ class JointBackward(GradientReader):
         return prehook
 
     def _add(self, task: int, k: int, gradient: Tensor) -> None:
+        # The tensor itself, not a detached alias: seeing it held, autograd copies it for .grad instead of taking its memory.
         held = self._gradients[task][k]
-        self._gradients[task][k] = gradient.detach() if held is None else held + gradient
+        gradient = gradient if held is None else held + gradient
+        self._gradients[task][k] = gradient.detach() if gradient.requires_grad else gradient

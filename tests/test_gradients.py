@@ -16,6 +16,7 @@ from lightning_gradnorm.gradients import (
     IncompleteBackwardError,
     JointBackward,
     PerTaskBackward,
+    TaskGradients,
     UnreachedSharedLayerError,
     cosines,
     tap_losses,
@@ -100,6 +101,30 @@ def test_further_terms_of_the_total_are_not_mistaken_for_a_task(graph):
     reader = JointBackward(root, taps, parameters)
     root.backward()
     torch.testing.assert_close(reader.gradients().norms(), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("graph", graphs.ALL, ids=lambda graph: graph.__name__)
+def test_what_was_read_does_not_change_with_the_parameters_grad(graph):
+    """Clipping, or a second backward that adds to .grad in place, comes before the norms are asked for."""
+    losses, parameters = graph()
+    expected = oracle(losses, parameters)
+    taps = tap_losses(losses)
+    root = weighted(taps, torch.ones(len(losses)))
+    reader = JointBackward(root, taps, parameters)
+    root.backward()
+    for parameter in parameters:
+        parameter.grad.fill_(7.0)
+    torch.testing.assert_close(reader.gradients().flat(), expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (70_000,), (2, 3, 200, 100), (1, 1)])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_norms_of_large_float32_gradients(shape, size):
+    """Whatever way the sum goes, it is the float64 norm to float32's precision."""
+    gradient = torch.randn(shape, dtype=torch.float32) * size
+    for laid_out in (gradient, gradient.transpose(0, -1), gradient[..., ::2]):
+        read = TaskGradients(("a",), [[laid_out]], torch.ones(1), [laid_out]).norms()
+        torch.testing.assert_close(read, laid_out.double().norm().unsqueeze(0), rtol=1e-6, atol=0)
 
 
 def test_any_total_of_the_taps_will_do():

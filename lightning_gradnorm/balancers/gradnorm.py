@@ -236,10 +236,12 @@ class GradNorm(LossBalancer):
 
         # A sum carries any NaN or infinity of the losses or norms; where all norms are zero there is nothing to balance.
         usable = (targets + ratios).sum().isfinite() & (norms.sum() > 0)
-        new = self._step(weights, weighted, targets, norms, rates, priorities, usable, positions)
+        certain = usable.device.type == "cpu" and bool(usable)  # elsewhere than on the CPU, asking would make the host wait
+        new = self._step(weights, weighted, targets, norms, rates, priorities, None if certain else usable, positions)
         new = self._rescale(new.clamp(self.min_weight, self.max_weight), norms, measurement.tasks, weights)
-        self.skipped_updates += ~usable
-        new = torch.where(usable, new, weights)
+        if not certain:
+            self.skipped_updates += ~usable
+            new = torch.where(usable, new, weights)
         if positions is None:
             self._weights = new
         else:
@@ -256,7 +258,7 @@ class GradNorm(LossBalancer):
         norms: Tensor,
         rates: Tensor,
         priorities: Tensor | None,
-        usable: Tensor,
+        usable: Tensor | None,
         positions: Tensor | None,
     ) -> Tensor:
         """The new weights before they are rescaled, shape ``[T]``."""
@@ -270,10 +272,12 @@ class GradNorm(LossBalancer):
         logarithmic = self.update_rule == "log"
         # Of L_grad / Ḡ on log w: a number without a unit, so that the losses' unit does not meet an optimiser's epsilon.
         gradient = gradnorm_gradient(weighted, targets, weighted / weighted.mean() if logarithmic else norms)
-        values, accept = self._weights.log() if logarithmic else self._weights, usable.expand(self._weights.shape)
+        values = self._weights.log() if logarithmic else self._weights
+        accept = None if usable is None else usable.expand(gradient.shape)
         if positions is not None:
+            accept = torch.ones_like(gradient, dtype=torch.bool) if accept is None else accept
             gradient = torch.zeros_like(self._weights).index_copy(0, positions, gradient)
-            accept = torch.zeros_like(self._weights, dtype=torch.bool).index_copy(0, positions, accept[: len(positions)])
+            accept = torch.zeros_like(self._weights, dtype=torch.bool).index_copy(0, positions, accept)
         stepped = self._optimizer.step(values, gradient, accept)
         stepped = stepped.exp() if logarithmic else stepped
         return stepped if positions is None else stepped[positions]

@@ -30,39 +30,41 @@ class VectorOptimizer:
             if "capturable" in group and values.is_cuda:
                 group["capturable"] = True  # its step counter then lives on the device, and reading it makes no one wait
 
-    def step(self, values: Tensor, gradient: Tensor, accept: Tensor) -> Tensor:
+    def step(self, values: Tensor, gradient: Tensor, accept: Tensor | None = None) -> Tensor:
         """One step from ``values`` against ``gradient``.
 
         Args:
             values: where the step starts, shape ``[T]``.
             gradient: shape ``[T]``; ignored where refused.
-            accept: boolean, shape ``[T]``. A refused entry keeps its value and the optimiser's memory of it; where all
-                are refused, nothing changes at all.
+            accept: boolean, shape ``[T]``; ``None`` for all. A refused entry keeps its value and the optimiser's memory of it;
+                where all are refused, nothing changes at all.
 
         Returns:
             The new values, shape ``[T]``.
         """
         if values.shape != self._vector.shape or values.device != self._vector.device:
             self._resize(values)
-        on_host = accept.device.type == "cpu"  # elsewhere, asking what was accepted would make the host wait
-        if on_host and not accept.any():
+        if accept is None:
+            return self._stepped(values, gradient)
+        if accept.device.type == "cpu" and not accept.any():  # elsewhere, asking what was accepted would make the host wait
             return values
         memory = self._optimizer.state[self._vector]
-        whole = on_host and bool(accept.all())
-        before = {} if whole else {key: value.clone() for key, value in memory.items() if isinstance(value, Tensor)}
-        with torch.no_grad():
-            self._vector.copy_(values)
-        self._vector.grad = gradient if whole else torch.where(accept, gradient, 0.0)
-        self._optimizer.step()
-        self._vector.grad = None
-        if whole:
-            return self._vector.detach().clone()
+        before = {key: value.clone() for key, value in memory.items() if isinstance(value, Tensor)}
+        stepped = self._stepped(values, torch.where(accept, gradient, 0.0))
         any_accepted = accept.any()
         for key, value in memory.items():
             if isinstance(value, Tensor):  # what a first step has just made was zero before
                 keep = accept if value.shape == accept.shape else any_accepted.to(value.device)
                 value.copy_(torch.where(keep, value, before.get(key, torch.zeros_like(value))))
-        return torch.where(accept, self._vector.detach(), values)
+        return torch.where(accept, stepped, values)
+
+    def _stepped(self, values: Tensor, gradient: Tensor) -> Tensor:
+        with torch.no_grad():
+            self._vector.copy_(values)
+        self._vector.grad = gradient
+        self._optimizer.step()
+        self._vector.grad = None
+        return self._vector.detach().clone()
 
     def _resize(self, values: Tensor) -> None:
         """Follow the values to another length or device; new entries have no memory."""

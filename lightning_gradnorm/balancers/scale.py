@@ -33,10 +33,10 @@ def scale_to_sum(
         upper: greatest weight.
         coefficients: a, non-negative, shape ``[T]``; ones by default (Σ w = T).
     """
-    a = torch.ones_like(weights) if coefficients is None else coefficients
-    scaled = weights * (total / (a * weights).sum())
-    if weights.device.type == "cpu" and bool(((scaled >= lower) & (scaled <= upper)).all()):
+    scaled = weights * (total / (weights if coefficients is None else coefficients * weights).sum())
+    if weights.device.type == "cpu" and all(lower <= weight <= upper for weight in scaled.tolist()):
         return scaled  # the usual case; elsewhere than on the CPU, asking would make the host wait
+    a = torch.ones_like(weights) if coefficients is None else coefficients
     # Σ a clamp(c·w) grows with c, linearly between the values of c at which a weight leaves or meets a bound.
     leaves, meets = lower / weights, upper / weights
     knots = torch.cat([leaves, meets]).sort().values

@@ -10,6 +10,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 REST = -1  # no task: the nodes above the taps, and terms that were added to the total
 MERGED = -2  # several: the engine sums their gradients before the node runs
 
+_COMPILED = "CompiledFunctionBackward"
+
 Edge = tuple[int, Node, int]  # output of the parent, child node, input of the child
 
 
@@ -39,14 +41,16 @@ class TaskGraph:
 
         Such a node may run only once: its buffers are given away as it runs. A merged one would run once per task.
         """
-        return any(
-            node.name() == "CompiledFunctionBackward" and (not merged_only or self.owners[node] == MERGED)
-            for node in self.edges
-        )
+        if not self._has(_COMPILED):
+            return False
+        return any(type(node).__name__ == _COMPILED and (not merged_only or self.owners[node] == MERGED) for node in self.edges)
 
     def has_reentrant_checkpoint(self) -> bool:
         """Whether a part of the graph is hidden in a reentrant ``torch.utils.checkpoint``."""
-        return any(node.name() == "CheckpointFunctionBackward" for node in self.edges)
+        return self._has("CheckpointFunctionBackward")
+
+    def _has(self, kind: str) -> bool:
+        return kind in {cls.__name__ for cls in set(map(type, self.edges))}
 
     def is_pushed(self, node: Node) -> bool:
         """Whether gradients that arrive here have to be carried on to W task by task."""

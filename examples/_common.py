@@ -5,6 +5,7 @@ import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import lightning as L
 import matplotlib
@@ -12,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")  # draws to files; no window is needed
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -98,6 +100,13 @@ def draw_runs(axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], *
     columns = list(zip(*runs, strict=True))
     (drawn,) = axes.plot(x, [statistics.fmean(column) for column in columns], **line)
     axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=drawn.get_color(), alpha=0.18, linewidth=0)
+
+
+def save(figure: Figure, about: str, path: Path) -> None:
+    """Write the figure as a PNG, with a line on what its curves are."""
+    figure.suptitle(f"{about}: line = mean of the seeds, band = their range", x=0.01, ha="left", fontsize=10)
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def by_task(records: Sequence[Mapping[str, float]], task: str) -> list[float]:

@@ -35,6 +35,7 @@ from _common import (
     plt,
     print_table,
     quiet_lightning,
+    save,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.ticker import LogLocator, NullLocator
@@ -205,9 +206,7 @@ def draw(runs: dict[str, list[History]], path: Path) -> None:
         bottom[-1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         bottom[-1].yaxis.set_major_formatter("{x:g}")
         bottom[-1].yaxis.set_minor_locator(NullLocator())
-        figure.suptitle("Held-out digits: line = mean of the seeds, band = their range", x=0.01, ha="left", fontsize=10)
-        figure.savefig(path)
-        plt.close(figure)
+        save(figure, "Held-out digits", path)
 
 
 def tensorboard_command(folder: Path) -> str:

@@ -1,21 +1,55 @@
 """lightning-gradnorm: balance the losses of multi-task models and physics-informed networks in PyTorch Lightning."""
 
-from lightning_gradnorm.balancers import GradNorm, LossBalancer
+from lightning_gradnorm.balancers import (
+    AdaptiveNormalizedLoss,
+    DynamicTaskPrioritization,
+    DynamicWeightAverage,
+    EqualWeights,
+    FixedWeights,
+    GeometricLoss,
+    GradNorm,
+    LearningRateAnnealing,
+    LossBalancer,
+    LossRatioBalancing,
+    RandomLossWeighting,
+    ReLoBRaLo,
+    RuleBalancer,
+    SoftAdapt,
+    UncertaintyWeighting,
+)
 from lightning_gradnorm.callbacks import GradNormCallback, LossBalancingCallback
 from lightning_gradnorm.gradients import JointBackward, PerTaskBackward, tap_losses
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.mixin import MultiTaskMixin
+from lightning_gradnorm.pointwise import GradientNormPoints, PointWeighting, SelfAdaptivePoints, UniformPoints
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveNormalizedLoss",
+    "DynamicTaskPrioritization",
+    "DynamicWeightAverage",
+    "EqualWeights",
+    "FixedWeights",
+    "GeometricLoss",
     "GradNorm",
     "GradNormCallback",
+    "GradientNormPoints",
     "JointBackward",
+    "LearningRateAnnealing",
     "LossBalancer",
     "LossBalancingCallback",
+    "LossRatioBalancing",
     "Measurement",
     "MultiTaskMixin",
     "PerTaskBackward",
+    "PointWeighting",
+    "RandomLossWeighting",
+    "ReLoBRaLo",
+    "RuleBalancer",
+    "SelfAdaptivePoints",
+    "SoftAdapt",
+    "UncertaintyWeighting",
+    "UniformPoints",
     "tap_losses",
 ]

@@ -3,7 +3,7 @@
 import functools
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -50,17 +50,18 @@ def check_task_names(tasks: Iterable[str]) -> None:
         by_tag[tag] = task
 
 
-def check_losses(losses: TaskLosses, *, differentiable: bool) -> dict[str, Tensor]:
+def check_losses(losses: TaskLosses, *, differentiable: bool, per_point: Container[str] = ()) -> dict[str, Tensor]:
     """The loss dict, checked.
 
     Args:
         losses: task name → scalar loss; a mapping, or an iterable of pairs.
         differentiable: whether a backward will follow, so that a detached loss is a mistake.
+        per_point: the tasks whose loss is a vector, one entry per point.
 
     Raises:
         TypeError: if ``losses`` or a loss is of the wrong kind.
-        ValueError: if there is no loss, a loss is not a real scalar, is detached though a backward will follow, or a
-            name cannot be used.
+        ValueError: if there is no loss, a loss is not a real scalar (or vector, as the case may be), is detached though a
+            backward will follow, or a name cannot be used.
     """
     usable = isinstance(losses, Iterable) and not isinstance(losses, Tensor | str)
     pairs = list(losses.items() if isinstance(losses, Mapping) else losses) if usable else []
@@ -76,17 +77,23 @@ def check_losses(losses: TaskLosses, *, differentiable: bool) -> dict[str, Tenso
         )
     check_task_names(task for task, _ in pairs)
     for task, loss in pairs:
-        _check_loss(task, loss, differentiable)
+        _check_loss(task, loss, differentiable, task in per_point)
     return dict(pairs)
 
 
-def _check_loss(task: str, loss: Tensor, differentiable: bool) -> None:
+def _check_loss(task: str, loss: Tensor, differentiable: bool, per_point: bool) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(f"The loss of task {task!r} is a {type(loss).__name__}; every loss is a scalar tensor.")
-    if loss.ndim:
+    if per_point and (loss.ndim != 1 or not len(loss)):
+        raise ValueError(
+            f"The loss of task {task!r} has shape {tuple(loss.shape)}, and its points are weighed one by one: give one loss "
+            "per point, shape (N,), without .mean(); or leave the task out of the callback's points={…}."
+        )
+    if loss.ndim and not per_point:
         raise ValueError(
             f"The loss of task {task!r} has shape {tuple(loss.shape)}; every loss is a scalar (shape ()). Reduce it, for "
-            "example with .mean()."
+            "example with .mean(); or have its points weighed one by one, with a balancing callback's "
+            f"points={{{task!r}: SelfAdaptivePoints()}}."
         )
     if not loss.is_floating_point():
         kind = "complex" if loss.is_complex() else "not a floating-point number"
@@ -104,6 +111,14 @@ def _check_loss(task: str, loss: Tensor, differentiable: bool) -> None:
 def plain_sum(losses: Mapping[str, Tensor]) -> Tensor:
     """Σ_i L_i, scalar: what is trained without a balancer."""
     return functools.reduce(operator.add, losses.values())
+
+
+def weighted_sum(weights: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
+    """Σ_i w_i L_i, scalar; the weights, shape ``[T]``, in the order of the losses."""
+    first = next(iter(losses.values()))
+    weights = weights.to(first.device, torch.promote_types(first.dtype, torch.float32))
+    terms = [weight * loss for weight, loss in zip(weights.unbind(), losses.values(), strict=True)]
+    return functools.reduce(torch.add, terms)
 
 
 def unweighted_total(losses: Tensor) -> Tensor:

@@ -15,11 +15,17 @@ class Measurement(NamedTuple):
         losses: L_i(t), unweighted, shape ``[T]``, in the losses' own units.
         gradient_norms: n_i = ‖∇_W L_i‖₂ of the *unweighted* losses on the shared layer W, shape ``[T]``, or ``None``
             where they were not measured.
+        gradient_maxima: max |∇_W L_i|, the largest entry in size, shape ``[T]``, or ``None``.
+        gradient_means: mean |∇_W L_i| over the entries, shape ``[T]``, or ``None``.
+        kpis: each task's key performance indicator (an accuracy, say), shape ``[T]``, or ``None``.
     """
 
     tasks: tuple[str, ...]
     losses: Tensor
     gradient_norms: Tensor | None = None
+    gradient_maxima: Tensor | None = None
+    gradient_means: Tensor | None = None
+    kpis: Tensor | None = None
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -1,5 +1,6 @@
 """What a LightningModule mixes in: the tasks' losses, their total, the layer that the tasks share."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,18 +45,27 @@ class MultiTaskMixin:
         """Total loss of the batch, scalar."""
         return self.total_loss(self.task_losses(batch, batch_idx))
 
-    def total_loss(self, losses: TaskLosses) -> Tensor:
+    def total_loss(
+        self, losses: TaskLosses, *, kpis: Mapping[str, Any] | None = None, points: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """The loss to train on, scalar: Σ_i w_i L_i with the callback's present weights; without a callback, Σ_i L_i.
 
         Call it once per training step, with all tasks that the batch has labels for; further terms can be added to what
         it returns. In validation it applies the present weights and changes nothing.
 
         Args:
-            losses: task name → scalar loss. Names appear in the loggers' tags.
+            losses: task name → scalar loss. Names appear in the loggers' tags. A task named in the callback's ``points`` has
+                one loss per point instead, shape ``[N]``.
+            kpis: task name → key performance indicator between 0 and 1, for methods that prioritise by it: a number, a scalar
+                tensor, a torchmetrics ``Metric`` or a callable without arguments; not looked at by other methods.
+            points: task name → what identifies the points of its per-point losses: their indices ``[N]`` among fixed
+                points (``SelfAdaptivePoints``; not needed where every batch has all of them), or their coordinates
+                ``[N, …]`` (``GradientNormPoints``).
 
         Raises:
             TypeError, ValueError: for a loss dict that cannot be used; the message names the task and the way out.
         """
-        checked = check_losses(losses, differentiable=torch.is_grad_enabled() and bool(getattr(self, "training", True)))
         balancing = self._loss_balancing
-        return plain_sum(checked) if balancing is None else balancing.total(checked)
+        differentiable = torch.is_grad_enabled() and bool(getattr(self, "training", True))
+        checked = check_losses(losses, differentiable=differentiable, per_point=() if balancing is None else balancing.points)
+        return plain_sum(checked) if balancing is None else balancing.total(checked, self, kpis or {}, points or {})

@@ -11,6 +11,10 @@ from lightning_gradnorm.measurement import Measurement, stack_scalars, widest_fl
 AllReduceSum = Callable[[Tensor], Tensor]
 
 
+def _summed(held: Tensor | None, value: Tensor) -> Tensor:
+    return value if held is None else held + value
+
+
 class MeasurementWindow:
     """Adds up the micro-batches of one optimiser step, and then the ranks.
 
@@ -20,11 +24,14 @@ class MeasurementWindow:
     Args:
         of_features: whether the gradients are of features, each micro-batch having its own, instead of parameters: their
             squared norms add up then.
+        with_kpis: whether every task comes with a key performance indicator.
     """
 
-    def __init__(self, *, of_features: bool = False) -> None:
-        self._of_features = of_features
+    def __init__(self, *, of_features: bool = False, with_kpis: bool = False) -> None:
+        self._of_features, self._with_kpis = of_features, with_kpis
+        self.applied: dict[str, Tensor] = {}  # the weights that this rank's micro-batches applied, on average
         self._losses: dict[str, Tensor] = {}
+        self._kpis: dict[str, Tensor] = {}
         self._counts: dict[str, int | Tensor] = {}
         self._only: TaskGradients | None = None  # while there is one micro-batch, its gradients as they came: no copy
         self._sums: dict[str, Tensor] = {}
@@ -47,12 +54,22 @@ class MeasurementWindow:
         """The tasks that took part."""
         return tuple(self._losses)
 
-    def add_losses(self, losses: Mapping[str, Tensor]) -> None:
-        """Take the detached losses of one micro-batch."""
-        for task, loss in losses.items():
-            loss = loss.to(widest_float(loss.device))
-            self._losses[task] = loss if task not in self._losses else self._losses[task] + loss
-            self._counts[task] = self._counts.get(task, 0) + 1
+    def add_losses(self, losses: Mapping[str, Tensor], weights: Tensor, kpis: Mapping[str, Tensor] | None = None) -> None:
+        """Take one micro-batch.
+
+        Args:
+            losses: task name → detached scalar loss.
+            weights: those that its total applied, shape ``[T]``.
+            kpis: task name → scalar indicator, of all these tasks.
+        """
+        for task, weight in zip(losses, weights.unbind(), strict=True):
+            wide = widest_float(losses[task].device)
+            self._losses[task] = _summed(self._losses.get(task), losses[task].to(wide))
+            if self._with_kpis and kpis is not None:
+                self._kpis[task] = _summed(self._kpis.get(task), kpis[task].to(wide))
+            count = self._counts[task] = self._counts.get(task, 0) + 1
+            before = self.applied.get(task, weight)
+            self.applied[task] = before + (weight - before) / count  # exact where all are the same
 
     def add_gradients(self, gradients: TaskGradients) -> None:
         """Take the gradients of the micro-batch whose losses were added last."""
@@ -70,7 +87,7 @@ class MeasurementWindow:
     def _add_flat(self, gradients: TaskGradients) -> None:
         rows = gradients.norms().square().unsqueeze(1) if self._of_features else gradients.flat()
         for task, gradient in zip(gradients.tasks, rows, strict=True):
-            self._sums[task] = gradient if task not in self._sums else self._sums[task] + gradient
+            self._sums[task] = _summed(self._sums.get(task), gradient)
 
     def reduce(self, all_reduce: AllReduceSum, tasks: Sequence[str], entries: int, device: torch.device) -> None:
         """Take in what the other ranks measured, with one collective, whatever this one has seen.
@@ -83,30 +100,50 @@ class MeasurementWindow:
         """
         self._spread_out()
         dtype = torch.promote_types(torch.float32, next(iter(self._sums.values())).dtype) if self._sums else torch.float32
-        zero = torch.zeros(entries + 2, dtype=dtype, device=device)
+        scalars = 3 if self._with_kpis else 2
+        zero = torch.zeros(entries + scalars, dtype=dtype, device=device)
         rows = []
         for task in tasks:
             if task not in self._losses:
                 rows.append(zero)
                 continue
             gradient = [self._sums[task].to(device, dtype)] if entries else []
-            scalars = torch.stack([self._losses[task].to(device, dtype), zero.new_tensor(self._counts[task])])
-            rows.append(torch.cat([*gradient, scalars]))
-        reduced = all_reduce(torch.cat(rows)).view(len(tasks), entries + 2)
+            kpi = [self._kpis[task]] if self._with_kpis else []
+            own = torch.stack([value.to(device, dtype) for value in (*kpi, self._losses[task])])
+            rows.append(torch.cat([*gradient, own, zero.new_tensor([self._counts[task]])]))
+        reduced = all_reduce(torch.cat(rows)).view(len(tasks), entries + scalars)
         here = set(self._losses)
         # What this rank had is present; of what it had not, it asks.
         present = [k for k, task in enumerate(tasks) if task in here or bool(reduced[k, -1] > 0)]
         self._losses = {tasks[k]: reduced[k, -2].to(widest_float(device)) for k in present}
+        self._kpis = {tasks[k]: reduced[k, -3].to(widest_float(device)) for k in present} if self._with_kpis else {}
         self._counts = {tasks[k]: reduced[k, -1] for k in present}
         self._sums = {tasks[k]: reduced[k, :entries] for k in present} if entries else {}
         self._measured = bool(self._sums)
 
-    def measurement(self) -> Measurement | None:
-        """Mean losses, and norms of the mean gradients if there are any, of the tasks that took part; ``None`` if none did."""
+    def measurement(self, *, magnitudes: bool = False) -> Measurement | None:
+        """Means, and norms of the mean gradients if there are any, of the tasks that took part; ``None`` if none did.
+
+        Args:
+            magnitudes: whether the largest and the mean size of the gradients' entries are wanted too.
+        """
         if not self._losses:
             return None
         losses = stack_scalars(loss / self._counts[task] for task, loss in self._losses.items())
-        return Measurement(self.tasks, losses, self._norms() if self._measured else None)
+        kpis = stack_scalars(kpi / self._counts[task] for task, kpi in self._kpis.items()) if self._kpis else None
+        maxima, means = self._magnitudes() if magnitudes and self._measured else (None, None)
+        return Measurement(self.tasks, losses, self._norms() if self._measured else None, maxima, means, kpis)
+
+    def _magnitudes(self) -> tuple[Tensor, Tensor]:
+        """Largest |g| and mean |g| over the entries of each task's mean gradient, ``[T]`` each."""
+        counts = self._counts.values()
+        rows = (
+            self._only.flat()
+            if self._only is not None
+            else torch.stack([s / c for s, c in zip(self._sums.values(), counts, strict=True)])
+        )
+        rows = rows.abs().to(widest_float(rows.device))
+        return rows.amax(1), rows.mean(1)
 
     def cosines(self) -> Tensor | None:
         """Cosine between every two tasks' mean gradients, ``[T, T]``; ``None`` where they cannot be had."""

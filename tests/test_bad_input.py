@@ -118,7 +118,7 @@ FIRST = [
     ({}, measured(losses=[1.0, 2.0, -0.25]), r"initial loss of task 'c d' is -0\.25; .*initial_losses=\{'c d': math\.log"),
     ({"initial_losses": 3}, measured(losses=[-1.0, 2.0, 3.0]), r"initial loss of task 'a' is -1\.0"),
     ({"initial_losses": {"a": 1.0}}, measured(losses=[0.0, 0.0, 3.0]), r"initial loss of task 'b' is 0\.0"),
-    ({}, measured(norms=None), "GradNorm needs each task's gradient norm .*measurement has none.*JointBackward, or use Loss"),
+    ({}, measured(norms=None), "GradNorm needs each task's gradient .*measurement has none.*JointBackward, or use Loss"),
 ]  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def other_state():
 
 
 LATER = {
-    "no norms": ({}, lambda b: b.update(measured(norms=None)), "needs each task's gradient norm"),
+    "no norms": ({}, lambda b: b.update(measured(norms=None)), "needs each task's gradient on"),
     "an undeclared task": ({"tasks": TASKS}, lambda b: b.update(measured("ax")), "Unknown task 'x'"),
     "its loss": ({"tasks": TASKS}, lambda b: b.total({"a": torch.ones(()), "x": torch.ones(())}), "Unknown task 'x'"),
     "its weight": ({"tasks": TASKS}, lambda b: b.weights_for(["x", "a"]), "Unknown task 'x'"),

@@ -20,17 +20,19 @@ MAY_IMPORT = {
     "shared_layer": {"autograd_graph"},
     "gradients": FLOOR | {"autograd_graph"},
     "window": {"measurement", "gradients"},
-    "balancers": FLOOR,
-    "pointwise": FLOOR,
+    "weights_file": set(),
+    "balancers": FLOOR | {"weights_file"},
+    "pointwise": FLOOR | {"balancers"},
     "report": FLOOR,
     "mixin": FLOOR | {"shared_layer"},
-    "callbacks": FLOOR | {"autograd_graph", "shared_layer", "gradients", "window", "balancers", "report", "mixin", "pointwise"},
+    "callbacks": FLOOR
+    | {"autograd_graph", "shared_layer", "gradients", "window", "balancers", "report", "mixin", "pointwise", "weights_file"},
     "cli": {"callbacks"},
     "__init__": FLOOR | {"gradients", "balancers", "mixin", "pointwise", "callbacks"},
 }
 KNOW_LIGHTNING = {"callbacks", "cli"}
 # What else a room may stand on, beside torch and the standard library.
-THIRD_PARTY = {"report": {"yaml", "rich", "matplotlib"}}
+THIRD_PARTY = {"report": {"rich", "matplotlib"}, "weights_file": {"yaml"}}
 
 FILES = sorted(ROOT.rglob("*.py"))
 

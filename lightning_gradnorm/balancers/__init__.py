@@ -1,6 +1,34 @@
 """Loss balancers: one method per file, behind one contract."""
 
+from lightning_gradnorm.balancers.amnl import AdaptiveNormalizedLoss
+from lightning_gradnorm.balancers.annealing import LearningRateAnnealing
 from lightning_gradnorm.balancers.base import LossBalancer
+from lightning_gradnorm.balancers.dtp import DynamicTaskPrioritization
+from lightning_gradnorm.balancers.dwa import DynamicWeightAverage
+from lightning_gradnorm.balancers.fixed import EqualWeights, FixedWeights
+from lightning_gradnorm.balancers.geometric import GeometricLoss
 from lightning_gradnorm.balancers.gradnorm import GradNorm
+from lightning_gradnorm.balancers.loss_ratio import LossRatioBalancing
+from lightning_gradnorm.balancers.random_weights import RandomLossWeighting
+from lightning_gradnorm.balancers.relobralo import ReLoBRaLo
+from lightning_gradnorm.balancers.rule import RuleBalancer
+from lightning_gradnorm.balancers.softadapt import SoftAdapt
+from lightning_gradnorm.balancers.uncertainty import UncertaintyWeighting
 
-__all__ = ["GradNorm", "LossBalancer"]
+__all__ = [
+    "AdaptiveNormalizedLoss",
+    "DynamicTaskPrioritization",
+    "DynamicWeightAverage",
+    "EqualWeights",
+    "FixedWeights",
+    "GeometricLoss",
+    "GradNorm",
+    "LearningRateAnnealing",
+    "LossBalancer",
+    "LossRatioBalancing",
+    "RandomLossWeighting",
+    "ReLoBRaLo",
+    "RuleBalancer",
+    "SoftAdapt",
+    "UncertaintyWeighting",
+]

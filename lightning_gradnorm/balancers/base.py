@@ -1,28 +1,41 @@
 """The contract of a loss balancer: what every method promises, and what it may know."""
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.losses import check_task_names
+from lightning_gradnorm.losses import check_task_names, weighted_sum
 from lightning_gradnorm.measurement import Measurement, widest_float
+
+_NORMS = (
+    "each task's gradient on the shared layer, and the measurement has none. Read them with JointBackward, or use "
+    "LossBalancingCallback."
+)
+_WAYS_TO = {  # field of a measurement → what is said where it is missing
+    "gradient_norms": _NORMS,
+    "gradient_maxima": _NORMS,
+    "gradient_means": _NORMS,
+    "kpis": "each task's key performance indicator, and the measurement has none. Pass them with the losses: "
+    "self.total_loss(losses, kpis={'task': accuracy, …}).",
+}
 
 
 class LossBalancer(ABC):
     """Weighs the losses of several tasks, and changes the weights from what each step measured.
 
     The total loss at step t depends only on the losses and on state from before t; ``update`` gives the weights of step
-    t + 1. The first step uses weights of one. A balancer sees names and detached ``[T]`` vectors, never a parameter or
-    a graph of the model, so its own learning cannot leak into the network's gradients. It needs no Trainer.
+    t + 1. The first step uses weights of one, unless a method says otherwise. A balancer sees names and detached ``[T]``
+    vectors, never a parameter or a graph of the model, so its own learning cannot leak into the network's gradients. It
+    needs no Trainer.
 
     Tasks have names. They are learnt from the measurements, or declared. A task that is absent from a step keeps its
-    weight; a new one starts at one.
+    weight; a new one starts at its first weight, one by default.
 
-    A method declares what it needs as class attributes, and implements ``_extend`` and ``_update``.
+    A method declares what it needs and what it remembers as class attributes, and implements ``_update``; or it derives
+    from ``RuleBalancer`` and implements one function of the measurement and the remembered vectors.
 
     Args:
         tasks: all tasks' names, if they are to be fixed from the start; any other name is then an error.
@@ -33,9 +46,12 @@ class LossBalancer(ABC):
         steps: optimiser steps seen.
         skipped_updates: scalar int64 tensor; updates skipped because a loss or gradient was not finite.
         diagnostics: tag → what the last update computed, one entry per task of its measurement; for people to watch.
+        needs: the fields of ``Measurement``, beside the losses, that the method cannot do without.
     """
 
-    needs_gradient_norms: ClassVar[bool] = False
+    needs: tuple[str, ...] = ()
+    needs_positive_losses: bool = False
+    _remembers: tuple[tuple[str, float], ...] = ()  # name of a ``[T]`` vector of state → its entry for a new task
 
     def __init__(self, *, tasks: Iterable[str] | None = None, update_every: int = 1) -> None:
         if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
@@ -53,6 +69,7 @@ class LossBalancer(ABC):
         self.skipped_updates = torch.zeros((), dtype=torch.int64)
         self.diagnostics: dict[str, Tensor] = {}
         self._weights = torch.ones(0, dtype=torch.float64)
+        self._memory = {name: self._weights.clone() for name, _ in self._remembers}
 
     @property
     def state_name(self) -> str:
@@ -74,8 +91,24 @@ class LossBalancer(ABC):
         """Whether the step to come needs a measurement: the first, and every ``update_every``-th."""
         return self.steps == 0 or (self.steps + 1) % self.update_every == 0
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the method needs anything of the tasks' gradients on the shared layer."""
+        return any(name.startswith("gradient_") for name in self.needs)
+
+    def weights_at(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """∂total/∂L_i at these losses, shape ``[T]``, detached; for most methods they do not depend on the losses.
+
+        Args:
+            losses: task name → scalar loss.
+
+        Raises:
+            ValueError: if a name is not one of the declared tasks, or a loss is one that the method cannot weigh.
+        """
+        return self.weights_for(losses)
+
     def weights_for(self, tasks: Iterable[str]) -> Tensor:
-        """The weights that the next step will apply to ``tasks``, shape ``[len(tasks)]``, detached; 1 for a new task.
+        """The weights that the next step will apply to ``tasks``, shape ``[len(tasks)]``, detached; new ones included.
 
         Raises:
             ValueError: if a name is not one of the declared tasks.
@@ -84,9 +117,10 @@ class LossBalancer(ABC):
         if tasks == self.tasks:
             return self._weights.clone()
         self._check_names(tasks)
-        or_one = torch.cat([self._weights, self._weights.new_ones(1)])
-        positions = [self.tasks.index(task) if task in self.tasks else len(self.tasks) for task in tasks]
-        return or_one.index_select(0, torch.tensor(positions, device=or_one.device))
+        new = [task for task in tasks if task not in self.tasks]
+        weights = torch.cat([self._weights, self._weights.new_tensor([self._first_weight(task) for task in new])])
+        positions = [new.index(task) + len(self.tasks) if task in new else self.tasks.index(task) for task in tasks]
+        return weights.index_select(0, torch.tensor(positions, device=weights.device))
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Σ_i w_i L_i, scalar, with the weights as constants; changes no state.
@@ -95,13 +129,9 @@ class LossBalancer(ABC):
             losses: task name → scalar loss.
 
         Raises:
-            ValueError: if a name is not one of the declared tasks.
+            ValueError: if a name is not one of the declared tasks, or a loss is one that the method cannot weigh.
         """
-        weights = self.weights_for(losses)
-        first = next(iter(losses.values()))
-        weights = weights.to(first.device, torch.promote_types(first.dtype, torch.float32))
-        terms = [weight * loss for weight, loss in zip(weights.unbind(), losses.values(), strict=True)]
-        return functools.reduce(torch.add, terms)
+        return weighted_sum(self.weights_at(losses), losses)
 
     @torch.no_grad()
     def update(self, measurement: Measurement | None) -> None:
@@ -115,11 +145,6 @@ class LossBalancer(ABC):
         """
         self.diagnostics = {}
         if measurement is not None and measurement.tasks:
-            if self.needs_gradient_norms and measurement.gradient_norms is None:
-                raise ValueError(
-                    f"{type(self).__name__} needs each task's gradient norm on the shared layer, and the measurement has none. "
-                    "Read them with JointBackward, or use LossBalancingCallback."
-                )
             self._check_names(measurement.tasks)
             self._check(measurement)
             self._learn(measurement.tasks, measurement.losses.device)
@@ -148,6 +173,7 @@ class LossBalancer(ABC):
             "steps": self.steps,
             "skipped_updates": self.skipped_updates.clone(),
             "weights": self._weights.clone(),
+            "memory": {name: vector.clone() for name, vector in self._memory.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -162,6 +188,7 @@ class LossBalancer(ABC):
         self.steps = int(state["steps"])
         self.skipped_updates = state["skipped_updates"].clone()
         self._weights = state["weights"].clone()
+        self._memory = {name: state["memory"][name].clone() for name, _ in self._remembers}
 
     def _check_names(self, tasks: Sequence[str]) -> None:
         if not tasks:
@@ -178,6 +205,17 @@ class LossBalancer(ABC):
                 f"tasks={list(self._declared or ())}. Add the name there, or leave tasks out to have the names learnt."
             )
 
+    def _check_named(self, setting: str, names: Iterable[str], measurement: Measurement) -> None:
+        """Refuse a setting that names what is no task."""
+        known = {*self.known_tasks, *measurement.tasks, *(self._declared or ())}
+        unknown = [task for task in names if task not in known]
+        if unknown:
+            raise ValueError(
+                f"{setting} names {', '.join(map(repr, unknown))}, which is no task: the tasks are "
+                f"{', '.join(map(repr, sorted(known)))}. "
+                "Correct the name; if the task appears only in later batches, list all names with tasks=[…]."
+            )
+
     def _learn(self, tasks: Iterable[str], device: torch.device) -> None:
         """Make room for new tasks, and move the state to where the measurements are."""
         wanted = self.known_tasks
@@ -187,18 +225,39 @@ class LossBalancer(ABC):
         if wanted != self.tasks:
             new = len(wanted) - len(self.tasks)
             self.tasks = wanted
-            self._weights = torch.cat([self._weights, self._weights.new_ones(new)])
-            self._extend(new)
+            first = [self._first_weight(task) for task in wanted[-new:]]
+            self._weights = torch.cat([self._weights, self._weights.new_tensor(first)])
+            for name, entry in self._remembers:
+                self._memory[name] = torch.cat([self._memory[name], self._weights.new_full((new,), entry)])
 
     def _move(self, device: torch.device) -> None:
-        self._weights = self._weights.to(device, widest_float(device))
+        dtype = widest_float(device)
+        self._weights = self._weights.to(device, dtype)
+        self._memory = {name: vector.to(device, dtype) for name, vector in self._memory.items()}
         self.skipped_updates = self.skipped_updates.to(device)
+
+    def _first_weight(self, task: str) -> float:
+        """The weight that the task's first step applies."""
+        return 1.0
 
     def _check(self, measurement: Measurement) -> None:
         """Raise on a measurement that the method cannot use, before any state changes."""
+        for name in self.needs:
+            if getattr(measurement, name) is None:
+                raise ValueError(f"{type(self).__name__} needs {_WAYS_TO[name]}")
+        # Elsewhere than on the CPU, asking would make the host wait; there it is asked until all tasks are known.
+        asks = self.needs_positive_losses and (measurement.losses.device.type == "cpu" or self.tasks != measurement.tasks)
+        if asks:
+            self._check_not_negative(measurement.tasks, measurement.losses)
 
-    def _extend(self, new: int) -> None:
-        """``new`` tasks were appended to ``tasks``: make room for them in the method's own vectors."""
+    def _check_not_negative(self, tasks: Iterable[str], losses: Tensor) -> None:
+        for task, loss in zip(tasks, losses.tolist(), strict=True):
+            if loss < 0:
+                raise ValueError(
+                    f"{type(self).__name__} compares losses by their ratios, so none may be negative; the loss of task "
+                    f"{task!r} is {loss:g}. Add a constant to it, or choose a method that reads gradients, such as GradNorm "
+                    "with initial_losses given."
+                )
 
     @abstractmethod
     def _update(self, measurement: Measurement, positions: Tensor | None) -> None:

@@ -6,12 +6,13 @@ the weighted loss, w_i n_i; Ḡ r_i^α ``target_norm``; L_grad ``gradnorm_loss``
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers.base import LossBalancer
+from lightning_gradnorm.balancers.checks import check_choice, check_that
 from lightning_gradnorm.balancers.initial_losses import InitialLosses, InitialLossTracker
 from lightning_gradnorm.balancers.optimizer import OptimizerFactory, VectorOptimizer
 from lightning_gradnorm.balancers.scale import ScaleRule, scale_to_reference, scale_to_sum
@@ -113,7 +114,7 @@ class GradNorm(LossBalancer):
             is no task (at the first update, when the names are known).
     """
 
-    needs_gradient_norms: ClassVar[bool] = True
+    needs = ("gradient_norms",)
 
     def __init__(
         self,
@@ -133,37 +134,36 @@ class GradNorm(LossBalancer):
         tasks: Iterable[str] | None = None,
     ) -> None:
         upper = math.inf if max_weight is None else max_weight
-        _in_range(
+        check_that(
             "alpha",
             alpha,
             0 <= alpha < math.inf,
             "at least 0: at 0 all norms are pulled together, at 1.5 slow tasks are favoured",
         )
-        _in_range("lr", lr, 0 <= lr < math.inf, "at least 0")
-        _in_range("ema_decay", ema_decay, 0 <= ema_decay < 1, "at least 0 and below 1")
-        _in_range(
+        check_that("lr", lr, 0 <= lr < math.inf, "at least 0")
+        check_that("ema_decay", ema_decay, 0 <= ema_decay < 1, "at least 0 and below 1")
+        check_that(
             "min_weight",
             min_weight,
             0 < min_weight <= 1,
             "above 0 and at most 1, or no weights could sum to the number of tasks",
         )
-        _in_range(
+        check_that(
             "max_weight", upper, upper >= 1, "at least 1, or no weights could sum to the number of tasks; None for no bound"
         )
-        for name, value, choices in (("update", update, get_args(Update)), ("scale", scale, get_args(ScaleRule))):
-            _in_range(name, value, value in choices, f"one of {', '.join(map(repr, choices))}")
+        check_choice("update", update, get_args(Update))
+        check_choice("scale", scale, get_args(ScaleRule))
         if (scale == "reference") != (reference is not None):
             raise ValueError(
                 f"scale='reference' and reference='task' go together: got scale={scale!r} with reference={reference!r}. "
                 "Name the task whose weight stays 1, or choose another scale rule."
             )
         for task, priority in (priorities or {}).items():
-            _in_range(f"priority of task {task!r}", priority, 0 < priority < math.inf, "above 0; 1 is the usual importance")
+            check_that(f"priority of task {task!r}", priority, 0 < priority < math.inf, "above 0; 1 is the usual importance")
         self.alpha, self.lr, self.update_rule, self.scale, self.reference = float(alpha), float(lr), update, scale, reference
         self.min_weight, self.max_weight, self.ema_decay = float(min_weight), float(upper), float(ema_decay)
         self.priorities = {task: float(priority) for task, priority in (priorities or {}).items()}
         self._initial_losses = InitialLossTracker(initial_losses)
-        self._initial_losses_spec = initial_losses
         self._factory = optimizer
         super().__init__(tasks=tasks, update_every=update_every)
 
@@ -173,13 +173,12 @@ class GradNorm(LossBalancer):
         self._optimizer = VectorOptimizer(self._factory, self.lr)
 
     def settings(self) -> dict[str, Any]:
-        given = self._initial_losses_spec
         return super().settings() | {
             "alpha": self.alpha,
             "lr": self.lr,
             "update": self.update_rule,
             "optimizer": getattr(self._factory, "__name__", None) or str(self._factory),
-            "initial_losses": dict(self._initial_losses.given) if isinstance(given, Mapping) else given,
+            "initial_losses": self._initial_losses.setting,
             "scale": self.scale,
             "reference": self.reference,
             "min_weight": self.min_weight,
@@ -202,20 +201,10 @@ class GradNorm(LossBalancer):
             self._optimizer.load_state_dict(state["optimizer"])
 
     def _check(self, measurement: Measurement) -> None:
-        known = {*self.tasks, *measurement.tasks, *(self._declared or ())}
-        named = {
-            "initial_losses": self._initial_losses.given,
-            "priorities": self.priorities,
-            "reference": (self.reference,) if self.reference else (),
-        }
-        for setting, names in named.items():
-            unknown = [task for task in names if task not in known]
-            if unknown:
-                raise ValueError(
-                    f"{setting} names {', '.join(map(repr, unknown))}, which is no task: the tasks are "
-                    f"{', '.join(map(repr, sorted(known)))}. "
-                    "Correct the name; if the task appears only in later batches, list all names with tasks=[…]."
-                )
+        super()._check(measurement)
+        self._check_named("initial_losses", self._initial_losses.given, measurement)
+        self._check_named("priorities", self.priorities, measurement)
+        self._check_named("reference", (self.reference,) if self.reference else (), measurement)
         self._initial_losses.check(measurement)
 
     def _update(self, measurement: Measurement, positions: Tensor | None) -> None:
@@ -274,13 +263,8 @@ class GradNorm(LossBalancer):
         gradient = gradnorm_gradient(weighted, targets, weighted / weighted.mean() if logarithmic else norms)
         values = self._weights.log() if logarithmic else self._weights
         accept = None if usable is None else usable.expand(gradient.shape)
-        if positions is not None:
-            accept = torch.ones_like(gradient, dtype=torch.bool) if accept is None else accept
-            gradient = torch.zeros_like(self._weights).index_copy(0, positions, gradient)
-            accept = torch.zeros_like(self._weights, dtype=torch.bool).index_copy(0, positions, accept)
-        stepped = self._optimizer.step(values, gradient, accept)
-        stepped = stepped.exp() if logarithmic else stepped
-        return stepped if positions is None else stepped[positions]
+        stepped = self._optimizer.step(values, gradient, accept, positions)
+        return stepped.exp() if logarithmic else stepped
 
     def _rescale(self, weights: Tensor, norms: Tensor, tasks: tuple[str, ...], before: Tensor) -> Tensor:
         """The weights on the scale rule's set, within the bounds."""
@@ -293,8 +277,3 @@ class GradNorm(LossBalancer):
             return scale_to_sum(weights, before.sum(), *bounds)
         absent = self._weights.sum() - before.sum() if len(tasks) < len(self.tasks) else 0.0
         return scale_to_sum(weights, len(self.tasks) - absent, *bounds)
-
-
-def _in_range(name: str, value: object, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {rule}; got {value!r}.")

@@ -41,6 +41,7 @@ class InitialLossTracker:
                 f"initial_losses is 'first', a number of steps to average, or a dict of task name → L(0); got {spec!r}."
             )
         self.given = {task: _positive(task, value) for task, value in self.given.items()}
+        self.setting: str | int | dict[str, float] = dict(self.given) if isinstance(spec, Mapping) else spec
         self._window = count
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}

@@ -30,18 +30,27 @@ class VectorOptimizer:
             if "capturable" in group and values.is_cuda:
                 group["capturable"] = True  # its step counter then lives on the device, and reading it makes no one wait
 
-    def step(self, values: Tensor, gradient: Tensor, accept: Tensor | None = None) -> Tensor:
+    def step(self, values: Tensor, gradient: Tensor, accept: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """One step from ``values`` against ``gradient``.
 
         Args:
             values: where the step starts, shape ``[T]``.
-            gradient: shape ``[T]``; ignored where refused.
-            accept: boolean, shape ``[T]``; ``None`` for all. A refused entry keeps its value and the optimiser's memory of it;
+            gradient: of the entries at ``positions``, shape ``[P]``; ignored where refused.
+            accept: boolean, shape ``[P]``; ``None`` for all. A refused entry keeps its value and the optimiser's memory of it;
                 where all are refused, nothing changes at all.
+            positions: of the entries to step; the others are refused. ``None`` for all, in order.
 
         Returns:
-            The new values, shape ``[T]``.
+            The new values at ``positions``, shape ``[P]``.
         """
+        if positions is None:
+            return self._step(values, gradient, accept)
+        accept = torch.ones_like(gradient, dtype=torch.bool) if accept is None else accept
+        gradient = torch.zeros_like(values).index_copy(0, positions, gradient)
+        accept = torch.zeros_like(values, dtype=torch.bool).index_copy(0, positions, accept)
+        return self._step(values, gradient, accept)[positions]
+
+    def _step(self, values: Tensor, gradient: Tensor, accept: Tensor | None) -> Tensor:
         if values.shape != self._vector.shape or values.device != self._vector.device:
             self._resize(values)
         if accept is None:

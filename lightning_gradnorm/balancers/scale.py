@@ -53,3 +53,20 @@ def scale_to_sum(
 def scale_to_reference(weights: Tensor, reference: int, lower: float = 0.0, upper: float = float("inf")) -> Tensor:
     """The multiple of ``weights``, shape ``[T]``, for which the reference task's weight is 1, cut off at the bounds."""
     return (weights / weights[reference]).clamp(lower, upper)
+
+
+LEAST = 1e-8  # a weight of exactly 0 would have its task forgotten
+
+
+def softmax_weights(scores: Tensor, total: Tensor | float, factors: Tensor | None = None) -> Tensor:
+    """``total`` · f_i exp(scores_i) / Σ_j f_j exp(scores_j), kept above 0 by ``LEAST``; shape ``[T]``.
+
+    Args:
+        scores: shape ``[T]``.
+        total: what the weights sum to.
+        factors: f, non-negative, shape ``[T]``; ones by default.
+    """
+    shares = torch.softmax(scores, 0)
+    if factors is not None:
+        shares = shares * factors / (shares * factors).sum()
+    return scale_to_sum(shares.clamp_min(LEAST), total, LEAST)

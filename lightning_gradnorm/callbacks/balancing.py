@@ -1,8 +1,10 @@
 """``LossBalancingCallback``: everything between a balancer and Lightning's Trainer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_gradnorm.autograd_graph import is_built_from
@@ -18,14 +20,16 @@ from lightning_gradnorm.callbacks.lightning_api import (
 from lightning_gradnorm.callbacks.link import BalancingLink
 from lightning_gradnorm.callbacks.log import BalancingLog, lay_out_charts
 from lightning_gradnorm.callbacks.measuring import Engine, Measuring, NormOf
+from lightning_gradnorm.callbacks.ranks import RankAgreement
 from lightning_gradnorm.gradients import IncompleteBackwardError
 from lightning_gradnorm.mixin import MultiTaskMixin
+from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
 from lightning_gradnorm.report.summary import RunSummary
 from lightning_gradnorm.report.table import print_table
-from lightning_gradnorm.report.weights_file import write_weights
 from lightning_gradnorm.shared_layer import SharedLayer
+from lightning_gradnorm.weights_file import write_weights
 
-_TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+_TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 
 
 class LossBalancingCallback(Callback):
@@ -49,8 +53,10 @@ class LossBalancingCallback(Callback):
             or compiled. ``shared_layer()`` has to name the layer then.
         log_cosines: whether to log the cosine between every two tasks' gradients; by default for up to ten tasks.
         progress_bar: whether the progress bar shows the weights.
+        points: task → how the single points of its term are weighed; its loss is a vector then, one entry per point.
         summary: whether to print the table and write ``loss_weights.yaml`` at the end of ``fit``.
-        untested_strategies: whether to run under Trainer strategies other than a single device and DDP.
+        untested_strategies: whether to run under Trainer strategies other than a single device, DDP, and
+            ``ModelParallelStrategy`` with FSDP2.
 
     Attributes:
         engine_used: ``"joint"`` or ``"per_task"``, once a step was measured.
@@ -65,6 +71,7 @@ class LossBalancingCallback(Callback):
         norm_of: NormOf = "parameters",
         log_cosines: bool | None = None,
         progress_bar: bool = False,
+        points: Mapping[str, PointWeighting] | None = None,
         summary: bool = True,
         untested_strategies: bool = False,
     ) -> None:
@@ -75,9 +82,16 @@ class LossBalancingCallback(Callback):
                 "or GradNormCallback(alpha=1.5)."
             )
         self.balancer, self.summary, self._untested_strategies = balancer, summary, untested_strategies
-        self._measuring = Measuring(engine, norm_of)
+        self.points = dict(points or {})
+        for task, weighting in self.points.items():
+            if not isinstance(weighting, PointWeighting):
+                raise TypeError(
+                    f"points[{task!r}] is {weighting!r}; it is a task's way to weigh its points, such as SelfAdaptivePoints()."
+                )
+        self._noted_points: dict[str, list[NotedPoints]] = {}
+        self._measuring = Measuring(engine, norm_of, balancer.needs)
         self._log = BalancingLog(log_cosines, progress_bar)
-        self._link = BalancingLink(balancer)
+        self._link = BalancingLink(balancer, self.points)
         self._summary = RunSummary()
         self._stage, self._is_set_up = "fit", False
         self._last_global_step = 0
@@ -126,16 +140,18 @@ class LossBalancingCallback(Callback):
             )
         pl_module._loss_balancing = self._link
 
-    def _check_strategy(self, strategy: object) -> None:
+    def _check_strategy(self, strategy: Any) -> None:
         names = [cls.__name__ for cls in type(strategy).__mro__]
         tested = any(name in _TESTED_STRATEGIES for name in names) and not any("DeepSpeed" in name for name in names)
+        found = names[0]
+        if tested and "ModelParallelStrategy" in names:
+            tensor_parallel = strategy.device_mesh["tensor_parallel"].size()
+            tested, found = tensor_parallel == 1, f"{found}(tensor_parallel_size={tensor_parallel})"
         if not (tested or self._untested_strategies):
             raise ValueError(
-                f"{type(self).__name__} is tested with one device and with DDP, not with {names[0]}: where parameters are "
-                "sharded, "
-                "their gradients per task cannot be read. Use strategy='ddp'; or try it with untested_strategies=True, best "
-                "with "
-                "norm_of='features', which needs no parameter gradient."
+                f"{type(self).__name__} is tested with one device, with DDP, and with FSDP2 by "
+                f"ModelParallelStrategy(data_parallel_size=…, tensor_parallel_size=1); not with {found}. Use one of these; or "
+                "try it with untested_strategies=True, best with norm_of='features', which needs no parameter gradient."
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -147,6 +163,7 @@ class LossBalancingCallback(Callback):
     def _let_go(self, pl_module: LightningModule) -> None:
         self._link.stop()
         self._measuring.let_go()
+        self._noted_points.clear()
         vars(pl_module).pop("_loss_balancing", None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -168,14 +185,21 @@ class LossBalancingCallback(Callback):
                 rows, f"{name} after {steps} steps (w: weight; before, after: share of the gradient norms on the shared layer)"
             )
             if trainer.loggers and folder is not None:
-                path = write_weights(Path(folder), rows, method=name, settings=self.balancer.settings(), steps=steps)
+                path = write_weights(
+                    Path(folder),
+                    {row.task: row.weights | {"loss_ratio": row.loss_ratio} for row in rows},
+                    method=name,
+                    settings=self.balancer.settings(),
+                    steps=steps,
+                    warmup=self._summary.warmup_steps,
+                )
                 rank_zero_info(f"Loss weights written to {path}")
 
     # -- one batch -------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._read_in_batch = False
-        measures = self.balancer.due and self.balancer.needs_gradient_norms
+        measures = self.balancer.due and self.balancer.needs_gradients
         if measures:
             self._measuring.watch_features(pl_module)
         self._link.start(reads_gradients=measures, once_per_step=pl_module.automatic_optimization)
@@ -206,7 +230,10 @@ class LossBalancingCallback(Callback):
                     "until it is trained.",
                 )
                 return
-        measuring.window.add_losses({task: loss.detach() for task, loss in noted.losses.items()})
+        losses = {task: loss.detach() for task, loss in noted.losses.items()}
+        measuring.window.add_losses(losses, noted.weights, noted.kpis)
+        for task, points in noted.points.items():
+            self._noted_points.setdefault(task, []).append(points)
 
     def _find_layer(self, trainer: Trainer, pl_module: LightningModule, losses: dict[str, Tensor]) -> bool:
         try:
@@ -251,17 +278,35 @@ class LossBalancingCallback(Callback):
         window, due = self._measuring.finish(), self.balancer.due
         if trainer.world_size > 1 and due:
             self._measuring.reduce(window, self.balancer.known_tasks, trainer.strategy.root_device)
-        measurement = window.measurement()
+        measurement = window.measurement(magnitudes=self._measuring.magnitudes and due)
+        self._update_points(trainer)
         if measurement is None:
             self.balancer.update(None)
             return
-        applied = self.balancer.weights_for(measurement.tasks)
+        applied = self._applied(measurement.tasks, window.applied)
         self.balancer.update(measurement if due else None)
         if due:
             self._summary.add(applied, measurement, trainer.current_epoch)
         if self._log.is_written(trainer):
             self._log.write(pl_module, applied, measurement, self.balancer.diagnostics, window)
             self._tell_skipped()
+
+    def _applied(self, tasks: tuple[str, ...], here: Mapping[str, Tensor]) -> Tensor:
+        """The weights that the step applied, ``[T]``; of a task that only other ranks had, those that it would have had."""
+        if tasks == tuple(here):
+            return torch.stack(list(here.values()))
+        would = zip(tasks, self.balancer.weights_for(tasks).unbind(), strict=True)
+        return torch.stack([here.get(task, weight).to(weight) for task, weight in would])
+
+    def _update_points(self, trainer: Trainer) -> None:
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+            self._noted_points.clear()  # the masks are frozen: a line search needs an objective that stays
+        distributed = trainer.world_size > 1
+        for task, weighting in self.points.items():
+            all_reduce = RankAgreement.all_reduce if distributed else None
+            weighting.update(
+                self._noted_points.pop(task, []), all_reduce, trainer.strategy.root_device if distributed else None
+            )
 
     # -- what is told once -----------------------------------------------------------------------------------------
 
@@ -287,6 +332,7 @@ class LossBalancingCallback(Callback):
             "balancer": self.balancer.state_dict(),
             "summary": self._summary.state_dict(),
             "log": self._log.state_dict(),
+            "points": {task: weighting.state_dict() for task, weighting in self.points.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -295,3 +341,6 @@ class LossBalancingCallback(Callback):
         self.balancer.load_state_dict(state_dict["balancer"])
         self._summary.load_state_dict(state_dict["summary"])
         self._log.load_state_dict(state_dict["log"])
+        for task, weighting in self.points.items():
+            if task in state_dict["points"]:
+                weighting.load_state_dict(state_dict["points"][task])

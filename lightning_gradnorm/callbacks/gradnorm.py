@@ -10,6 +10,7 @@ from lightning_gradnorm.balancers.optimizer import OptimizerFactory
 from lightning_gradnorm.balancers.scale import ScaleRule
 from lightning_gradnorm.callbacks.balancing import LossBalancingCallback
 from lightning_gradnorm.callbacks.measuring import Engine, NormOf
+from lightning_gradnorm.pointwise import PointWeighting
 
 
 class GradNormCallback(LossBalancingCallback):
@@ -18,7 +19,7 @@ class GradNormCallback(LossBalancingCallback):
         trainer = L.Trainer(callbacks=[GradNormCallback(alpha=1.5)])
 
     It is ``LossBalancingCallback(GradNorm(…))`` with flat arguments; see ``GradNorm`` for the method's, and
-    ``LossBalancingCallback`` for ``engine``, ``norm_of``, ``log_cosines``, ``progress_bar``, ``summary`` and
+    ``LossBalancingCallback`` for ``engine``, ``norm_of``, ``log_cosines``, ``progress_bar``, ``points``, ``summary`` and
     ``untested_strategies``.
     """
 
@@ -42,6 +43,7 @@ class GradNormCallback(LossBalancingCallback):
         norm_of: NormOf = "parameters",
         log_cosines: bool | None = None,
         progress_bar: bool = False,
+        points: Mapping[str, PointWeighting] | None = None,
         summary: bool = True,
         untested_strategies: bool = False,
     ) -> None:
@@ -66,6 +68,7 @@ class GradNormCallback(LossBalancingCallback):
             norm_of=norm_of,
             log_cosines=log_cosines,
             progress_bar=progress_bar,
+            points=points,
             summary=summary,
             untested_strategies=untested_strategies,
         )

@@ -51,7 +51,7 @@ class BalancingLog:
             diagnostics: what the balancer's update computed of it, ``[T]`` each.
             window: for the gradients' cosines.
         """
-        tasks, losses, _ = measurement
+        tasks, losses = measurement[:2]
         weights = per_task("loss_weight", tasks, applied)
         values = weights | per_task("task_loss", tasks, losses) | dict(totals(applied.to(losses), losses))
         for tag, vector in diagnostics.items():

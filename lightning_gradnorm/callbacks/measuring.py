@@ -1,6 +1,6 @@
 """How a callback measures: the shared layer, the engine around the backward, the micro-batches, the ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Measuring:
     Args:
         engine: ``"joint"``, ``"per_task"``, or ``"auto"``.
         norm_of: ``"parameters"`` of the shared layer, or its ``"features"``: the layer's output.
+        needs: what the balancer needs of a measurement.
 
     Attributes:
         shared: the shared layer, once it is known.
@@ -36,10 +37,17 @@ class Measuring:
         window: the step's sums so far.
     """
 
-    def __init__(self, engine: Engine, norm_of: NormOf) -> None:
+    def __init__(self, engine: Engine, norm_of: NormOf, needs: Sequence[str] = ()) -> None:
         for name, value, choices in (("engine", engine, get_args(Engine)), ("norm_of", norm_of, get_args(NormOf))):
             if value not in choices:
                 raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}; got {value!r}.")
+        self.magnitudes = "gradient_means" in needs
+        if self.magnitudes and norm_of == "features":
+            raise ValueError(
+                "norm_of='features' has norms only, and this method needs the sizes of single entries of the parameters' "
+                "gradients. Take norm_of='parameters', or a form of the method that needs norms."
+            )
+        self._with_kpis = "kpis" in needs
         self.engine, self.norm_of = engine, norm_of
         self.shared: SharedLayer | None = None
         self.engine_used: str | None = None
@@ -57,7 +65,7 @@ class Measuring:
 
     def let_go(self) -> None:
         """Drop everything that belongs to a step under way, graphs included."""
-        self.window = MeasurementWindow(of_features=self.norm_of == "features")
+        self.window = MeasurementWindow(of_features=self.norm_of == "features", with_kpis=self._with_kpis)
         self._drop_reader()
         self.stop_watching()
 

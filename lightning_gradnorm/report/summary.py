@@ -24,6 +24,7 @@ class TaskSummary:
         share_before: its part of Σ_i n_i at its first measured step, in [0, 1]; NaN if no norms were measured.
         share_after: its part of Σ_i w_i n_i, mean over the last epoch; NaN likewise.
         loss_ratio: L_i(t) over its first measured loss, mean over the last epoch.
+        mean_after_warmup: mean of the weights without the first steps (``RunSummary.warmup_steps``); NaN if there are none.
     """
 
     task: str
@@ -34,6 +35,12 @@ class TaskSummary:
     share_before: float
     share_after: float
     loss_ratio: float
+    mean_after_warmup: float = math.nan
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Its weights' statistics by name."""
+        return {"final": self.final, "mean": self.mean, "std": self.std, "mean_after_warmup": self.mean_after_warmup}
 
 
 _FIRST = ("start", "share_before", "first_loss")
@@ -50,6 +57,9 @@ class RunSummary:
         self._sums = torch.zeros(len(_SUMS), 0, dtype=torch.float64)
         self._epoch = 0
         self._started: set[str] = set()
+        # Sums of the weights after 1, 2, 4, … steps, to have the mean without a warm-up whose length nobody knew at its end.
+        self._added = 0
+        self._marks: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def add(self, weights: Tensor, measurement: Measurement, epoch: int) -> None:
@@ -60,7 +70,7 @@ class RunSummary:
             measurement: its losses and norms; a step with a non-finite loss or norm, or none above 0, is left out.
             epoch: its number; the first step of another epoch starts the epoch's sums anew.
         """
-        tasks, losses, norms = measurement
+        tasks, losses, norms = measurement[:3]
         self._make_room(tasks, losses)
         weights = weights.to(losses)
         usable = (losses if norms is None else losses + norms / norms.sum()).sum().isfinite()  # all norms 0 is no share
@@ -80,18 +90,35 @@ class RunSummary:
         one, weighted = torch.ones_like(losses), weights * norms
         added = torch.stack([one, weights, weights * weights, one, weighted / weighted.sum(), losses / self._first[2, at]])
         self._sums[:, at] += torch.where(usable, added, 0.0)
+        self._added += 1
+        if self._added & (self._added - 1) == 0:
+            self._marks[self._added] = self._sums[:2].clone()
 
     def rows(self, final: Mapping[str, float]) -> list[TaskSummary]:
         """One row per task that took part in a step; ``final``: task → weight of a next step."""
         rows = []
+        later = self._after_warmup()
         for task, first, sums in zip(self.tasks, self._first.T.tolist(), self._sums.T.tolist(), strict=True):
             (start, share_before, _), (steps, weight, squared, epoch_steps, share, ratio) = first, sums
             if steps:
                 mean = weight / steps
                 std = max(squared / steps - mean * mean, 0.0) ** 0.5
                 after = (share / epoch_steps, ratio / epoch_steps) if epoch_steps else (math.nan, math.nan)
-                rows.append(TaskSummary(task, start, mean, std, final.get(task, mean), share_before, *after))
+                end = final.get(task, mean)
+                rows.append(TaskSummary(task, start, mean, std, end, share_before, *after, later.get(task, math.nan)))
         return rows
+
+    def _after_warmup(self) -> dict[str, float]:
+        """Task → mean of its weights after the warm-up; of those that took part since."""
+        mark, since = self._marks.get(self.warmup_steps), self._sums[:2].clone()
+        if mark is not None:
+            since[:, : mark.shape[1]] -= mark.to(since)
+        return {task: weight / steps for task, steps, weight in zip(self.tasks, *since.tolist(), strict=True) if steps}
+
+    @property
+    def warmup_steps(self) -> int:
+        """The largest power of two up to a tenth of the measured steps; 0 for fewer than ten."""
+        return max((mark for mark in self._marks if 10 * mark <= self._added), default=0)
 
     @property
     def steps(self) -> int:
@@ -105,11 +132,14 @@ class RunSummary:
             "epoch": self._epoch,
             "first": self._first.clone(),
             "sums": self._sums.clone(),
+            "added": self._added,
+            "marks": {str(step): sums.clone() for step, sums in self._marks.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.tasks, self._started, self._epoch = tuple(state["tasks"]), set(state["started"]), state["epoch"]
         self._first, self._sums = state["first"].clone(), state["sums"].clone()
+        self._added, self._marks = state["added"], {int(step): sums.clone() for step, sums in state["marks"].items()}
 
     def _make_room(self, tasks: Sequence[str], like: Tensor) -> None:
         new = tuple(task for task in tasks if task not in self.tasks)

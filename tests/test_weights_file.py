@@ -10,18 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gradnorm import GradNorm
-from lightning_gradnorm.report.summary import TaskSummary
-from lightning_gradnorm.report.weights_file import write_weights
+from lightning_gradnorm.weights_file import read_weights, write_weights
 
 STEPS = 12
 
 
-def row(task: str, final=0.5, mean=0.75, std=0.1, ratio=0.25) -> TaskSummary:
-    return TaskSummary(task, 1.0, mean, std, final, 0.3, 0.5, ratio)
+def row(task: str, final=0.5, mean=0.75, std=0.1, ratio=0.25) -> tuple[str, dict[str, float]]:
+    return task, {"final": final, "mean": mean, "std": std, "loss_ratio": ratio}
 
 
 def write(folder, rows, **settings):
-    return write_weights(folder, rows, method="GradNorm", settings=settings, steps=STEPS)
+    return write_weights(folder, dict(rows), method="GradNorm", settings=settings, steps=STEPS, warmup=1)
 
 
 def read(path) -> dict:
@@ -35,6 +34,7 @@ def test_it_reads_back(tmp_path):
         "method": "GradNorm",
         "settings": {"alpha": 1.5, "reference": None, "update": "log"},
         "steps": STEPS,
+        "warmup_steps": 1,
         "tasks": {
             "depth": {"final": 0.5, "mean": 0.75, "std": 0.1, "loss_ratio": 0.25},
             "normals": {"final": 1.5, "mean": 1.25, "std": 0.2, "loss_ratio": 0.125},
@@ -47,7 +47,7 @@ def test_a_person_is_told_what_it_is_for(tmp_path):
     first = write(tmp_path, [row("a")]).read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ")
     assert "mean" in first
-    assert "fixed weights" in first
+    assert "FixedWeights.from_file" in first
 
 
 @pytest.mark.parametrize(

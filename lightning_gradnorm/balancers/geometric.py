@@ -1,0 +1,45 @@
+"""Geometric loss strategy (Chennupati, Sistu, Yogamani, Rawashdeh, CVPR workshops 2019, arXiv 1904.08492)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.balancers.rule import RuleBalancer
+from lightning_gradnorm.measurement import Measurement, stack_scalars
+
+_LEAST_LOSS = 1e-30
+
+
+def geometric_weights(losses: Tensor) -> Tensor:
+    """∂ (Π_i L_i)^{1/T} / ∂L_i = (Π_j L_j)^{1/T} / (T L_i), shape ``[T]``."""
+    losses = losses.clamp_min(_LEAST_LOSS)
+    return (losses.log().mean() - losses.log()).exp() / len(losses)
+
+
+class GeometricLoss(RuleBalancer):
+    """Trains on (Π_i L_i)^{1/T}: every task's relative progress counts alike, whatever its unit.
+
+    It has no state. The applied weight ∂total/∂L_i depends on the losses of the step itself, is what is reported, and is
+    not bound to a sum: Σ w_i L_i is the geometric mean. Under DDP and accumulation each batch has its own weights.
+
+    Args:
+        tasks: all tasks' names, if they are to be fixed from the start.
+        update_every: as everywhere; only what is reported between steps depends on it.
+
+    Raises:
+        ValueError: for a negative loss.
+    """
+
+    needs_positive_losses = True
+
+    @torch.no_grad()
+    def weights_at(self, losses: Mapping[str, Tensor]) -> Tensor:
+        self._check_names(tuple(losses))
+        stacked = stack_scalars(losses.values())
+        if stacked.device.type == "cpu":  # elsewhere, asking would make the host wait
+            self._check_not_negative(losses, stacked)
+        return geometric_weights(stacked)
+
+    def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"weights": geometric_weights(measurement.losses)}

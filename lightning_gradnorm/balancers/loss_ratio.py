@@ -1,0 +1,71 @@
+"""GradNorm without gradients: training rates alone decide (known from public code as "GradNormSimple")."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_gradnorm.balancers.checks import check_range
+from lightning_gradnorm.balancers.gradnorm import loss_ratios, relative_inverse_training_rates
+from lightning_gradnorm.balancers.initial_losses import InitialLosses, InitialLossTracker
+from lightning_gradnorm.balancers.rule import RuleBalancer
+from lightning_gradnorm.balancers.scale import LEAST, scale_to_sum
+from lightning_gradnorm.measurement import Measurement
+
+
+class LossRatioBalancing(RuleBalancer):
+    """w_i ∝ r_i^α with r_i = L̃_i / mean_j L̃_j and L̃_i = L_i(t) / L_i(0); Σ w = T.
+
+    The target of GradNorm's equation 1 (Chen et al., ICML 2018) taken as the weight. It evens out training rates and
+    knows nothing of scales: a task whose gradient is a thousand times larger stays so. It costs nothing.
+
+    Args:
+        alpha: α ≥ 0, how strongly slow tasks are favoured.
+        initial_losses: L_i(0): ``"first"``, the mean of the first N (an int), or given per task.
+        tasks: all tasks' names, if they are to be fixed from the start.
+        update_every: the weights are updated on the first and every so-manieth optimiser step.
+
+    Raises:
+        ValueError: for a setting outside its range; for a negative loss.
+    """
+
+    needs_positive_losses = True
+
+    def __init__(
+        self,
+        alpha: float = 1.5,
+        *,
+        initial_losses: InitialLosses = "first",
+        tasks: Iterable[str] | None = None,
+        update_every: int = 1,
+    ) -> None:
+        self.alpha = check_range("alpha", alpha, at_least=0)
+        self._initial_losses = InitialLossTracker(initial_losses)
+        super().__init__(tasks=tasks, update_every=update_every)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._initial_losses.reset()
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"alpha": self.alpha, "initial_losses": self._initial_losses.setting}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"initial_losses": self._initial_losses.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._initial_losses.load_state_dict(state["initial_losses"])
+
+    def _check(self, measurement: Measurement) -> None:
+        super()._check(measurement)
+        self._initial_losses.check(measurement)
+
+    def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        initial = self._initial_losses.observe(measurement)
+        if initial is None:
+            return {}
+        ratios = loss_ratios(measurement.losses, initial.to(measurement.losses))
+        rates = relative_inverse_training_rates(ratios)
+        self.diagnostics = {"loss_ratio": ratios, "inverse_rate": rates}
+        return {"weights": scale_to_sum(rates.clamp_min(LEAST) ** self.alpha, state["weights"].sum(), LEAST)}

@@ -1,0 +1,54 @@
+"""For methods whose next weights are one function of the step's measurement and a few remembered vectors."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.balancers.base import LossBalancer
+from lightning_gradnorm.measurement import Measurement
+
+
+def _finite(vectors: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Whether there is no NaN and no infinity in any of them, scalar; a sum carries what it meets."""
+    return torch.stack([like.new_zeros(()), *(vector.sum().to(like) for vector in vectors)]).isfinite().all()
+
+
+class RuleBalancer(LossBalancer):
+    """A ``LossBalancer`` that implements ``_next`` alone.
+
+    The vectors that ``_next`` gets and gives are of the tasks that took part, in the measurement's order. A step on which
+    anything that it needs, or anything that it gives, is not finite is skipped and counted; nothing changes then.
+    """
+
+    @abstractmethod
+    def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The rule.
+
+        Args:
+            measurement: of ``T`` tasks.
+            state: ``"weights"`` and what the method remembers, shape ``[T]`` each.
+
+        Returns:
+            Those of them that change, shape ``[T]`` each.
+        """
+
+    def _update(self, measurement: Measurement, positions: Tensor | None) -> None:
+        vectors = {"weights": self._weights, **self._memory}
+        before = {name: vector if positions is None else vector[positions] for name, vector in vectors.items()}
+        measured = [measurement.losses, *(getattr(measurement, name) for name in self.needs)]
+        usable = _finite(measured, self._weights)
+        if usable.device.type == "cpu" and not usable:  # elsewhere, asking would make the host wait
+            self.skipped_updates += 1
+            return
+        after = self._next(measurement._replace(losses=measurement.losses.to(self._weights)), before)
+        usable = usable & _finite(after.values(), self._weights)
+        self.skipped_updates += ~usable
+        for name, vector in after.items():
+            kept = torch.where(usable, vector, before[name])
+            whole = kept if positions is None else vectors[name].index_copy(0, positions, kept)
+            if name == "weights":
+                self._weights = whole
+            else:
+                self._memory[name] = whole

@@ -1,0 +1,113 @@
+"""Uncertainty weighting (Kendall, Gal, Cipolla, CVPR 2018, arXiv 1705.07115)."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.balancers.base import LossBalancer
+from lightning_gradnorm.balancers.checks import check_choice, check_range
+from lightning_gradnorm.balancers.optimizer import OptimizerFactory, VectorOptimizer
+from lightning_gradnorm.measurement import Measurement
+
+Kind = Literal["regression", "classification"]
+Form = Literal["original", "revised"]
+
+
+def uncertainty_weights(log_variances: Tensor, halves: Tensor) -> Tensor:
+    """e^{−s} times ½ for a regression (equation 5), times 1 for a classification (equation 10); shape ``[T]``."""
+    return halves * torch.exp(-log_variances)
+
+
+def log_variance_gradient(losses: Tensor, log_variances: Tensor, halves: Tensor, form: Form = "original") -> Tensor:
+    """∂/∂s of w(s) L plus its regulariser: ½ s; in the revised form ln(1 + e^s) (Liebel and Körner 2018, equation 3)."""
+    pull = torch.full_like(log_variances, 0.5) if form == "original" else torch.sigmoid(log_variances)
+    return pull - uncertainty_weights(log_variances, halves) * losses
+
+
+class UncertaintyWeighting(LossBalancer):
+    """Learns one variance σ_i² per task with the network: w_i = e^{−s_i}/2, or e^{−s_i} for a classification; s_i = ln σ_i².
+
+    The weights are not bound to a sum: at rest a regression has w_i = 1/(2 L_i), so they grow as the losses fall, and with
+    them the effective learning rate. The first weights are those of ``initial_log_variance``: ½ and 1.
+
+    Deviation: the total is Σ w_i L_i without the regulariser ½ s_i, which is a constant for the network. (With it the
+    published total can be negative.) s_i is trained on the same objective by an optimiser of its own, without weight decay.
+
+    Args:
+        kinds: task → ``"regression"`` or ``"classification"``; regression for tasks not named.
+        lr: learning rate of s (the GradNorm paper gave it 0.025).
+        form: ``"original"``; ``"revised"``: with the regulariser ln(1 + σ²), which does not pull s without bound.
+        initial_log_variance: s_i at the start.
+        optimizer: factory of the optimiser of s, called as ``optimizer([s], lr=lr)``.
+        tasks: all tasks' names, if they are to be fixed from the start.
+        update_every: the weights are updated on the first and every so-manieth optimiser step.
+
+    Raises:
+        ValueError: for a setting outside its range; at the first update, for a name in ``kinds`` that is no task.
+    """
+
+    def __init__(
+        self,
+        kinds: Mapping[str, Kind] | None = None,
+        lr: float = 0.025,
+        *,
+        form: Form = "original",
+        initial_log_variance: float = 0.0,
+        optimizer: OptimizerFactory = torch.optim.Adam,
+        tasks: Iterable[str] | None = None,
+        update_every: int = 1,
+    ) -> None:
+        self.kinds = dict(kinds or {})
+        for task, kind in self.kinds.items():
+            check_choice(f"kind of task {task!r}", kind, get_args(Kind))
+        check_choice("form", form, get_args(Form))
+        self.lr, self.form, self._factory = check_range("lr", lr, at_least=0), form, optimizer
+        self.initial_log_variance = check_range("initial_log_variance", initial_log_variance)
+        self._remembers = (("log_variance", self.initial_log_variance),)
+        super().__init__(tasks=tasks, update_every=update_every)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._optimizer = VectorOptimizer(self._factory, self.lr)
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "kinds": dict(self.kinds),
+            "lr": self.lr,
+            "form": self.form,
+            "initial_log_variance": self.initial_log_variance,
+            "optimizer": getattr(self._factory, "__name__", None) or str(self._factory),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def _half(self, task: str) -> float:
+        return 1.0 if self.kinds.get(task) == "classification" else 0.5
+
+    def _first_weight(self, task: str) -> float:
+        start = torch.tensor(self.initial_log_variance, dtype=torch.float64)
+        return uncertainty_weights(start, start.new_tensor(self._half(task))).item()
+
+    def _check(self, measurement: Measurement) -> None:
+        super()._check(measurement)
+        self._check_named("kinds", self.kinds, measurement)
+
+    def _update(self, measurement: Measurement, positions: Tensor | None) -> None:
+        whole = self._memory["log_variance"]
+        s = whole if positions is None else whole[positions]
+        halves = s.new_tensor([self._half(task) for task in measurement.tasks])
+        usable = measurement.losses.sum().isfinite().to(s.device)
+        gradient = log_variance_gradient(measurement.losses.to(s), s, halves, self.form)
+        s = self._optimizer.step(whole, gradient, usable.expand(gradient.shape), positions)
+        self.skipped_updates += ~usable
+        self.diagnostics = {"log_variance": s}
+        at = slice(None) if positions is None else positions
+        self._memory["log_variance"][at] = s
+        self._weights[at] = uncertainty_weights(s, halves)  # of a step that was refused: those that it had

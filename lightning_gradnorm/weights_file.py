@@ -42,18 +42,21 @@ def read_weights(path: str | Path, statistic: str) -> dict[str, float]:
         FileNotFoundError: if there is no such file.
         ValueError: if it does not hold what such a file holds; the message says what is missing.
     """
-    wrong = (
-        f"{path} is not a {FILE_NAME} as a balancing callback writes it at the end of fit: {{}}. "
-        "Give the weights as a dict, FixedWeights({'task': weight, …}), or run the fit again."
-    )
+
+    def wrong(what: str) -> ValueError:
+        return ValueError(
+            f"{path} is not a {FILE_NAME} as a balancing callback writes it at the end of fit: {what}. "
+            "Give the weights as a dict, FixedWeights({'task': weight, …}), or run the fit again."
+        )
+
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(wrong.format(f"it cannot be read as YAML ({error})")) from error
+        raise wrong(f"it cannot be read as YAML ({error})") from error
     tasks = content.get("tasks") if isinstance(content, dict) else None
     if not isinstance(tasks, dict) or not tasks:
-        raise ValueError(wrong.format("it has no 'tasks'"))
+        raise wrong("it has no 'tasks'")
     lacking = [task for task, row in tasks.items() if not isinstance(row, dict) or row.get(statistic) is None]
     if lacking:
-        raise ValueError(wrong.format(f"no {statistic!r} weight for {', '.join(map(repr, lacking))}"))
+        raise wrong(f"no {statistic!r} weight for {', '.join(map(repr, lacking))}")
     return {task: row[statistic] for task, row in tasks.items()}

@@ -18,6 +18,7 @@ from lightning_gradnorm.balancers import (
     UncertaintyWeighting,
 )
 from lightning_gradnorm.callbacks import GradNormCallback, LossBalancingCallback
+from lightning_gradnorm.comparison import compare
 from lightning_gradnorm.gradients import JointBackward, PerTaskBackward, tap_losses
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.mixin import MultiTaskMixin
@@ -51,5 +52,6 @@ __all__ = [
     "SoftAdapt",
     "UncertaintyWeighting",
     "UniformPoints",
+    "compare",
     "tap_losses",
 ]

@@ -157,7 +157,7 @@ class SelfAdaptivePoints(PointWeighting):
     def settings(self) -> dict[str, Any]:
         own: dict[str, Any] = {"mask": self.mask, "lr": self.lr, "initial": self.initial}
         polynomial = {"coefficient": self.coefficient, "exponent": self.exponent} if self.mask == "polynomial" else {}
-        return own | polynomial | {"optimizer": getattr(self._factory, "__name__", None) or str(self._factory)}
+        return own | polynomial | {"optimizer": self._optimizer.name}
 
     def state_dict(self) -> dict[str, Any]:
         return {"lambdas": self._lambdas.clone(), "optimizer": self._optimizer.state_dict()}

@@ -57,7 +57,7 @@ def resolve_shared_layer(spec: SharedLayerSpec, network: nn.Module) -> SharedLay
 
     Raises:
         TypeError: if ``spec`` is of another kind.
-        ValueError: if a name is unknown, a parameter is not the network's, there is none, or all are frozen.
+        ValueError: if a name is unknown, a parameter is not the network's, there is none, all are frozen, or one is sharded.
     """
     given = _given(spec, network)
     trainable = [parameter for parameter in given if parameter.requires_grad]
@@ -67,7 +67,21 @@ def resolve_shared_layer(spec: SharedLayerSpec, network: nn.Module) -> SharedLay
             "task "
             f"has a gradient there. {_OVERRIDE} and is trained, or unfreeze it."
         )
+    _refuse_sharded({parameter: given[parameter] for parameter in trainable})
     return SharedLayer(tuple(given[p] for p in trainable), tuple(trainable), "given by shared_layer()")
+
+
+def _refuse_sharded(names: Mapping[nn.Parameter, str]) -> None:
+    # By name: DTensor has moved between modules of torch, and importing it takes long.
+    sharded = [name for parameter, name in names.items() if type(parameter).__name__ == "DTensor"]
+    if sharded:
+        more = f" and {len(sharded) - 4} more" if len(sharded) > 4 else ""
+        raise ValueError(
+            "Each task's gradient on the shared layer is read from whole parameters, and when the backward began each rank "
+            f"held only its shard of {', '.join(sharded[:4])}{more}. Take norm_of='features' with a shared_layer() that names "
+            "the module; or, with FSDP2, keep the shared layer whole from the forward to the backward: "
+            "fully_shard(layer, reshard_after_forward=False)."
+        )
 
 
 def feature_modules(spec: SharedLayerSpec | None, network: nn.Module) -> list[nn.Module]:
@@ -163,13 +177,14 @@ def detect_shared_layer(losses: Mapping[str, Tensor], network: nn.Module) -> Sha
         network: the module that the parameters belong to.
 
     Raises:
-        ValueError: if the tasks have no trainable weight in common; it says what each task reaches.
+        ValueError: if the tasks have no trainable weight in common, saying what each task reaches; if the weight is sharded.
     """
     names = {parameter: name for name, parameter in _named(network.named_parameters()) if parameter.ndim >= 2}
     reached = {task: {p: order for p, order in first_uses(loss.grad_fn).items() if p in names} for task, loss in losses.items()}
     by_task = list(reached.values())
     shared = set(by_task[0]).intersection(*by_task[1:])
     if not shared:
+        _refuse_sharded(names)
         raise ValueError(_nothing_shared(reached, names))
     # The parts of a parametrised weight (of weight_norm, say) are one weight.
     weights: dict[str, list[nn.Parameter]] = {}
@@ -180,6 +195,7 @@ def detect_shared_layer(losses: Mapping[str, Tensor], network: nn.Module) -> Sha
         chosen, reason = ranked[-2], "the last hidden weight of a network that the tasks share whole"
     else:
         chosen, reason = ranked[-1], "the last weight that every task's loss reaches"
+    _refuse_sharded({parameter: names[parameter] for parameter in chosen})
     reason += "; found from the graph, override shared_layer() to choose another"
     return SharedLayer(tuple(names[parameter] for parameter in chosen), tuple(chosen), reason)
 

@@ -65,7 +65,8 @@ class TrunkAndHeads(MultiTaskMixin, L.LightningModule):
         }
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.total_loss(self.losses(batch[0]))
+        losses = self.losses(batch[0])
+        return self.total_loss(losses, kpis={task: 1 / (1 + loss) for task, loss in losses.items()})
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make_optimizer(self.parameters(), lr=self.lr)
@@ -88,7 +89,7 @@ class MemoryLogger(Logger):
 
 
 class Recorder(L.Callback):
-    """After every batch: the weights that are to come, and the parameters."""
+    """After every batch: the weights that are to come, none without balancing, and the parameters."""
 
     def __init__(self, balancing: Any) -> None:
         self.balancing = balancing
@@ -96,7 +97,7 @@ class Recorder(L.Callback):
         self.parameters: list[Tensor] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.weights.append(self.balancing.weights)
+        self.weights.append(self.balancing.weights if self.balancing else {})
         self.parameters.append(torch.cat([p.detach().flatten().clone() for p in pl_module.parameters()]))
 
 

@@ -10,6 +10,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
+
+from lightning_gradnorm import GradNorm, GradNormCallback
+from tests.helpers import quiet_trainer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -21,7 +25,7 @@ def example(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     """The example that the test names, imported as ``python examples/<name>.py`` finds it."""
     monkeypatch.syspath_prepend(EXAMPLES)
     yield importlib.import_module(request.param)
-    for name in (request.param, "_common"):
+    for name in (request.param, "digits", "_common"):
         sys.modules.pop(name, None)
 
 
@@ -86,3 +90,28 @@ def test_toy_starts_at_the_number_of_tasks_and_raises_the_smallest_scale(example
         weights = runs["GradNorm"][0]["weights"][-1]
         assert max(weights, key=weights.__getitem__) == smallest
         assert set(runs["equal"][0]["weights"][-1].values()) == {1.0}
+
+
+@pytest.mark.parametrize("example", ["fabric"], indirect=True)
+def test_the_fabric_loop_ends_with_the_trainers_weights(example, tmp_path, monkeypatch, capsys):
+    batches, made, plain = [], [], example.task_losses
+
+    def noting(network, images, labels):
+        if torch.is_grad_enabled():
+            batches.append((images, labels))
+        return plain(network, images, labels)
+
+    monkeypatch.setattr(example, "task_losses", noting)
+    monkeypatch.setattr(example, "GradNorm", lambda **settings: made.append(GradNorm(**settings)) or made[-1])
+    example.main(["--epochs", "1"])
+    equal, balanced = batches[: len(batches) // 2], batches[len(batches) // 2 :]
+    assert all(torch.equal(a, b) for one, other in zip(equal, balanced, strict=True) for a, b in zip(one, other, strict=True))
+
+    torch.manual_seed(0)
+    module, callback = example.Digits(example.TRAIN.tensors[0].mean(0)), GradNormCallback(alpha=0.25, summary=False)
+    held_out = DataLoader(example.TEST, batch_size=len(example.TEST))
+    quiet_trainer(tmp_path, callbacks=[callback]).fit(module, DataLoader(balanced, batch_size=None), held_out)
+    assert made[0].weights == pytest.approx(callback.weights, rel=1e-6)
+    printed = capsys.readouterr().out
+    for task, weight in callback.weights.items():
+        assert task in printed and f"{weight:.3g}" in printed

@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "mixin": FLOOR | {"shared_layer"},
     "callbacks": FLOOR
     | {"autograd_graph", "shared_layer", "gradients", "window", "balancers", "report", "mixin", "pointwise", "weights_file"},
-    "cli": {"callbacks"},
-    "__init__": FLOOR | {"gradients", "balancers", "mixin", "pointwise", "callbacks"},
+    "comparison": {"balancers", "callbacks", "report"},
+    "cli": {"callbacks", "comparison"},
+    "__init__": FLOOR | {"gradients", "balancers", "mixin", "pointwise", "callbacks", "comparison"},
 }
 KNOW_LIGHTNING = {"callbacks", "cli"}
 # What else a room may stand on, beside torch and the standard library.

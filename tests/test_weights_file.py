@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gradnorm import GradNorm
-from lightning_gradnorm.weights_file import read_weights, write_weights
+from lightning_gradnorm.weights_file import write_weights
 
 STEPS = 12
 

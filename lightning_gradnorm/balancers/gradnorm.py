@@ -177,7 +177,7 @@ class GradNorm(LossBalancer):
             "alpha": self.alpha,
             "lr": self.lr,
             "update": self.update_rule,
-            "optimizer": getattr(self._factory, "__name__", None) or str(self._factory),
+            "optimizer": self._optimizer.name,
             "initial_losses": self._initial_losses.setting,
             "scale": self.scale,
             "reference": self.reference,

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.measurement import Measurement
 
-InitialLosses = str | int | Mapping[str, float]
+InitialLosses = Literal["first"] | int | Mapping[str, float]
 
 
 def _positive(task: str, value: float) -> float:

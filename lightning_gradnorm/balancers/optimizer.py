@@ -23,6 +23,11 @@ class VectorOptimizer:
         self._factory, self._lr = factory, lr
         self._build(torch.zeros(0, dtype=torch.float64))
 
+    @property
+    def name(self) -> str:
+        """The optimiser's class."""
+        return type(self._optimizer).__name__
+
     def _build(self, values: Tensor) -> None:
         self._vector = values.clone().requires_grad_()
         self._optimizer = self._factory([self._vector], lr=self._lr)

@@ -78,7 +78,7 @@ class UncertaintyWeighting(LossBalancer):
             "lr": self.lr,
             "form": self.form,
             "initial_log_variance": self.initial_log_variance,
-            "optimizer": getattr(self._factory, "__name__", None) or str(self._factory),
+            "optimizer": self._optimizer.name,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -105,7 +105,9 @@ class RunSummary:
                 std = max(squared / steps - mean * mean, 0.0) ** 0.5
                 after = (share / epoch_steps, ratio / epoch_steps) if epoch_steps else (math.nan, math.nan)
                 end = final.get(task, mean)
-                rows.append(TaskSummary(task, start, mean, std, end, share_before, *after, later.get(task, math.nan)))
+                rows.append(
+                    TaskSummary(task, start, mean, std, end, share_before, after[0], after[1], later.get(task, math.nan))
+                )
         return rows
 
     def _after_warmup(self) -> dict[str, float]:

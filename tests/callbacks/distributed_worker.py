@@ -1,9 +1,8 @@
 """What each of two processes runs for ``test_distributed.py``: every case, one after the other."""
 
 import os
-import warnings
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.distributed
@@ -12,16 +11,17 @@ from torch.utils.data import DataLoader
 
 from lightning_gradnorm import GradNormCallback
 from lightning_gradnorm.callbacks.ranks import RankAgreement
+from tests.callbacks.two_processes import WORLD
 from tests.helpers import TrunkAndHeads, quiet_trainer
 
 STEPS = 6
-WORLD = 2
 
 
 class Scenario(TrunkAndHeads):
     """Each step's losses, with what a case changes."""
 
     def __init__(self, case: str) -> None:
+        torch.manual_seed(0)
         super().__init__(torch.optim.Adam)
         self.case = case
         self.automatic_optimization = case != "manual optimisation"
@@ -60,6 +60,7 @@ CASES = {
     "gradient_as_bucket_view": ({"gradient_as_bucket_view": True}, {}, {}),
     "static_graph": ({"static_graph": True}, {}, {}),
     "accumulation": ({}, {}, {"accumulate_grad_batches": 2}),
+    "short last window": ({}, {}, {"accumulate_grad_batches": 4}),
     "update_every": ({}, {"update_every": 3}, {}),
     "features": ({}, {"norm_of": "features"}, {}),
     "closed form": ({}, {"update": "closed_form", "scale": "gradient"}, {}),
@@ -92,36 +93,63 @@ class Watch(GradNormCallback):
 
 
 def fit(case, folder, batches, strategy):
-    torch.manual_seed(0)
     _, settings, trainer_settings = CASES[case]
-    callback, module = Watch(**settings), Scenario(case)
-    ddp = {} if strategy == "auto" else {"strategy": strategy, "devices": WORLD, "use_distributed_sampler": False}
-    trainer = quiet_trainer(folder, callbacks=[callback], **ddp, **trainer_settings)
-    trainer.fit(module, DataLoader(list(batches), batch_size=None))
-    parameters = torch.cat([p.detach().flatten() for p in module.parameters()])
+    return fit_module(Scenario(case), Watch(**settings), folder, batches, strategy, **trainer_settings)
+
+
+def fit_module(module, callback, folder, batches, strategy, *, callbacks=(), ckpt_path=None, **trainer_settings):
+    """Train on the batches in order; on two processes unless ``strategy`` is ``"auto"``."""
+    both = {} if strategy == "auto" else {"strategy": strategy, "devices": WORLD, "use_distributed_sampler": False}
+    trainer = quiet_trainer(folder, callbacks=[callback, *callbacks], **both, **trainer_settings)
+    trainer.fit(module, DataLoader(list(batches), batch_size=None), ckpt_path=ckpt_path)
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in module.parameters()]
+    parameters = torch.cat([p.detach().flatten() for p in whole])
     return {"history": callback.history, "parameters": parameters, "skipped": int(callback.balancer.skipped_updates)}
 
 
-def run(rank: int, port: int, folder: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(WORLD), NODE_RANK="0", LOCAL_RANK=str(rank)
-    )
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+def part_of(rank):
+    """This rank's part of every global batch."""
+    return global_batches()[:, 4 * rank : 4 * rank + 4]
+
+
+def run(rank, path):
     calls = []
     reduce = RankAgreement.all_reduce
     RankAgreement.all_reduce = staticmethod(lambda vector: calls.append(vector.numel()) or reduce(vector))
     results = {}
-    mine = global_batches()[:, 4 * rank : 4 * rank + 4]
     for case, (ddp, _, _) in CASES.items():
         calls.clear()
         strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60), **ddp)
         try:
-            results[case] = fit(case, folder, mine, strategy) | {"collectives": len(calls)}
+            results[case] = fit(case, path.parent, part_of(rank), strategy) | {"collectives": len(calls)}
         except Exception as error:
             results[case] = {"error": f"{type(error).__name__}: {error}"}
             break  # the process group is out of step now
         finally:
-            torch.save(results, Path(folder) / f"rank{rank}.pt")
-    os._exit(0)  # without waiting for a rank that is stuck in a collective
+            torch.save(results, path)
+
+
+class Stops(Scenario):
+    """The second rank raises in the third step, in the hook named."""
+
+    def __init__(self, hook):
+        super().__init__("plain")
+        setattr(self, hook, partial(self._stop, getattr(self, hook)))
+
+    def _stop(self, hook, *args):
+        if self.global_step == 2 and os.environ.get("LOCAL_RANK") == "1":
+            raise OSError("this rank's disk is gone")
+        return hook(*args)
+
+
+def run_until_one_rank_stops(hook, rank, path):
+    callback = Watch()
+    strategy = DDPStrategy(process_group_backend="gloo")  # with its default timeout: half an hour
+    try:
+        fit_module(Stops(hook), callback, path.parent, part_of(rank), strategy)
+        error = None
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    left = (len(callback._link.noted), bool(callback._measuring.window))
+    state = {"steps": callback.balancer.steps, "weights": callback.weights, "history": callback.history}
+    torch.save({"error": error, "left": left, **state}, path)

@@ -1,13 +1,13 @@
 """Two processes under DDP against one process on the same global batches."""
 
-import socket
+from functools import partial
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from tests.callbacks import distributed_worker as worker
 from tests.callbacks.distributed_worker import CASES, SAME_AS_ONE_PROCESS, STEPS, Scenario, fit, global_batches
+from tests.callbacks.two_processes import on_two_processes
 from tests.helpers import SCALES
 
 pytestmark = pytest.mark.slow
@@ -16,19 +16,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Results of all cases on both ranks."""
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=worker.run, args=(rank, port, str(folder)), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=400)
-        if process.is_alive():
-            process.kill()
-    results = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    results = on_two_processes(worker.run, tmp_path_factory.mktemp("ddp"))
     unexpected = {case: found["error"] for result in results for case, found in result.items() if "error" in found}
     unexpected.pop("new task on one rank", None)
     assert not unexpected
@@ -45,30 +33,33 @@ def test_ranks_hold_identical_weights_and_parameters(ranks, case):
 
 
 @pytest.mark.feature(
-    '`strategy="ddp"`, also with `find_unused_parameters`, `gradient_as_bucket_view`, `static_graph`',
+    '`strategy="ddp"`, also with `find_unused_parameters`, `gradient_as_bucket_view`, `static_graph`; accumulation, '
+    "also with a short last window",
     "supported",
     "two processes equal one on the same global batch",
 )
 @pytest.mark.parametrize("case", SAME_AS_ONE_PROCESS)
 def test_equal_to_one_process_on_the_same_global_batch(ranks, case, tmp_path):
-    alone = fit(case, tmp_path, global_batches(), "auto")
-    assert len(alone["history"]) == STEPS
-    for (weights, norms), (expected, expected_norms) in zip(ranks[0][case]["history"], alone["history"], strict=True):
-        assert weights == pytest.approx(expected, rel=1e-5)
-        assert norms == (None if expected_norms is None else pytest.approx(expected_norms, rel=1e-4))
-    torch.testing.assert_close(ranks[0][case]["parameters"], alone["parameters"], rtol=1e-4, atol=1e-5)
+    assert_same_run(ranks[0][case], fit(case, tmp_path, global_batches(), "auto"))
+
+
+def assert_same_run(found, expected):
+    assert len(expected["history"]) == STEPS
+    for (weights, norms), (its_weights, its_norms) in zip(found["history"], expected["history"], strict=True):
+        assert weights == pytest.approx(its_weights, rel=1e-5)
+        assert norms == (None if its_norms is None else pytest.approx(its_norms, rel=1e-4))
+    torch.testing.assert_close(found["parameters"], expected["parameters"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.feature('`strategy="ddp"`', "supported", "one collective per update")
 @pytest.mark.parametrize("case", [case for case in CASES if case != "new task on one rank"])
 def test_one_collective_per_update(ranks, case):
-    updates = {"accumulation": 3, "update_every": 3}.get(case, STEPS)
+    updates = {"accumulation": 3, "short last window": 2, "update_every": 3}.get(case, STEPS)
     assert ranks[0][case]["collectives"] == ranks[1][case]["collectives"] == updates
 
 
 @pytest.mark.feature("a task absent on one rank", "supported", "its mean is over the ranks that have it")
 def test_a_task_absent_on_one_rank_is_measured_where_it_is(ranks):
-    torch.manual_seed(0)
     module = Scenario("plain")
     batch = global_batches()[0]
     norms = []
@@ -99,3 +90,21 @@ def test_a_new_task_on_one_rank_is_an_error_that_says_to_declare_it(ranks):
     error = ranks[1]["new task on one rank"]["error"]
     assert "'surprise' appeared after the first step of a distributed run" in error
     assert "tasks=['small', 'middle', 'large', 'odd', 'surprise']" in error
+
+
+@pytest.mark.feature(
+    "one rank of several fails",
+    "supported",
+    "the others end with an error, not in a hang; the weights are of the last whole step",
+)
+@pytest.mark.parametrize("hook", ["training_step", "on_before_optimizer_step"])
+def test_one_rank_fails_and_the_other_does_not_hang(tmp_path, hook):
+    """Before the ranks meet in the backward, and after it, where they meet next in the callback."""
+    survivor, failed = on_two_processes(partial(worker.run_until_one_rank_stops, hook), tmp_path, timeout=120)
+    assert failed["error"] == "OSError: this rank's disk is gone"
+    assert "Error" in survivor["error"]
+    alone = fit("plain", tmp_path, global_batches()[:2], "auto")
+    for rank in (survivor, failed):
+        assert rank["steps"] == len(rank["history"]) == 2
+        assert rank["weights"] == pytest.approx(alone["history"][-1][0], rel=1e-5)
+        assert rank["left"] == (0, False)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -140,25 +141,16 @@ def test_a_fabric_loop_equals_the_trainer(tmp_path):
 NAMESPACES = """
 import importlib, sys, warnings
 warnings.simplefilter("ignore")
-import torch
 namespaces = sys.argv[2].split("+")
 modules = [importlib.import_module(name) for name in namespaces]
-from lightning_gradnorm import GradNormCallback, MultiTaskMixin
+from lightning_gradnorm import GradNormCallback
+from tests.callbacks.cli_program import two_tasks
 for pl in modules:
-    class Net(MultiTaskMixin, pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.trunk, self.a, self.b = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
-        def training_step(self, batch, batch_idx):
-            z = self.trunk(batch).tanh()
-            return self.total_loss({"a": self.a(z).pow(2).mean(), "b": 9 * (self.b(z) - 1).pow(2).mean()})
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
     for form in (lambda c: c, lambda c: [c]):
         callback = GradNormCallback(summary=False)
         off = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
         trainer = pl.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=sys.argv[1], callbacks=form(callback), **off)
-        trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(12, 3), batch_size=4))
+        trainer.fit(two_tasks(pl)())
         assert callback.balancer.steps == 3 and callback.weights["a"] > 1, callback.weights
 if namespaces == ["pytorch_lightning"]:
     assert "lightning.pytorch" not in sys.modules, "a namespace that nobody asked for was imported"
@@ -171,7 +163,6 @@ if namespaces == ["pytorch_lightning"]:
 def test_both_lightning_namespaces(tmp_path, namespaces):
     for name in namespaces.split("+"):
         pytest.importorskip(name, reason=f"{name} is not installed")
-    done = subprocess.run(
-        [sys.executable, "-c", NAMESPACES, str(tmp_path), namespaces], capture_output=True, text=True, timeout=300
-    )
+    program = [sys.executable, "-c", NAMESPACES, str(tmp_path), namespaces]
+    done = subprocess.run(program, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -33,25 +33,34 @@ class StatefulLoader:
         self.position = state["position"]
 
 
-def fit(tmp_path, settings, *, max_steps=STEPS, ckpt_path=None):
-    """Train, with a checkpoint after every step."""
+def fit(folder, callback, *, max_steps=STEPS, ckpt_path=None, weights_only=None, **trainer_settings):
+    """Train with the callback, or with none, and save a checkpoint after every step; what every batch saw."""
     torch.manual_seed(7)
-    callback, memory = GradNormCallback(summary=False, **settings), MemoryLogger()
-    seen = Recorder(callback)
-    every_step = ModelCheckpoint(
-        tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False
-    )
+    seen, memory = Recorder(callback), MemoryLogger()
+    every_step = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False)
     trainer = quiet_trainer(
-        tmp_path,
-        callbacks=[callback, seen, every_step],
+        folder,
+        callbacks=[*([callback] if callback else []), seen, every_step],
         max_epochs=-1,
         max_steps=max_steps,
         logger=memory,
         enable_checkpointing=True,
+        **trainer_settings,
     )
-    trainer.fit(TrunkAndHeads(torch.optim.Adam), StatefulLoader(), ckpt_path=ckpt_path)
+    trainer.fit(TrunkAndHeads(torch.optim.Adam), StatefulLoader(), ckpt_path=ckpt_path, weights_only=weights_only)
     seen.logged = memory.logged
-    return trainer, callback, seen
+    return seen
+
+
+def assert_went_on(resumed, whole, batches_before):
+    """The resumed run saw what the whole one did after its first ``batches_before``, bit for bit."""
+    assert resumed.weights == whole.weights[batches_before:] != []
+    for ours, theirs in zip(resumed.parameters, whole.parameters[batches_before:], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def balancing(settings):
+    return GradNormCallback(summary=False, **{"lr": 0.1, **settings})
 
 
 SETTINGS = {
@@ -72,15 +81,14 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_resumed_equals_uninterrupted(tmp_path, settings):
-    settings = {"lr": 0.1, **settings}
-    _, whole_callback, whole = fit(tmp_path, settings)
+    whole_callback = balancing(settings)
+    whole = fit(tmp_path, whole_callback)
     assert len(whole.logged) == STEPS
     for stop in (1, 2, 5, PER_EPOCH, 7, STEPS - 1):
-        _, callback, resumed = fit(tmp_path, settings, ckpt_path=tmp_path / f"step={stop}.ckpt")
-        assert resumed.weights == whole.weights[stop:], stop
+        callback = balancing(settings)
+        resumed = fit(tmp_path, callback, ckpt_path=tmp_path / f"step={stop}.ckpt")
+        assert_went_on(resumed, whole, stop)
         assert resumed.logged == whole.logged[stop:], stop
-        for ours, theirs in zip(resumed.parameters, whole.parameters[stop:], strict=True):
-            assert torch.equal(ours, theirs), stop
         assert callback._summary.rows(callback.weights) == whole_callback._summary.rows(whole_callback.weights), stop
 
 
@@ -90,7 +98,8 @@ def test_resumed_equals_uninterrupted(tmp_path, settings):
     "has no key of ours; loads with and without the package, also with `weights_only=True`",
 )
 def test_the_models_state_dict_has_no_key_of_ours(tmp_path):
-    _, callback, _ = fit(tmp_path, {}, max_steps=3)
+    callback = balancing({})
+    fit(tmp_path, callback, max_steps=3)
     checkpoint = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
     plain = TrunkAndHeads()
     assert set(checkpoint["state_dict"]) == set(plain.state_dict())

@@ -426,9 +426,9 @@ def test_an_exception_leaves_whole_state_and_no_graph(tmp_path, where, error):
 
 
 @pytest.mark.feature(
-    "FSDP, ModelParallel, DeepSpeed and other strategies",
+    "`FSDPStrategy`, tensor parallelism, DeepSpeed and other strategies",
     "refused",
-    "“tested with one device and with DDP”; `untested_strategies=True` is the way past it",
+    "“tested with one device, with DDP, and with FSDP2 …; not with …”; `untested_strategies=True` is the way past it",
 )
 def test_untested_strategies_are_refused_early_with_a_way_past(tmp_path):
     from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
@@ -441,7 +441,7 @@ def test_untested_strategies_are_refused_early_with_a_way_past(tmp_path):
             locals()[name] = None
 
     callback = GradNormCallback(summary=False)
-    with pytest.raises(ValueError, match=r"not with Other: .*Use strategy='ddp'; or try it with untested_strategies=True"):
+    with pytest.raises(ValueError, match=r"not with Other\. Use one of these; or try it with untested_strategies=True"):
         callback._check_strategy(Other())
     GradNormCallback(untested_strategies=True)._check_strategy(Other())
     train(tmp_path, OnTensors(), loader(torch.randn(2, 8, 6)), callback, strategy=Sharded(device="cpu"))

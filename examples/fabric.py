@@ -1,0 +1,73 @@
+"""GradNorm in a loop of one's own: Lightning Fabric, no Trainer and no callback.
+
+The network, the data and the three tasks are those of ``digits.py``. Beside an ordinary Fabric loop there are five lines:
+``tap_losses`` marks where each task's gradient begins, ``total`` weighs the losses, ``JointBackward`` reads the tasks'
+gradients on the shared layer while ``fabric.backward`` runs, and ``update`` moves the weights for the next step.
+
+    python examples/fabric.py            # ten seconds or so
+    python examples/fabric.py --help
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from _common import print_table, quiet_lightning
+from digits import Digits, load
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_gradnorm import GradNorm, JointBackward, tap_losses
+
+TRAIN, TEST = load()
+
+
+def task_losses(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Task → loss of one batch, unweighted."""
+    scores, pixels, ink = network(images)
+    regressions = {"pixels": F.mse_loss(pixels, images), "ink": F.mse_loss(ink, images.sum(1))}
+    return {"digit": F.cross_entropy(scores, labels)} | regressions
+
+
+def train(gradnorm: GradNorm | None, args: argparse.Namespace) -> dict[str, float]:
+    """One run, with GradNorm or with equal weights; the losses on the test images."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    torch.manual_seed(args.seed)
+    module = Digits(TRAIN.tensors[0].mean(0))
+    network, optimizer = fabric.setup(module, torch.optim.Adam(module.parameters(), lr=3e-3))
+    batches = fabric.setup_dataloaders(DataLoader(TRAIN, batch_size=64, shuffle=True))
+    for _ in range(args.epochs):
+        for images, labels in batches:
+            optimizer.zero_grad()
+            losses = task_losses(network, images, labels)
+            if gradnorm is None:
+                fabric.backward(sum(losses.values()))
+            else:
+                losses = tap_losses(losses)
+                total = gradnorm.total(losses)
+                reader = JointBackward(total, losses, module.trunk[2].parameters())
+                fabric.backward(total)
+                gradnorm.update(reader.measurement())
+            optimizer.step()
+    with torch.no_grad():
+        return {task: loss.item() for task, loss in task_losses(network, *TEST.tensors).items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of network and batches; default %(default)s")
+    parser.add_argument("--epochs", type=int, default=40, help="of 22 steps each; default %(default)s")
+    parser.add_argument("--alpha", type=float, default=0.25, help="GradNorm's asymmetry; default %(default)s")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # layers as small as these are slower on several
+    gradnorm = GradNorm(alpha=args.alpha)
+    with quiet_lightning():
+        equal, balanced = train(None, args), train(gradnorm, args)
+    rows = [(task, *(f"{value:.3g}" for value in (equal[task], balanced[task], gradnorm.weights[task]))) for task in equal]
+    print_table("Held-out losses", ["", "equal weights", "GradNorm", "GradNorm's weight"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,11 +4,13 @@ Task i regresses f_i(x) = σ_i tanh((B + ε_i) x), from 250 to 100 numbers; B is
 ReLU trunk of four layers, 100 wide, and an affine head per task learn them by squared error. T = 2 has σ = 1 and 100;
 for T = 10 the paper does not print σ, and these are those of public re-implementations.
 
-The measure is Σ_i L_i(t) / L_i(0) on held-out inputs. It is T at the start, and each task counts alike. Three methods start
+The measure is Σ_i L_i(t) / L_i(0) on held-out inputs. It is T at the start, and each task counts alike. Four methods start
 from the same network and see the same batches:
 
 - ``equal``: the plain sum of the losses;
 - ``GradNorm``, α = 0.12 as in the paper;
+- ``GradNorm static``: trained anew with the time averages of that run's weights, at the cost of a plain sum;
+- ``GradNorm static``: trained anew with the time averages of that GradNorm run's weights, at the cost of a plain sum;
 - ``fixed 1/σ²``: each loss divided by its scale, which here is known.
 
 The last wins by far. GradNorm evens out gradients, for which 1/σ is enough, and the measure asks for 1/σ². Where scales
@@ -22,6 +24,7 @@ import argparse
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,10 +46,10 @@ from _common import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gradnorm import GradNormCallback, MultiTaskMixin
+from lightning_gradnorm import FixedWeights, GradNormCallback, LossBalancingCallback, MultiTaskMixin
 
 SIGMAS = {2: (1, 100), 10: (48, 3, 54, 16, 9, 30, 52, 26, 47, 81)}
-METHODS = ("equal", "GradNorm", "fixed 1/σ²")
+METHODS = ("equal", "GradNorm", "GradNorm static", "fixed 1/σ²")  # the static one needs the run before it
 LAST = 8  # evaluations, of 30, whose mean is the measure at the end: single ones jump about under equal weights
 Batch = tuple[Tensor, Tensor]
 
@@ -87,12 +90,11 @@ class Toy(MultiTaskMixin, L.LightningModule):
 
     Args:
         sigmas: σ_i; the tasks are named after them.
-        weights: constants that multiply the losses.
     """
 
-    def __init__(self, sigmas: Sequence[float], weights: Sequence[float], lr: float) -> None:
+    def __init__(self, sigmas: Sequence[float], lr: float) -> None:
         super().__init__()
-        self.sigmas, self.weights, self.lr = sigmas, weights, lr
+        self.sigmas, self.lr = sigmas, lr
         widths = [250, 100, 100, 100, 100]
         layers = [(nn.Linear(i, o), nn.ReLU()) for i, o in itertools.pairwise(widths)]
         self.trunk = nn.Sequential(*(module for layer in layers for module in layer))
@@ -106,8 +108,7 @@ class Toy(MultiTaskMixin, L.LightningModule):
         return {f"σ={sigma}": F.mse_loss(head(features), sigma * target) for sigma, head, target in parts}
 
     def task_losses(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        losses = self.losses(batch)
-        return {task: weight * loss for (task, loss), weight in zip(losses.items(), self.weights, strict=True)}
+        return self.losses(batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.lr, fused=True)  # one call for 28 small parameters
@@ -119,14 +120,14 @@ class Evaluation(L.Callback):
     Args:
         held_out: inputs and targets.
         every: steps from one evaluation to the next.
-        balancing: the callback whose weights are kept; ``None`` where the module's own are the weights.
+        balancing: the callback whose weights are kept; ``None`` for a plain sum.
 
     Attributes:
         measures: Σ_i L_i(t) / L_i(0).
         weights: task → weight.
     """
 
-    def __init__(self, held_out: Batch, every: int, balancing: GradNormCallback | None) -> None:
+    def __init__(self, held_out: Batch, every: int, balancing: LossBalancingCallback | None) -> None:
         self.held_out, self.every, self.balancing = held_out, every, balancing
         self.measures: list[float] = []
         self.weights: list[dict[str, float]] = []
@@ -137,8 +138,7 @@ class Evaluation(L.Callback):
         if not self.measures:
             self._start = losses
         self.measures.append(sum(losses[task] / self._start[task] for task in losses))
-        own = dict(zip(losses, module.weights, strict=True))
-        self.weights.append((self.balancing.weights if self.balancing else None) or own)
+        self.weights.append((self.balancing.weights if self.balancing else None) or dict.fromkeys(losses, 1.0))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._evaluate(pl_module)
@@ -148,14 +148,27 @@ class Evaluation(L.Callback):
             self._evaluate(pl_module)
 
 
-def train_once(method: str, tasks: int, seed: int, args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+def balancing_of(method: str, sigmas: Sequence[float], average: dict[str, float]) -> LossBalancingCallback | None:
+    """The method's callback; ``average`` is of the weights of the GradNorm run on the same seed."""
+    if method == "GradNorm":
+        return GradNormCallback(alpha=0.12, lr=0.025, summary=False)
+    if method == "GradNorm static":
+        return LossBalancingCallback(FixedWeights(average), summary=False)
+    if method == "fixed 1/σ²":
+        whole = sum(sigma**-2 for sigma in sigmas)
+        fixed = {f"σ={sigma}": len(sigmas) * sigma**-2 / whole for sigma in sigmas}
+        return LossBalancingCallback(FixedWeights(fixed), summary=False)
+    return None
+
+
+def train_once(
+    method: str, tasks: int, seed: int, args: argparse.Namespace, progress: Progress, average: dict[str, float]
+) -> dict[str, Any]:
     """One fit; its measures and weights as plain values."""
     sigmas, data = SIGMAS[tasks], ToyData(tasks, seed, args.steps)
-    precisions = [sigma**-2 for sigma in sigmas]
-    fixed = [tasks * precision / sum(precisions) for precision in precisions]
     torch.manual_seed(seed)
-    module = Toy(sigmas, fixed if method == "fixed 1/σ²" else [1.0] * tasks, args.lr)
-    balancing = GradNormCallback(alpha=0.12, lr=0.025, summary=False) if method == "GradNorm" else None
+    module = Toy(sigmas, args.lr)
+    balancing = balancing_of(method, sigmas, average)
     evaluation = Evaluation(data.held_out, args.every, balancing)
     trainer = L.Trainer(
         max_epochs=1,
@@ -168,19 +181,31 @@ def train_once(method: str, tasks: int, seed: int, args: argparse.Namespace, pro
         enable_model_summary=False,
     )
     progress.name(f"T = {tasks}, seed {seed}, {method}")
+    began = time.perf_counter()
     trainer.fit(module, data)
+    seconds = time.perf_counter() - began
     at_end = statistics.fmean(evaluation.measures[-LAST:])
-    return {"at_end": at_end, "measures": evaluation.measures, "weights": evaluation.weights}
+    average = balancing.mean_weights if balancing else {}
+    return {
+        "at_end": at_end,
+        "measures": evaluation.measures,
+        "weights": evaluation.weights,
+        "mean_weights": average,
+        "seconds": seconds,
+    }
 
 
 def print_results(tasks: int, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Per method: the measure at the end for each seed, its mean and spread; and GradNorm minus equal."""
+    """Per method: the measure at the end, its difference to equal weights seed by seed, and the time of a fit."""
     values = {method: [run["at_end"] for run in runs[method]] for method in METHODS}
-    rows = [(method, *(f"{v:.3f}" for v in vs), mean_std(vs, 3)) for method, vs in values.items()]
-    differences = [g - e for g, e in zip(values["GradNorm"], values["equal"], strict=True)]
-    rows.append(("difference", *(f"{d:+.3f}" for d in differences), mean_std(differences, 3, "+")))
-    seeds = [f"seed {seed}" for seed in range(len(differences))]
-    print_table(f"T = {tasks}: Σ L(t)/L(0) at the end (start: {tasks})", ["", *seeds, "mean ± std"], rows)
+    rows = []
+    for method, ours in values.items():
+        differences = [v - e for v, e in zip(ours, values["equal"], strict=True)]
+        ratios = [run["seconds"] / plain["seconds"] for run, plain in zip(runs[method], runs["equal"], strict=True)]
+        spread = f"{min(differences):+.3f} to {max(differences):+.3f}" if method != "equal" else ""
+        rows.append((method, mean_std(ours, 3), spread, f"{statistics.median(ratios):.2f}"))
+    title = f"T = {tasks}: Σ L(t)/L(0) at the end (start: {tasks}); seeds: {len(runs['equal'])}"
+    print_table(title, ["", "mean ± std", "minus equal", "time"], rows)
     finals = [run["weights"][-1] for run in runs["GradNorm"]]
     means = {task: statistics.fmean(by_task(finals, task)) for task in finals[0]}
     ranked = sorted(means, key=means.__getitem__, reverse=True)
@@ -229,8 +254,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for tasks in args.tasks:
             results[tasks] = {method: [] for method in METHODS}
             for seed in range(args.seeds):
+                average: dict[str, float] = {}
                 for method in METHODS:
-                    results[tasks][method].append(train_once(method, tasks, seed, args, progress))
+                    run = train_once(method, tasks, seed, args, progress, average)
+                    results[tasks][method].append(run)
+                    average = run["mean_weights"]
     for tasks, runs in results.items():
         print_results(tasks, runs)
     draw(results, args.every, args.out / "toy.png")

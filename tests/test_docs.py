@@ -1,7 +1,13 @@
 """Pages that are written from the tests say what the tests say."""
 
 import importlib.util
+import re
 from pathlib import Path
+
+import pytest
+
+import lightning_gradnorm.balancers
+import lightning_gradnorm.pointwise
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -12,3 +18,28 @@ def test_the_page_of_features_is_up_to_date():
     spec.loader.exec_module(make_features)
     assert len(make_features.rows()) > 30
     assert make_features.PAGE.read_text(encoding="utf-8") == make_features.page(), "run python docs/make_features.py"
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:.*tensorboardX.*", "ignore:.*GPU available but not used.*")
+def test_the_page_of_methods_names_them_all_and_its_code_runs(tmp_path, monkeypatch):
+    text = (DOCS / "methods.md").read_text(encoding="utf-8")
+    methods = set(lightning_gradnorm.balancers.__all__) - {"LossBalancer", "RuleBalancer"}
+    points = {"UniformPoints", "SelfAdaptivePoints", "GradientNormPoints"}
+    assert {name for name in methods if f"| `{name}` |" not in text} == set()
+    assert {name for name in points if f"- `{name}`" not in text} == set()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks("methods.md"):
+        exec(compile(block, "methods.md", "exec"), names)
+    assert names["callback"].points.keys() == {"residual"}
+    assert names["again"].balancer.weights_for(["price", "sold"]).tolist() == [0.001, 1.999]
+
+
+def test_links_and_pictures_lead_somewhere():
+    for page in DOCS.glob("*.md"):
+        targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+        assert [target for target in targets if not target.startswith("http") and not (DOCS / target).exists()] == [], page

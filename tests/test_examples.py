@@ -81,7 +81,7 @@ def test_toy_starts_at_the_number_of_tasks_and_raises_the_smallest_scale(example
     for tasks, smallest in ((2, "σ=1"), (10, "σ=3")):
         assert f"T = {tasks}" in printed
         runs = values["runs"][f"T={tasks}"]
-        assert list(runs) == ["equal", "GradNorm", "fixed 1/σ²"]
+        assert list(runs) == ["equal", "GradNorm", "GradNorm static", "fixed 1/σ²"]
         for method, (run,) in runs.items():
             assert method in printed
             assert run["measures"][0] == pytest.approx(tasks)
@@ -115,3 +115,37 @@ def test_the_fabric_loop_ends_with_the_trainers_weights(example, tmp_path, monke
     printed = capsys.readouterr().out
     for task, weight in callback.weights.items():
         assert task in printed and f"{weight:.3g}" in printed
+
+
+@pytest.mark.parametrize("example", ["points"], indirect=True)
+def test_points_draws_the_masks_and_ranks_the_four_ways(example, tmp_path, capsys):
+    example.main(["--quick", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for method in example.METHODS:
+        assert method.split(",")[0] in printed
+    assert is_drawn(tmp_path / "points.png")
+
+
+@pytest.mark.parametrize("example", ["points"], indirect=True)
+def test_masks_lower_the_error_where_it_stayed(example):
+    """The race of 4000 steps, shorter: near the slope against outside, uniform weights against polynomial masks."""
+    torch.set_num_threads(1)
+    with example.quiet_lightning():
+        ratios = {
+            method: example.train_once(method, 0, 1500, example.Progress(1500))["ratio"]
+            for method in ("uniform", "self-adaptive, polynomial")
+        }
+    assert ratios["uniform"] > 1.5 * ratios["self-adaptive, polynomial"]
+
+
+@pytest.mark.parametrize("example", ["compare"], indirect=True)
+def test_compare_ranks_every_method(example, tmp_path, capsys):
+    example.main(["--quick", "--epochs", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for method in example.CHOICES:
+        assert method.split()[0] in printed
+    assert is_drawn(tmp_path / "compare.png")
+    runs = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["runs"]
+    assert {run["method"] for run in runs} == set(example.CHOICES)
+    assert all(math.isfinite(value) for run in runs for value in run["measures"].values())
+    assert (tmp_path / "compare.md").read_text(encoding="utf-8").count("| GradNorm |") == 2

@@ -104,6 +104,11 @@ class LossBalancingCallback(Callback):
         return self.balancer.weights
 
     @property
+    def mean_weights(self) -> dict[str, float]:
+        """Task → mean of the weights that the steps applied: what ``FixedWeights`` takes to retrain (GradNorm static)."""
+        return {row.task: row.mean for row in self._summary.rows(self.weights)}
+
+    @property
     def engine_used(self) -> str | None:
         """``"joint"`` or ``"per_task"``, once a step was measured."""
         return self._measuring.engine_used

@@ -161,6 +161,7 @@ class Comparison:
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator
 
         methods = self.methods[::-1]
         figure = Figure(figsize=(1.6 + 2.8 * len(self.better), 1.0 + 0.34 * len(methods)), dpi=150, layout="constrained")
@@ -175,6 +176,9 @@ class Comparison:
             every = [value for method in methods for value in self.values(method, measure) if value > 0]
             if len(every) == len(self.runs) and max(every) > 20 * min(every):
                 axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_locator(NullLocator())
             axes.axvline(
                 statistics.fmean(self.values(self.baseline, measure)), color="#D55E00", linewidth=0.8, linestyle=":", zorder=0
             )
@@ -195,7 +199,7 @@ def _mean_std(values: Sequence[float], sign: str = "") -> str:
         return f"{mean:{sign}.4g}"
     spread = statistics.stdev(values)
     size = max(abs(mean), spread)
-    digits = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3 if size >= 0.1 else None
-    if digits is None and size > 0:
+    if 0 < size < 1e-4:
         return f"{mean:{sign}.2e} ± {spread:.1e}"
-    return f"{mean:{sign}.{digits or 0}f} ± {spread:.{digits or 0}f}"
+    digits = max(0, 2 - math.floor(math.log10(size))) if size else 0  # three figures of the larger one
+    return f"{mean:{sign}.{digits}f} ± {spread:.{digits}f}"

@@ -9,7 +9,7 @@ import torch.distributed
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from lightning_gradnorm import GradNormCallback
+from lightning_gradnorm import DynamicTaskPrioritization, GradNormCallback, LossBalancingCallback, SelfAdaptivePoints
 from lightning_gradnorm.callbacks.ranks import RankAgreement
 from tests.callbacks.two_processes import WORLD
 from tests.helpers import TrunkAndHeads, quiet_trainer
@@ -77,6 +77,35 @@ SAME_AS_ONE_PROCESS = [case for case in CASES if case not in DIFFER]
 
 def global_batches():
     return torch.randn(STEPS, WORLD * 4, 6, generator=torch.Generator().manual_seed(3))
+
+
+class OtherMethods(Scenario):
+    """Indicators of the tasks, and a term whose rows are fixed points, known by index."""
+
+    def training_step(self, batch, batch_idx):
+        losses = self.losses(batch)
+        losses["points"] = self.heads["odd"](self.trunk(batch)).square().mean(1)
+        index = torch.arange(len(batch)) + (4 * int(os.environ.get("LOCAL_RANK", 0)) if len(batch) == 4 else 0)
+        kpis = {task: batch[:, k].sigmoid().mean() for k, task in enumerate(losses)}
+        return self.total_loss(losses, kpis=kpis, points={"points": index})
+
+
+class WatchOther(LossBalancingCallback):
+    """Remembers weights and masks of every step."""
+
+    def __init__(self):
+        masks = {"points": SelfAdaptivePoints(WORLD * 4, lr=0.1)}
+        super().__init__(DynamicTaskPrioritization(smoothing=0.5), points=masks, summary=False)
+        self.history = []
+
+    def on_train_batch_end(self, *args):
+        super().on_train_batch_end(*args)
+        self.history.append((self.weights, self.points["points"].masks.tolist()))
+
+
+def run_other_methods(rank, path):
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
+    torch.save(fit_module(OtherMethods("plain"), WatchOther(), path.parent, part_of(rank), strategy), path)
 
 
 class Watch(GradNormCallback):

@@ -51,6 +51,15 @@ def assert_same_run(found, expected):
     torch.testing.assert_close(found["parameters"], expected["parameters"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.feature("indicators and per-point masks under DDP", "supported", "two processes equal one; one collective more")
+def test_indicators_and_masks_equal_those_of_one_process(tmp_path):
+    one, other = on_two_processes(worker.run_other_methods, tmp_path, timeout=120)
+    alone = worker.fit_module(worker.OtherMethods("plain"), worker.WatchOther(), tmp_path, global_batches(), "auto")
+    assert one["history"] == other["history"]
+    assert_same_run(one, alone)
+    assert len({round(mask, 6) for mask in one["history"][-1][1]}) > 4
+
+
 @pytest.mark.feature('`strategy="ddp"`', "supported", "one collective per update")
 @pytest.mark.parametrize("case", [case for case in CASES if case != "new task on one rank"])
 def test_one_collective_per_update(ranks, case):

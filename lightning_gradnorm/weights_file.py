@@ -11,7 +11,14 @@ FILE_NAME = "loss_weights.yaml"
 
 
 def write_weights(
-    folder: Path, tasks: Mapping[str, Mapping[str, float]], *, method: str, settings: Mapping[str, Any], steps: int, warmup: int
+    folder: Path,
+    tasks: Mapping[str, Mapping[str, float]],
+    *,
+    method: str,
+    settings: Mapping[str, Any],
+    steps: int,
+    warmup: int,
+    note: str = "",
 ) -> Path:
     """Write the file.
 
@@ -22,6 +29,7 @@ def write_weights(
         settings: its settings as plain values.
         steps: optimiser steps that the statistics are over.
         warmup: how many of them, from the first, ``mean_after_warmup`` leaves out.
+        note: a line for people, as a comment.
 
     Returns:
         The file's path.
@@ -31,32 +39,46 @@ def write_weights(
     path = folder / FILE_NAME
     folder.mkdir(parents=True, exist_ok=True)
     header = "# Loss weights of a training run. To train with their mean: FixedWeights.from_file(…) (GradNorm static).\n"
+    header += f"# {note}\n" if note else ""
     path.write_text(header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
+
+
+def _wrong(path: str | Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path} is not a {FILE_NAME} as a balancing callback writes it at the end of fit: {what}. "
+        "Give the weights as a dict, FixedWeights({'task': weight, …}), or run the fit again."
+    )
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The file's content, with its ``tasks``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it does not hold what such a file holds; the message says what is missing.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise _wrong(path, f"it cannot be read as YAML ({error})") from error
+    tasks = content.get("tasks") if isinstance(content, dict) else None
+    if not isinstance(tasks, dict) or not tasks:
+        raise _wrong(path, "it has no 'tasks'")
+    odd = [task for task, row in tasks.items() if not isinstance(row, dict)]
+    if odd:
+        raise _wrong(path, f"no statistics for {', '.join(map(repr, odd))}")
+    return dict(content)
 
 
 def read_weights(path: str | Path, statistic: str) -> dict[str, float]:
     """Task → that statistic of its weight.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it does not hold what such a file holds; the message says what is missing.
+        FileNotFoundError, ValueError: as ``read_file`` does.
     """
-
-    def wrong(what: str) -> ValueError:
-        return ValueError(
-            f"{path} is not a {FILE_NAME} as a balancing callback writes it at the end of fit: {what}. "
-            "Give the weights as a dict, FixedWeights({'task': weight, …}), or run the fit again."
-        )
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise wrong(f"it cannot be read as YAML ({error})") from error
-    tasks = content.get("tasks") if isinstance(content, dict) else None
-    if not isinstance(tasks, dict) or not tasks:
-        raise wrong("it has no 'tasks'")
-    lacking = [task for task, row in tasks.items() if not isinstance(row, dict) or row.get(statistic) is None]
+    tasks = read_file(path)["tasks"]
+    lacking = [task for task, row in tasks.items() if row.get(statistic) is None]
     if lacking:
-        raise wrong(f"no {statistic!r} weight for {', '.join(map(repr, lacking))}")
+        raise _wrong(path, f"no {statistic!r} weight for {', '.join(map(repr, lacking))}")
     return {task: row[statistic] for task, row in tasks.items()}

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "weights_file": set(),
     "balancers": FLOOR | {"weights_file"},
     "pointwise": FLOOR | {"balancers"},
-    "report": FLOOR,
+    "report": FLOOR | {"weights_file"},
     "mixin": FLOOR | {"shared_layer"},
     "callbacks": FLOOR
     | {"autograd_graph", "shared_layer", "gradients", "window", "balancers", "report", "mixin", "pointwise", "weights_file"},
@@ -33,7 +33,7 @@ MAY_IMPORT = {
 }
 KNOW_LIGHTNING = {"callbacks", "cli"}
 # What else a room may stand on, beside torch and the standard library.
-THIRD_PARTY = {"report": {"rich", "matplotlib"}, "weights_file": {"yaml"}}
+THIRD_PARTY = {"report": {"rich", "matplotlib", "tensorboard"}, "weights_file": {"yaml"}}
 
 FILES = sorted(ROOT.rglob("*.py"))
 

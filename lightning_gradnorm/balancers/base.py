@@ -46,6 +46,7 @@ class LossBalancer(ABC):
         steps: optimiser steps seen.
         skipped_updates: scalar int64 tensor; updates skipped because a loss or gradient was not finite.
         diagnostics: tag → what the last update computed, one entry per task of its measurement; for people to watch.
+        frozen: while true, ``update`` measures and computes its diagnostics, and every weight stays as it is.
         needs: the fields of ``Measurement``, beside the losses, that the method cannot do without.
     """
 
@@ -61,6 +62,7 @@ class LossBalancer(ABC):
         self._declared = None if tasks is None else tuple(tasks)
         check_task_names(self._declared or ())
         self.update_every = update_every
+        self.frozen = False
         self._clear()
 
     def _clear(self) -> None:
@@ -149,10 +151,13 @@ class LossBalancer(ABC):
             self._check(measurement)
             self._learn(measurement.tasks, measurement.losses.device)
             positions = [self.tasks.index(task) for task in measurement.tasks]
+            before = self._weights.clone() if self.frozen else None
             self._update(
                 measurement,
                 None if positions == list(range(len(self.tasks))) else torch.tensor(positions, device=self._weights.device),
             )
+            if before is not None:
+                self._weights = before
         self.steps += 1
 
     def end_epoch(self) -> None:

@@ -1,14 +1,14 @@
 """``LossBalancingCallback``: everything between a balancer and Lightning's Trainer."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.autograd_graph import is_built_from
 from lightning_gradnorm.balancers import LossBalancer
+from lightning_gradnorm.callbacks.concerns import Concerns, values_of
 from lightning_gradnorm.callbacks.lightning_api import (
     Callback,
     LightningModule,
@@ -21,15 +21,17 @@ from lightning_gradnorm.callbacks.link import BalancingLink
 from lightning_gradnorm.callbacks.log import BalancingLog, lay_out_charts
 from lightning_gradnorm.callbacks.measuring import Engine, Measuring, NormOf
 from lightning_gradnorm.callbacks.ranks import RankAgreement
+from lightning_gradnorm.callbacks.reporting import Reporting
 from lightning_gradnorm.gradients import IncompleteBackwardError
+from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.mixin import MultiTaskMixin
 from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
-from lightning_gradnorm.report.summary import RunSummary
-from lightning_gradnorm.report.table import print_table
+from lightning_gradnorm.report.run import RunReport
 from lightning_gradnorm.shared_layer import SharedLayer
-from lightning_gradnorm.weights_file import write_weights
 
 _TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+
+Mode = Literal["balance", "monitor"]
 
 
 class LossBalancingCallback(Callback):
@@ -54,7 +56,10 @@ class LossBalancingCallback(Callback):
         log_cosines: whether to log the cosine between every two tasks' gradients; by default for up to ten tasks.
         progress_bar: whether the progress bar shows the weights.
         points: task → how the single points of its term are weighed; its loss is a vector then, one entry per point.
-        summary: whether to print the table and write ``loss_weights.yaml`` at the end of ``fit``.
+        mode: ``"balance"``; ``"monitor"`` measures and logs everything and changes no weight: they stay the method's first
+            ones, for GradNorm the plain sum.
+        summary: whether to print the table and write ``loss_weights.yaml`` and a figure at the end of ``fit``, also of one that
+            is interrupted.
         untested_strategies: whether to run under Trainer strategies other than a single device, DDP, and
             ``ModelParallelStrategy`` with FSDP2.
 
@@ -72,6 +77,7 @@ class LossBalancingCallback(Callback):
         log_cosines: bool | None = None,
         progress_bar: bool = False,
         points: Mapping[str, PointWeighting] | None = None,
+        mode: Mode = "balance",
         summary: bool = True,
         untested_strategies: bool = False,
     ) -> None:
@@ -81,7 +87,10 @@ class LossBalancingCallback(Callback):
                 f"LossBalancingCallback takes a balancer, got {balancer!r}. Write LossBalancingCallback(GradNorm(alpha=1.5)), "
                 "or GradNormCallback(alpha=1.5)."
             )
-        self.balancer, self.summary, self._untested_strategies = balancer, summary, untested_strategies
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is one of {', '.join(map(repr, get_args(Mode)))}; got {mode!r}.")
+        self.balancer, self._untested_strategies = balancer, untested_strategies
+        balancer.frozen = balancer.frozen or mode == "monitor"
         self.points = dict(points or {})
         for task, weighting in self.points.items():
             if not isinstance(weighting, PointWeighting):
@@ -92,7 +101,8 @@ class LossBalancingCallback(Callback):
         self._measuring = Measuring(engine, norm_of, balancer.needs)
         self._log = BalancingLog(log_cosines, progress_bar)
         self._link = BalancingLink(balancer, self.points)
-        self._summary = RunSummary()
+        self._reporting = Reporting(summary)
+        self._concerns = Concerns()
         self._stage, self._is_set_up = "fit", False
         self._last_global_step = 0
         self._read_in_batch = False
@@ -106,7 +116,12 @@ class LossBalancingCallback(Callback):
     @property
     def mean_weights(self) -> dict[str, float]:
         """Task → mean of the weights that the steps applied: what ``FixedWeights`` takes to retrain (GradNorm static)."""
-        return {row.task: row.mean for row in self._summary.rows(self.weights)}
+        return {row.task: row.mean for row in self.report.rows}
+
+    @property
+    def report(self) -> RunReport:
+        """The run's statistics so far, as the table at the end of fit has them."""
+        return self._reporting.report(self.balancer)
 
     @property
     def engine_used(self) -> str | None:
@@ -164,41 +179,35 @@ class LossBalancingCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go(pl_module)
+        if self._stage == "fit":
+            self._reporting.write_what_there_is(trainer, self.balancer)
 
     def _let_go(self, pl_module: LightningModule) -> None:
         self._link.stop()
+        self._reporting.take_back(pl_module)
         self._measuring.let_go()
         self._noted_points.clear()
         vars(pl_module).pop("_loss_balancing", None)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reporting.add_hyperparameters(pl_module, self.balancer)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reporting.take_back(pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reporting.take_back(pl_module)
         self._last_global_step = trainer.global_step
         self._measuring.restart()
         lay_out_charts(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.balancer.end_epoch()
+        if not self.balancer.frozen:
+            self.balancer.end_epoch()
         self._tell_skipped()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.summary or setting_of(trainer, "fast_dev_run"):
-            return
-        rows, folder = self._summary.rows(self.weights), trainer.log_dir  # every rank asks for the folder
-        if rows and trainer.is_global_zero:
-            name, steps = self.balancer.state_name, self._summary.steps
-            print_table(
-                rows, f"{name} after {steps} steps (w: weight; before, after: share of the gradient norms on the shared layer)"
-            )
-            if trainer.loggers and folder is not None:
-                path = write_weights(
-                    Path(folder),
-                    {row.task: row.weights | {"loss_ratio": row.loss_ratio} for row in rows},
-                    method=name,
-                    settings=self.balancer.settings(),
-                    steps=steps,
-                    warmup=self._summary.warmup_steps,
-                )
-                rank_zero_info(f"Loss weights written to {path}")
+        self._reporting.write(trainer, self.balancer, folder=trainer.log_dir)  # every rank asks for the folder
 
     # -- one batch -------------------------------------------------------------------------------------------------
 
@@ -291,10 +300,11 @@ class LossBalancingCallback(Callback):
         applied = self._applied(measurement.tasks, window.applied)
         self.balancer.update(measurement if due else None)
         if due:
-            self._summary.add(applied, measurement, trainer.current_epoch)
+            self._reporting.add(applied, measurement, trainer.current_epoch)
         if self._log.is_written(trainer):
             self._log.write(pl_module, applied, measurement, self.balancer.diagnostics, window)
             self._tell_skipped()
+            self._tell_concerns(trainer, applied, measurement)
 
     def _applied(self, tasks: tuple[str, ...], here: Mapping[str, Tensor]) -> Tensor:
         """The weights that the step applied, ``[T]``; of a task that only other ranks had, those that it would have had."""
@@ -325,6 +335,14 @@ class LossBalancingCallback(Callback):
                 "count is in balancer.skipped_updates.",
             )
 
+    def _tell_concerns(self, trainer: Trainer, applied: Tensor, measurement: Measurement) -> None:
+        weights, losses = applied.tolist(), measurement.losses.tolist()
+        ratios = values_of(self.balancer.diagnostics, "loss_ratio", len(weights))
+        found = list(self._concerns.of_step(self.balancer, measurement.tasks, weights, ratios, self.balancer.steps))
+        weighted = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+        for about, message in (*found, *self._concerns.of_monitors(trainer, weighted, sum(losses))):
+            self._tell(about, message)
+
     def _tell(self, about: str, message: str) -> None:
         if about not in self._told:
             self._told.add(about)
@@ -335,7 +353,7 @@ class LossBalancingCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "balancer": self.balancer.state_dict(),
-            "summary": self._summary.state_dict(),
+            "summary": self._reporting.summary.state_dict(),
             "log": self._log.state_dict(),
             "points": {task: weighting.state_dict() for task, weighting in self.points.items()},
         }
@@ -344,7 +362,7 @@ class LossBalancingCallback(Callback):
         if self._stage != "fit" and self.balancer.tasks:
             return  # testing a checkpoint does not touch the live weights
         self.balancer.load_state_dict(state_dict["balancer"])
-        self._summary.load_state_dict(state_dict["summary"])
+        self._reporting.summary.load_state_dict(state_dict["summary"])
         self._log.load_state_dict(state_dict["log"])
         for task, weighting in self.points.items():
             if task in state_dict["points"]:

@@ -8,7 +8,7 @@ from lightning_gradnorm.balancers.gradnorm import GradNorm, Update
 from lightning_gradnorm.balancers.initial_losses import InitialLosses
 from lightning_gradnorm.balancers.optimizer import OptimizerFactory
 from lightning_gradnorm.balancers.scale import ScaleRule
-from lightning_gradnorm.callbacks.balancing import LossBalancingCallback
+from lightning_gradnorm.callbacks.balancing import LossBalancingCallback, Mode
 from lightning_gradnorm.callbacks.measuring import Engine, NormOf
 from lightning_gradnorm.pointwise import PointWeighting
 
@@ -19,8 +19,8 @@ class GradNormCallback(LossBalancingCallback):
         trainer = L.Trainer(callbacks=[GradNormCallback(alpha=1.5)])
 
     It is ``LossBalancingCallback(GradNorm(…))`` with flat arguments; see ``GradNorm`` for the method's, and
-    ``LossBalancingCallback`` for ``engine``, ``norm_of``, ``log_cosines``, ``progress_bar``, ``points``, ``summary`` and
-    ``untested_strategies``.
+    ``LossBalancingCallback`` for ``engine``, ``norm_of``, ``log_cosines``, ``progress_bar``, ``points``, ``mode``, ``summary``
+    and ``untested_strategies``.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class GradNormCallback(LossBalancingCallback):
         log_cosines: bool | None = None,
         progress_bar: bool = False,
         points: Mapping[str, PointWeighting] | None = None,
+        mode: Mode = "balance",
         summary: bool = True,
         untested_strategies: bool = False,
     ) -> None:
@@ -69,6 +70,7 @@ class GradNormCallback(LossBalancingCallback):
             log_cosines=log_cosines,
             progress_bar=progress_bar,
             points=points,
+            mode=mode,
             summary=summary,
             untested_strategies=untested_strategies,
         )

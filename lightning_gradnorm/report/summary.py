@@ -25,6 +25,7 @@ class TaskSummary:
         share_after: its part of Σ_i w_i n_i, mean over the last epoch; NaN likewise.
         loss_ratio: L_i(t) over its first measured loss, mean over the last epoch.
         mean_after_warmup: mean of the weights without the first steps (``RunSummary.warmup_steps``); NaN if there are none.
+        std_after_warmup: their standard deviation.
     """
 
     task: str
@@ -36,16 +37,38 @@ class TaskSummary:
     share_after: float
     loss_ratio: float
     mean_after_warmup: float = math.nan
+    std_after_warmup: float = math.nan
 
-    @property
-    def weights(self) -> dict[str, float]:
-        """Its weights' statistics by name."""
-        return {"final": self.final, "mean": self.mean, "std": self.std, "mean_after_warmup": self.mean_after_warmup}
+    def statistics(self) -> dict[str, float]:
+        """All but the name, weights first."""
+        return {name: getattr(self, name) for name in _STATISTICS}
+
+    @classmethod
+    def of_statistics(cls, task: str, row: Mapping[str, float | None]) -> "TaskSummary":
+        """What ``statistics`` gave; NaN for what is missing."""
+        return cls(task, **{name: math.nan if row.get(name) is None else float(row[name] or 0) for name in _STATISTICS})
 
 
+_STATISTICS = (
+    "final",
+    "mean",
+    "std",
+    "mean_after_warmup",
+    "std_after_warmup",
+    "start",
+    "share_before",
+    "share_after",
+    "loss_ratio",
+)
 _FIRST = ("start", "share_before", "first_loss")
 _SUMS = ("steps", "weight", "weight_squared", "epoch_steps", "epoch_share", "epoch_ratio")
+_WEIGHTS = 3  # the first of them are the weights' own
 _EPOCH = 3  # the sums from here on are over the last epoch that measured anything
+
+
+def _mean_std(steps: float, total: float, squared: float) -> tuple[float, float]:
+    mean = total / steps
+    return mean, max(squared / steps - mean * mean, 0.0) ** 0.5
 
 
 class RunSummary:
@@ -92,7 +115,7 @@ class RunSummary:
         self._sums[:, at] += torch.where(usable, added, 0.0)
         self._added += 1
         if self._added & (self._added - 1) == 0:
-            self._marks[self._added] = self._sums[:2].clone()
+            self._marks[self._added] = self._sums[:_WEIGHTS].clone()
 
     def rows(self, final: Mapping[str, float]) -> list[TaskSummary]:
         """One row per task that took part in a step; ``final``: task → weight of a next step."""
@@ -101,21 +124,22 @@ class RunSummary:
         for task, first, sums in zip(self.tasks, self._first.T.tolist(), self._sums.T.tolist(), strict=True):
             (start, share_before, _), (steps, weight, squared, epoch_steps, share, ratio) = first, sums
             if steps:
-                mean = weight / steps
-                std = max(squared / steps - mean * mean, 0.0) ** 0.5
+                mean, std = _mean_std(steps, weight, squared)
                 after = (share / epoch_steps, ratio / epoch_steps) if epoch_steps else (math.nan, math.nan)
                 end = final.get(task, mean)
                 rows.append(
-                    TaskSummary(task, start, mean, std, end, share_before, after[0], after[1], later.get(task, math.nan))
+                    TaskSummary(
+                        task, start, mean, std, end, share_before, after[0], after[1], *later.get(task, (math.nan, math.nan))
+                    )
                 )
         return rows
 
-    def _after_warmup(self) -> dict[str, float]:
-        """Task → mean of its weights after the warm-up; of those that took part since."""
-        mark, since = self._marks.get(self.warmup_steps), self._sums[:2].clone()
+    def _after_warmup(self) -> dict[str, tuple[float, float]]:
+        """Task → mean and deviation of its weights after the warm-up; of those that took part since."""
+        mark, since = self._marks.get(self.warmup_steps), self._sums[:_WEIGHTS].clone()
         if mark is not None:
             since[:, : mark.shape[1]] -= mark.to(since)
-        return {task: weight / steps for task, steps, weight in zip(self.tasks, *since.tolist(), strict=True) if steps}
+        return {task: _mean_std(*sums) for task, sums in zip(self.tasks, since.T.tolist(), strict=True) if sums[0]}
 
     @property
     def warmup_steps(self) -> int:

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from lightning_gradnorm.losses import task_tag
 
+# the tags that have one value per task
+PER_TASK = ("loss_weight", "task_loss", "grad_norm", "target_norm", "loss_ratio", "inverse_rate")
+
 # chart → the tags on it, as TensorBoard's Custom Scalars takes them: regular expressions, so any task's name will do
 CHARTS = {
     "loss weights": ["^loss_weight/"],

@@ -98,7 +98,7 @@ def test_a_checkpoint_of_other_fixed_weights_does_not_bring_them_back():
         ("just words", "no 'tasks'"),
         ("method: GradNorm", "no 'tasks'"),
         ("tasks: {}", "no 'tasks'"),
-        ("tasks: {a: 3}", "no 'mean' weight for 'a'"),
+        ("tasks: {a: 3}", "no statistics for 'a'"),
         ("tasks: {a: {mean: 1.0}, b: {mean: null}}", "no 'mean' weight for 'b'"),
     ],
 )

@@ -60,12 +60,11 @@ def share(step, task, weighted: bool) -> float:
     return parts[task] / sum(parts.values())
 
 
-def mean_after_warmup(run, task) -> float:
+def after_warmup(run, task) -> list[float]:
     """Without the first steps: the largest power of two up to a tenth of them."""
     steps = [step for epoch in run for step in epoch]
     warmup = 2 ** int(math.log2(len(steps) / 10)) if len(steps) >= 10 else 0
-    later = [step[task][0] for step in steps[warmup:] if task in step and finite(step)]
-    return fmean(later) if later else math.nan
+    return [step[task][0] for step in steps[warmup:] if task in step and finite(step)]
 
 
 def by_hand(run) -> dict[str, TaskSummary]:
@@ -86,7 +85,8 @@ def by_hand(run) -> dict[str, TaskSummary]:
             share_before=share(steps[0], task, weighted=False),
             share_after=fmean(share(step, task, weighted=True) for step in last) if last else math.nan,
             loss_ratio=fmean(step[task][1] / first_loss for step in last) if last else math.nan,
-            mean_after_warmup=mean_after_warmup(run, task),
+            mean_after_warmup=fmean(later) if (later := after_warmup(run, task)) else math.nan,
+            std_after_warmup=pstdev(later) if later else math.nan,
         )
     return rows
 
@@ -102,7 +102,8 @@ def test_the_rows_are_the_plain_statistics(run):
     assert {row.task for row in rows} == expected.keys()
     for row in rows:
         by_sums, plain = numbers(row), numbers(expected[row.task])
-        assert by_sums.pop(STD) == pytest.approx(plain.pop(STD), abs=1e-4), "a difference of sums of squares up to 1e6"
+        for std in (STD, -1):
+            assert by_sums.pop(std) == pytest.approx(plain.pop(std), abs=1e-4, nan_ok=True), "sums of squares up to 1e6"
         assert by_sums == pytest.approx(plain, rel=1e-9, nan_ok=True)
     seen = [sum(finite(step) and task in step for epoch in run for step in epoch) for task in TASKS]
     assert summary.steps == max(seen)
@@ -153,8 +154,8 @@ def test_numbers_that_can_be_done_in_the_head():
     take(summary, {"a": [3.0, 4.0, 1.0], "b": [1.0, 10.0, 3.0]}, epoch=1)
     take(summary, {"b": [0.5, 5.0, 2.0], "a": [2.0, 2.0, 3.0]}, epoch=1)
     a, b = summary.rows({"a": 2.5})
-    assert numbers(a) == pytest.approx([1.0, 2.0, 0.5**0.5, 2.5, 1.0, (3 / 6 + 6 / 7) / 2, (4 / 8 + 2 / 8) / 2, 2.0])
-    assert numbers(b) == pytest.approx([1.0, 0.75, 0.25, 0.75, 3 / 4, (3 / 6 + 1 / 7) / 2, 0.75, 0.75])
+    assert numbers(a) == pytest.approx([1.0, 2.0, 0.5**0.5, 2.5, 1.0, (3 / 6 + 6 / 7) / 2, (4 / 8 + 2 / 8) / 2, 2.0, 0.5**0.5])
+    assert numbers(b) == pytest.approx([1.0, 0.75, 0.25, 0.75, 3 / 4, (3 / 6 + 1 / 7) / 2, 0.75, 0.75, 0.25])
     assert summary.steps == 4
 
 

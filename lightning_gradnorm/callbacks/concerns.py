@@ -1,0 +1,134 @@
+"""What a person should hear of while training: weights that stick, climb in vain or never move, a yardstick that moves."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_gradnorm.balancers import EqualWeights, FixedWeights, LossBalancer
+from lightning_gradnorm.callbacks.lightning_api import Trainer, setting_of
+
+_LONG = 500  # optimiser steps after which a state of things is worth a word
+_FEW = 5  # observations that it takes at least
+_WEIGHTED = "total_loss/weighted"
+
+
+@dataclass
+class _Seen:
+    """One task's course since ``step``."""
+
+    step: int
+    weight: float
+    ratio: float
+    recent: float
+    observations: int = 0
+    bound_since: int | None = None
+
+
+class Concerns:
+    """Looks at what is logged, on the steps that are written, and says what deserves a warning: (about, message) pairs."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, _Seen] = {}
+        self._moved = False
+        self._first_step: int | None = None
+        self._observations = 0
+        self._followed: dict[str, int] = {}
+
+    def of_step(
+        self, balancer: LossBalancer, tasks: Sequence[str], weights: Sequence[float], ratios: Sequence[float], step: int
+    ) -> Iterator[tuple[str, str]]:
+        """What one written step gives reason to say.
+
+        Args:
+            balancer: the method.
+            tasks: those of the step.
+            weights: that it applied.
+            ratios: L_i(t) / L_i(0); NaN where they are not known.
+            step: optimiser steps so far.
+        """
+        if balancer.frozen or isinstance(balancer, EqualWeights | FixedWeights):
+            return
+        self._observations += 1
+        self._first_step = step if self._first_step is None else self._first_step
+        for task, weight, ratio in zip(tasks, weights, ratios, strict=True):
+            seen = self._seen.setdefault(task, _Seen(step, weight, ratio, ratio))
+            self._moved |= abs(weight - seen.weight) > 1e-3 * seen.weight
+            yield from self._at_bound(balancer, task, weight, seen, step)
+            yield from self._in_vain(task, weight, ratio, seen, step)
+        if not self._moved and step - self._first_step >= _LONG and self._observations >= _FEW:
+            yield (
+                "still",
+                f"The loss weights have not moved in {step - self._first_step} steps. Is the weights' learning rate too small, "
+                "or does every update get skipped? See balancer.skipped_updates and the settings lr and update_every.",
+            )
+
+    def _at_bound(self, balancer: LossBalancer, task: str, weight: float, seen: _Seen, step: int) -> Iterator[tuple[str, str]]:
+        lower, upper = getattr(balancer, "min_weight", 0.0), getattr(balancer, "max_weight", math.inf)
+        name = "min_weight" if weight <= 1.01 * lower else "max_weight" if weight >= 0.99 * upper else None
+        if name is None:
+            seen.bound_since = None
+            return
+        seen.bound_since = step if seen.bound_since is None else seen.bound_since
+        if step - seen.bound_since >= _LONG:
+            yield (
+                f"bound {task}",
+                f"The weight of task {task!r} has been at {name}={lower if name == 'min_weight' else upper:g} for "
+                f"{step - seen.bound_since} steps, so its gradient is not where it should be. Loosen the bound, or scale the "
+                "loss itself.",
+            )
+
+    def _in_vain(self, task: str, weight: float, ratio: float, seen: _Seen, step: int) -> Iterator[tuple[str, str]]:
+        if not math.isfinite(ratio):
+            return
+        if not math.isfinite(seen.recent):
+            seen.ratio = seen.recent = ratio
+        seen.recent += 0.3 * (ratio - seen.recent)  # single batches jump about
+        seen.observations += 1
+        if step - seen.step < _LONG or seen.observations < _FEW:
+            return
+        if weight > 1.5 * seen.weight and seen.recent > 0.98 * seen.ratio:
+            yield (
+                f"vain {task}",
+                f"The weight of task {task!r} rose from {seen.weight:.3g} to {weight:.3g} within {step - seen.step} steps "
+                f"while its loss stayed where it was ({seen.recent:.3g} of the first). GradNorm keeps raising the weight of a "
+                "task that cannot be learnt: check its labels and its head, lower alpha, or set max_weight.",
+            )
+        seen.step, seen.weight, seen.ratio, seen.observations = step, weight, seen.recent, 0
+
+    def of_monitors(self, trainer: Trainer, weighted: float, unweighted: float) -> Iterator[tuple[str, str]]:
+        """Who in this Trainer looks at the weighted total, which moves with the weights.
+
+        Args:
+            trainer: whose callbacks and schedulers are looked at.
+            weighted: Σ w_i L_i of the step that is written.
+            unweighted: Σ L_i.
+        """
+        telling = abs(weighted - unweighted) > 1e-3 * abs(unweighted)
+        for who, metric in _monitors(trainer):
+            value = setting_of(trainer, "callback_metrics").get(metric)
+            same = telling and value is not None and math.isclose(float(value), weighted, rel_tol=1e-5)
+            followed = self._followed[metric] = self._followed.get(metric, 0) + 1 if same else 0
+            if metric.removesuffix("_step").removesuffix("_epoch") == _WEIGHTED or followed >= 3:
+                yield (
+                    f"monitor {who}",
+                    f"{who} monitors {metric!r}, which is the weighted total: it moves with the weights, so it can fall while "
+                    "every task gets worse. Monitor total_loss/unweighted, or a validation metric of the tasks.",
+                )
+
+
+def _monitors(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    for callback in setting_of(trainer, "callbacks"):
+        metric = getattr(callback, "monitor", None)
+        if isinstance(metric, str):
+            yield type(callback).__name__, metric
+    for config in trainer.lr_scheduler_configs:
+        scheduler: Any = config.scheduler
+        if config.reduce_on_plateau and isinstance(config.monitor, str):
+            yield type(scheduler).__name__, config.monitor
+
+
+def values_of(shown: Mapping[str, Any], tag: str, count: int) -> list[float]:
+    """``[T]`` values of a diagnostic as numbers; NaN where the method has none."""
+    values = shown.get(tag)
+    return [math.nan] * count if values is None else values.tolist()

@@ -1,0 +1,84 @@
+"""The figure of a run: weights, gradient norms, loss ratios and losses over the steps."""
+
+import importlib.util
+import itertools
+from pathlib import Path
+from typing import Any
+
+from lightning_gradnorm.report.history import Curve, History
+
+# Colours of Okabe and Ito, which people with any kind of colour vision tell apart; with four dashes, 28 tasks.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", ":", "-.")
+_PANELS = {
+    "loss_weight": "loss weights",
+    "grad_norm": "weighted gradient norms (thin: their targets)",
+    "loss_ratio": "loss ratios L(t) / L(0)",
+    "task_loss": "task losses, unweighted",
+}
+FILE_NAME = "loss_balancing.png"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_history(history: History, path: str | Path, title: str = "") -> None:
+    """Draw a run as a PNG.
+
+    Args:
+        history: its curves.
+        path: of the file.
+        title: a line above the panels.
+
+    Raises:
+        ImportError: where matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [kind for kind in _PANELS if history.of(kind)]
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 3.1 * rows + 0.3), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    styles = {task: _style(i) for i, task in enumerate(history.tasks)}
+    axes_of = figure.subplots(rows, 2, squeeze=False, sharex=True).flat
+    for axes, kind in zip(axes_of, panels, strict=False):
+        _draw(axes, history.of(kind), styles)
+        if kind == "grad_norm":
+            _draw(axes, history.of("target_norm"), styles, linewidth=0.7, alpha=0.7)
+        axes.set_title(_PANELS[kind], loc="left", fontsize=10)
+        axes.set_xlabel("step", fontsize=9)
+        axes.xaxis.set_tick_params(labelbottom=True)
+    for axes in itertools.islice(figure.axes, len(panels), None):
+        axes.set_axis_off()
+    handles = [figure.axes[0].plot([], [], **style, linewidth=2, label=task)[0] for task, style in styles.items()]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, ncols=1 + (len(styles) - 1) // 24)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    figure.savefig(path)
+
+
+def _style(number: int) -> dict[str, Any]:
+    dash = _DASHES[number // len(_COLOURS) % len(_DASHES)]
+    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": dash}
+
+
+def _draw(axes: Any, curves: dict[str, Curve], styles: dict[str, dict[str, Any]], linewidth: float = 1.5, **line: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for task, curve in curves.items():
+        marker = {"marker": "o", "markersize": 3} if len(curve.steps) < 3 else {}
+        axes.plot(curve.steps, curve.values, **styles[task], **marker, linewidth=linewidth, **line)
+    values = [value for curve in curves.values() for value in curve.values if value == value]
+    if values and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+        if max(values) < 1000 * min(values):
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=9)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

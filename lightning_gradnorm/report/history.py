@@ -1,0 +1,129 @@
+"""What a log folder holds of a run: our tags over the steps, out of TensorBoard's event files or Lightning's CSV."""
+
+import csv
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_gradnorm.report.tags import PER_TASK
+
+
+class Curve(NamedTuple):
+    """One tag's values.
+
+    Attributes:
+        steps: in increasing order, each once.
+        values: as many.
+    """
+
+    steps: list[int]
+    values: list[float]
+
+
+class History:
+    """Tag → curve, of the tags in ``report.tags``.
+
+    Args:
+        curves: tag → step → value.
+        notes: what a reader should know of how it was read.
+    """
+
+    def __init__(self, curves: Mapping[str, Mapping[int, float]], notes: tuple[str, ...] = ()) -> None:
+        ours = {tag: points for tag, points in curves.items() if tag.partition("/")[0] in PER_TASK}
+        self._curves = {tag: Curve(sorted(points), [points[step] for step in sorted(points)]) for tag, points in ours.items()}
+        self.notes = notes
+
+    def of(self, kind: str) -> dict[str, Curve]:
+        """Task → curve, for one of the tags of ``PER_TASK``; in the order of logging."""
+        return {tag.partition("/")[2]: curve for tag, curve in self._curves.items() if tag.partition("/")[0] == kind}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """As they stand in the tags."""
+        return tuple(self.of("loss_weight"))
+
+
+def read_history(folder: str | Path) -> History:
+    """Read a log folder: its event files if it has any, else its ``metrics.csv``.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or neither kind of file in it.
+        ValueError: if a file cannot be read, or holds none of our tags; the message says which and what to do.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no log folder {folder}. Give the one that the table at the end of fit named.")
+    events, table = sorted(folder.glob("events.out.tfevents.*")), folder / "metrics.csv"
+    if events:
+        history = _of_events(folder, events)
+    elif table.exists():
+        history = History(_of_csv(table))
+    else:
+        inside = sorted({str(p.parent) for name in ("events.out.tfevents.*", "metrics.csv") for p in folder.rglob(name)})
+        hint = f" Below it, these have: {', '.join(inside[:5])}." if inside else ""
+        raise FileNotFoundError(
+            f"{folder} holds neither TensorBoard event files nor Lightning's metrics.csv.{hint} Give a folder that a "
+            "TensorBoardLogger or CSVLogger wrote."
+        )
+    if not history.tasks:
+        raise ValueError(
+            f"{folder} has logs, but no loss_weight/… among them: no balancing callback logged there. Add "
+            "GradNormCallback() to the Trainer (mode='monitor' changes no weight), or give another folder."
+        )
+    return history
+
+
+def _of_events(folder: Path, files: list[Path]) -> History:
+    notes = []
+    for file in files:
+        whole, records = _records(file)
+        if not records and file.stat().st_size:
+            raise ValueError(
+                f"{file} is not a TensorBoard event file, or its beginning is damaged. Move it out of the folder; the other "
+                "files can be read without it."
+            )
+        if not whole:
+            notes.append(f"{file.name} ends in the middle of a record, as after a killed run: read up to there.")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    curves = {
+        tag: {event.step: float(event.value) for event in accumulator.Scalars(tag)}  # of a step logged twice, the later
+        for tag in accumulator.Tags()["scalars"]
+    }
+    return History(curves, tuple(notes))
+
+
+def _records(file: Path) -> tuple[bool, int]:
+    """Whether the file ends with a whole record, and how many there are: length, checksum, content, checksum each."""
+    size, position, count = file.stat().st_size, 0, 0
+    with file.open("rb") as stream:
+        while position + 12 <= size:
+            stream.seek(position)
+            (length,) = struct.unpack("<Q", stream.read(8))
+            position += length + 16
+            if position > size:
+                break
+            count += 1
+    return position == size, count
+
+
+def _of_csv(file: Path) -> dict[str, dict[int, float]]:
+    curves: dict[str, dict[int, float]] = {}
+    with file.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        if "step" not in (reader.fieldnames or ()):
+            raise ValueError(f"{file} has no column 'step', so it is not what Lightning's CSVLogger writes. Give its folder.")
+        for number, row in enumerate(reader, start=2):
+            for tag, text in row.items():
+                if tag == "step" or not text:
+                    continue
+                try:
+                    curves.setdefault(tag, {})[int(row["step"])] = float(text)
+                except (TypeError, ValueError) as error:
+                    raise ValueError(
+                        f"{file}, line {number}: {tag} is {text!r} at step {row['step']!r}, which is no number. Mend or delete "
+                        "that line."
+                    ) from error
+    return curves

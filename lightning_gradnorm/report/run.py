@@ -1,0 +1,136 @@
+"""The report of a run: table, ``loss_weights.yaml`` and figure, at the end of fit or from a log folder later on."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_gradnorm.report import figure
+from lightning_gradnorm.report.history import Curve, History, read_history
+from lightning_gradnorm.report.summary import TaskSummary
+from lightning_gradnorm.report.table import plain_table, print_table
+from lightning_gradnorm.weights_file import FILE_NAME, read_file, write_weights
+
+
+class RunReport(NamedTuple):
+    """A run's statistics.
+
+    Attributes:
+        method: the balancer's name.
+        rows: one per task.
+        steps: optimiser steps that they are over.
+        warmup: how many of them the means after warm-up leave out.
+        settings: of the method, as plain values.
+        logged_only: whether they are over the steps that were logged, instead of all.
+    """
+
+    method: str
+    rows: Sequence[TaskSummary]
+    steps: int
+    warmup: int
+    settings: Mapping[str, Any]
+    logged_only: bool = False
+
+    @property
+    def title(self) -> str:
+        """Of the table."""
+        over = f"the {self.steps} logged steps" if self.logged_only else f"{self.steps} steps"
+        return f"{self.method} after {over} (w: weight; before, after: share of the gradient norms on the shared layer)"
+
+    @property
+    def verdict(self) -> str:
+        """Whether fixed weights would do, in a sentence."""
+        wandering = {row.task: row.std_after_warmup / row.mean_after_warmup for row in self.rows if row.mean_after_warmup > 0}
+        wandering = {task: share for task, share in wandering.items() if math.isfinite(share)}
+        if not wandering:
+            return ""
+        task, most = max(wandering.items(), key=lambda item: item[1])
+        since = f"after the first {self.warmup} steps " if self.warmup else ""
+        if most <= 0.1:
+            return f"{since}every weight stayed within {most:.0%} of its mean: fixed weights would do."
+        return f"{since}the weight of {task!r} varied by {most:.0%} of its mean: fixed weights are another thing than this run."
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, (plain_table(self.rows, self.title), self.verdict.capitalize())))
+
+    def print(self) -> None:
+        """The table and the verdict to the console, drawn by rich where it is installed."""
+        print_table(self.rows, self.title)
+        if self.verdict:
+            print(self.verdict[0].upper() + self.verdict[1:])
+
+    def write(self, folder: Path) -> Path:
+        """Write ``loss_weights.yaml``, which ``report_of`` reads; returns its path."""
+        return write_weights(
+            folder,
+            {row.task: row.statistics() for row in self.rows},
+            method=self.method,
+            settings=self.settings,
+            steps=self.steps,
+            warmup=self.warmup,
+            note=self.verdict,
+        )
+
+
+def report_of(folder: str | Path) -> tuple[RunReport, History]:
+    """The report of an earlier run, out of its log folder.
+
+    The table is that of the end of fit where ``loss_weights.yaml`` is there; else it is over the steps that were logged.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_history`` does, and for a weights file that is something else.
+    """
+    folder = Path(folder)
+    history = read_history(folder)
+    file = folder / FILE_NAME
+    if not file.exists():
+        return _of_history(history), history
+    content = read_file(file)
+    rows = [TaskSummary.of_statistics(task, row) for task, row in content["tasks"].items()]
+    settings = content.get("settings") or {}
+    report = RunReport(content.get("method", ""), rows, content.get("steps", 0), content.get("warmup_steps", 0), settings)
+    return report, history
+
+
+def draw(history: History, folder: Path, title: str = "") -> Path:
+    """Write the figure into the folder; returns its path."""
+    path = folder / figure.FILE_NAME
+    figure.draw_history(history, path, title)
+    return path
+
+
+def _of_history(history: History) -> RunReport:
+    weights, losses = history.of("loss_weight"), history.of("task_loss")
+    steps = max(len(curve.steps) for curve in weights.values())
+    last = max(steps // 10, 1)
+    before, after = _shares(history, slice(0, 1)), _shares(history, slice(-last, None))
+    rows = []
+    for task, curve in weights.items():
+        loss = losses.get(task, Curve([], []))
+        finite = [value for value in loss.values if math.isfinite(value)]
+        ratio = statistics.fmean(finite[-last:]) / finite[0] if finite and finite[0] else math.nan
+        later = curve.values[steps // 10 :] or curve.values
+        rows.append(
+            TaskSummary(
+                task=task,
+                start=curve.values[0],
+                mean=statistics.fmean(curve.values),
+                std=statistics.pstdev(curve.values),
+                final=curve.values[-1],
+                share_before=before.get(task, math.nan),
+                share_after=after.get(task, math.nan),
+                loss_ratio=ratio,
+                mean_after_warmup=statistics.fmean(later),
+                std_after_warmup=statistics.pstdev(later),
+            )
+        )
+    return RunReport("The run", rows, steps, steps // 10, {}, logged_only=True)
+
+
+def _shares(history: History, part: slice) -> dict[str, float]:
+    """Task → its mean share of the weighted gradient norms over part of the logged steps."""
+    norms = {task: curve.values[part] for task, curve in history.of("grad_norm").items()}
+    means = {task: statistics.fmean(values) for task, values in norms.items() if values}
+    whole = sum(means.values())
+    return {task: mean / whole for task, mean in means.items()} if whole else {}

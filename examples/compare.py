@@ -14,9 +14,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from _common import Progress, quiet_lightning
-from digits import Digits, load
-from torch import Tensor
-from torch.nn import functional as F
+from digits_problem import DigitsWithIndicators, load
 from torch.utils.data import DataLoader
 
 from lightning_gradnorm import GradNorm, compare
@@ -24,25 +22,6 @@ from lightning_gradnorm.comparison import METHODS
 
 MEASURES = {"held_out/digit": "higher", "held_out/pixels": "lower", "held_out/ink": "lower"}
 CHOICES = METHODS | {"GradNorm α=0.25": lambda: GradNorm(alpha=0.25)}  # what digits.py uses
-
-
-class DigitsWithIndicators(Digits):
-    """``Digits`` that also says how well each task is doing, between 0 and 1, for Dynamic Task Prioritization."""
-
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        scores, pixels, ink = self(images)
-        losses = {
-            "digit": F.cross_entropy(scores, labels),
-            "pixels": F.mse_loss(pixels, images),
-            "ink": F.mse_loss(ink, images.sum(1)),
-        }
-        explained = {  # the part of the variance that is explained
-            "pixels": lambda: (1 - losses["pixels"] / images.var(0).mean()).clamp(0, 1),
-            "ink": lambda: (1 - losses["ink"] / images.sum(1).var()).clamp(0, 1),
-        }
-        accuracy = (scores.argmax(1) == labels).float().mean()
-        return self.total_loss(losses, kpis={"digit": accuracy, **explained})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     progress = Progress(22 * args.epochs * args.seeds * len(args.methods))
 
     def make() -> tuple[L.LightningModule, DataLoader, DataLoader]:
-        module = DigitsWithIndicators(train.tensors[0].mean(0))
+        module = DigitsWithIndicators()
         order = torch.Generator().manual_seed(torch.initial_seed())
         return module, DataLoader(train, 64, shuffle=True, generator=order), DataLoader(test, batch_size=len(test))
 

@@ -37,74 +37,17 @@ from _common import (
     quiet_lightning,
     save,
 )
+from digits_problem import Digits, load
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.ticker import LogLocator, NullLocator
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanSquaredError, Metric
-from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_gradnorm import GradNormCallback, MultiTaskMixin
+from lightning_gradnorm import GradNormCallback
 
 # task → what is measured on the test images, decimals to print, which way is better
 MEASURES = {"digit": ("accuracy %", 1, "↑"), "pixels": ("RMSE", 2, "↓"), "ink": ("RMSE", 2, "↓")}
 TASK_COLOURS = {"digit": BLACK, "pixels": GREEN, "ink": PURPLE}
 METHODS = ("equal", "GradNorm")
-
-
-class Digits(MultiTaskMixin, L.LightningModule):
-    """A trunk down to a code of 16 numbers, and a head per task.
-
-    Args:
-        mean_image: mean of the training images, shape ``[64]``. The regressions start from their means, as one would set
-            them by hand; from zero, the ink's loss would start at 100,000.
-    """
-
-    def __init__(self, mean_image: Tensor) -> None:
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16), nn.ReLU())
-        self.digit = nn.Linear(16, 10)
-        self.pixels = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 64))
-        self.ink = nn.Linear(16, 1)
-        nn.init.constant_(self.ink.bias, mean_image.sum().item())
-        with torch.no_grad():
-            self.pixels[-1].bias.copy_(mean_image)
-        errors = {task: MeanSquaredError(squared=False) for task in ("pixels", "ink")}
-        self.held_out = nn.ModuleDict({"digit": MulticlassAccuracy(10, average="micro"), **errors})
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[N, 64]`` images → class scores ``[N, 10]``, images ``[N, 64]``, ink ``[N]``."""
-        code = self.trunk(images / 16)
-        return self.digit(code), self.pixels(code), self.ink(code).squeeze(1)
-
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        scores, pixels, ink = self(images)
-        return self.total_loss(
-            {
-                "digit": F.cross_entropy(scores, labels),
-                "pixels": F.mse_loss(pixels, images),
-                "ink": F.mse_loss(ink, images.sum(1)),
-            }
-        )
-
-    def shared_layer(self) -> nn.Module:
-        return self.trunk[2]  # what GradNorm would find by itself: the last layer of the trunk
-
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        truths = {"digit": labels, "pixels": images, "ink": images.sum(1)}
-        for (task, truth), answer in zip(truths.items(), self(images), strict=True):
-            metric = self.held_out[task]
-            assert isinstance(metric, Metric)
-            metric.update(answer, truth)
-            self.log(f"held_out/{task}", metric)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=3e-3)
 
 
 @dataclass
@@ -129,14 +72,6 @@ class History(L.Callback):
         self.measures.append({task: factors[task] * float(trainer.callback_metrics[f"held_out/{task}"]) for task in MEASURES})
 
 
-def load() -> tuple[TensorDataset, TensorDataset]:
-    """1347 images to train on and 450 to test with, each with its label; the same split for every seed."""
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
-    train_images, test_images, train_labels, test_labels = map(torch.from_numpy, parts)
-    return TensorDataset(train_images.float(), train_labels), TensorDataset(test_images.float(), test_labels)
-
-
 def guesses(train: TensorDataset, test: TensorDataset) -> dict[str, float]:
     """The three measures of whoever looks at no test image: the commonest class, the mean image, the mean ink."""
     (images, labels), (test_images, test_labels) = train.tensors, test.tensors
@@ -151,7 +86,7 @@ def train_once(method: str, seed: int, args: argparse.Namespace, progress: Progr
     """One fit. All that depends on the seed is drawn the same for both methods."""
     train, test = load()
     torch.manual_seed(seed)
-    model = Digits(train.tensors[0].mean(0))
+    model = Digits()
     order = torch.Generator().manual_seed(seed)
     balancing = GradNormCallback(alpha=args.alpha, summary=summary) if method == "GradNorm" else None
     history = History(balancing)

@@ -19,6 +19,7 @@ from lightning_gradnorm.balancers import (
 )
 from lightning_gradnorm.callbacks import GradNormCallback, LossBalancingCallback
 from lightning_gradnorm.comparison import compare
+from lightning_gradnorm.diagnosis import diagnose
 from lightning_gradnorm.gradients import JointBackward, PerTaskBackward, tap_losses
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.mixin import MultiTaskMixin
@@ -53,5 +54,6 @@ __all__ = [
     "UncertaintyWeighting",
     "UniformPoints",
     "compare",
+    "diagnose",
     "tap_losses",
 ]

@@ -1,12 +1,8 @@
 """The examples run as a reader runs them, only shorter."""
 
-import importlib
 import json
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,18 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_gradnorm import GradNorm, GradNormCallback
 from tests.helpers import quiet_trainer
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The example that the test names, imported as ``python examples/<name>.py`` finds it."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    yield importlib.import_module(request.param)
-    for name in (request.param, "digits", "_common"):
-        sys.modules.pop(name, None)
 
 
 def is_drawn(path: Path) -> bool:

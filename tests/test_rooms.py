@@ -28,8 +28,9 @@ MAY_IMPORT = {
     "callbacks": FLOOR
     | {"autograd_graph", "shared_layer", "gradients", "window", "balancers", "report", "mixin", "pointwise", "weights_file"},
     "comparison": {"balancers", "callbacks", "report"},
-    "cli": {"callbacks", "comparison"},
-    "__init__": FLOOR | {"gradients", "balancers", "mixin", "pointwise", "callbacks", "comparison"},
+    "diagnosis": FLOOR | {"callbacks", "report"},
+    "cli": {"callbacks", "comparison", "diagnosis", "report"},
+    "__init__": FLOOR | {"gradients", "balancers", "mixin", "pointwise", "callbacks", "comparison", "diagnosis"},
 }
 KNOW_LIGHTNING = {"callbacks", "cli"}
 # What else a room may stand on, beside torch and the standard library.

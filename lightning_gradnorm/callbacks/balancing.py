@@ -119,6 +119,11 @@ class LossBalancingCallback(Callback):
         return {row.task: row.mean for row in self.report.rows}
 
     @property
+    def logged(self) -> dict[str, Tensor]:
+        """Tag → what was logged last; see ``lightning_gradnorm.report.tags``."""
+        return dict(self._log.shown)
+
+    @property
     def report(self) -> RunReport:
         """The run's statistics so far, as the table at the end of fit has them."""
         return self._reporting.report(self.balancer)

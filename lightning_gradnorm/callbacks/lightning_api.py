@@ -25,7 +25,29 @@ else:
 
     Callback = type("Callback", _callback_bases(), {"__doc__": "The Callback of every Lightning namespace in use."})
 
-__all__ = ["Callback", "LightningModule", "Trainer", "rank_zero_info", "rank_zero_only", "rank_zero_warn", "setting_of"]
+__all__ = [
+    "Callback",
+    "LightningModule",
+    "Trainer",
+    "rank_zero_info",
+    "rank_zero_only",
+    "rank_zero_warn",
+    "setting_of",
+    "trainer_class_of",
+]
+
+
+def trainer_class_of(module: Any) -> Any:
+    """The Trainer of the namespace that the module's class comes from.
+
+    Raises:
+        TypeError: if it is no LightningModule.
+    """
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        namespace = sys.modules.get(name)
+        if namespace is not None and isinstance(module, namespace.LightningModule):
+            return namespace.Trainer
+    raise TypeError(f"A LightningModule is needed, got {type(module).__name__}.")
 
 
 def setting_of(trainer: Trainer, name: str) -> Any:

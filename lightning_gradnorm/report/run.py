@@ -46,19 +46,21 @@ class RunReport(NamedTuple):
         if not wandering:
             return ""
         task, most = max(wandering.items(), key=lambda item: item[1])
-        since = f"after the first {self.warmup} steps " if self.warmup else ""
+        since = f"After the first {self.warmup} steps" if self.warmup else "From the first step on"
         if most <= 0.1:
-            return f"{since}every weight stayed within {most:.0%} of its mean: fixed weights would do."
-        return f"{since}the weight of {task!r} varied by {most:.0%} of its mean: fixed weights are another thing than this run."
+            return f"{since} every weight stayed within {most:.0%} of its mean: fixed weights would do."
+        return (
+            f"{since} the weight of {task!r} varied by {most:.0%} of its mean: fixed weights are another thing than this run."
+        )
 
     def __str__(self) -> str:
-        return "\n".join(filter(None, (plain_table(self.rows, self.title), self.verdict.capitalize())))
+        return "\n".join(filter(None, (plain_table(self.rows, self.title), self.verdict)))
 
     def print(self) -> None:
         """The table and the verdict to the console, drawn by rich where it is installed."""
         print_table(self.rows, self.title)
         if self.verdict:
-            print(self.verdict[0].upper() + self.verdict[1:])
+            print(self.verdict)
 
     def write(self, folder: Path) -> Path:
         """Write ``loss_weights.yaml``, which ``report_of`` reads; returns its path."""

@@ -44,15 +44,21 @@ def per_task(tag: str, tasks: Sequence[str], values: Tensor) -> dict[str, Tensor
     return {f"{tag}/{task_tag(task)}": value for task, value in zip(tasks, values.unbind(), strict=True)}
 
 
+def per_pair_names(tag: str, tasks: Sequence[str]) -> list[str]:
+    """``<tag>/<a>_<b>`` for each pair, in the order of ``itertools.combinations``."""
+    names: dict[str, None] = {}
+    for a, b in itertools.combinations(tasks, 2):
+        joint = "_"
+        while (name := f"{tag}/{task_tag(a)}{joint}{task_tag(b)}") in names:  # "a_b" with "c", "a" with "b_c"
+            joint += "_"
+        names[name] = None
+    return list(names)
+
+
 def per_pair(tag: str, tasks: Sequence[str], values: Tensor) -> dict[str, Tensor]:
     """``[T, T]`` symmetric values → ``<tag>/<a>_<b>`` → scalar, each pair once."""
-    scalars: dict[str, Tensor] = {}
-    for i, j in itertools.combinations(range(len(tasks)), 2):
-        joint = "_"
-        while (name := f"{tag}/{task_tag(tasks[i])}{joint}{task_tag(tasks[j])}") in scalars:  # "a_b" with "c", "a" with "b_c"
-            joint += "_"
-        scalars[name] = values[i, j]
-    return scalars
+    pairs = itertools.combinations(range(len(tasks)), 2)
+    return {name: values[i, j] for name, (i, j) in zip(per_pair_names(tag, tasks), pairs, strict=True)}
 
 
 def totals(weights: Tensor, losses: Tensor) -> Mapping[str, Tensor]:

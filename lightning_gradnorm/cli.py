@@ -1,0 +1,150 @@
+"""The ``lightning-gradnorm`` command."""
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_gradnorm.callbacks import LossBalancingCallback
+from lightning_gradnorm.comparison import METHODS, compare
+from lightning_gradnorm.diagnosis import diagnose
+from lightning_gradnorm.report.figure import can_draw
+from lightning_gradnorm.report.run import draw, report_of
+
+USAGE = """usage: lightning-gradnorm COMMAND …
+
+Balance the losses of a multi-task LightningModule.
+
+  fit, validate, test, predict   LightningCLI on your module and data: --config run.yaml
+  diagnose                       what the tasks' gradients say, before any commitment
+  compare                        several methods on the same seeds: ranked table and figure
+  report LOGDIR                  table and figure of an earlier run, from its log folder
+
+Each explains itself: lightning-gradnorm COMMAND --help
+"""
+_LIGHTNING = ("fit", "validate", "test", "predict")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors that a user can mend end the program with one line instead of a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    own = {"report": _report, "diagnose": _diagnose, "compare": _compare}
+    command, rest = (given[0], given[1:]) if given else ("--help", [])
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+    elif command in own:
+        try:
+            own[command](rest)
+        except (FileNotFoundError, ValueError, TypeError) as error:
+            sys.exit(f"lightning-gradnorm {command}: {error}")
+    elif command in _LIGHTNING or command.startswith("-"):
+        _lightning_cli(given)
+    else:
+        known = ", ".join((*_LIGHTNING, *own))
+        sys.exit(f"lightning-gradnorm: {command!r} is no command; the commands are {known}.")
+
+
+def _lightning_cli(arguments: list[str], **settings: Any) -> Any:
+    """LightningCLI for any module and data; the folder where it runs can be imported from, as with ``python program.py``."""
+    if importlib.util.find_spec("jsonargparse") is None:
+        sys.exit("lightning-gradnorm: this command needs jsonargparse. pip install 'lightning-gradnorm[cli]'")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    from lightning.pytorch.cli import LightningCLI
+
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")  # it is: these are its part of ours
+    # A module may come with its optimiser, and a second run into one folder is no mistake.
+    return LightningCLI(args=arguments, auto_configure_optimizers=False, save_config_kwargs={"overwrite": True}, **settings)
+
+
+def _from_config(options: argparse.Namespace, rest: list[str]) -> Any:
+    """Module, data and Trainer settings that a config describes, nothing run."""
+    return _lightning_cli(["--config", str(options.config), *rest], run=False, seed_everything_default=False)
+
+
+def _report(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="lightning-gradnorm report", description="Table and figure of an earlier run.")
+    parser.add_argument("folder", type=Path, metavar="LOGDIR", help="a log folder, such as lightning_logs/version_0")
+    parser.add_argument("--out", type=Path, help="folder for the figure; LOGDIR by default")
+    options = parser.parse_args(arguments)
+    report, history = report_of(options.folder)
+    for note in history.notes:
+        print(note, file=sys.stderr)
+    report.print()
+    if can_draw():
+        folder = options.out or options.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"Figure: {draw(history, folder, report.title.partition(' (w:')[0])}")
+    else:
+        print("For a figure: pip install matplotlib")
+
+
+def _diagnose(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="lightning-gradnorm diagnose",
+        description="Train a copy of the module for a few steps with equal weights; say what its tasks' gradients look like.",
+        epilog="Further options go to LightningCLI: --model.…, --data.…",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="a YAML as `fit` takes it: model and data count")
+    parser.add_argument("--batches", type=int, default=20, help="optimiser steps; default %(default)s")
+    options, rest = parser.parse_known_args(arguments)
+    cli = _from_config(options, rest)
+    print(diagnose(cli.model, cli.datamodule, options.batches, accelerator=cli.config["trainer"].get("accelerator", "auto")))
+
+
+def _compare(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="lightning-gradnorm compare",
+        description="Train one module with several methods on the same seeds.",
+        epilog=f"Methods: {', '.join(METHODS)}. Further options go to LightningCLI: --trainer.max_epochs 20",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="a YAML as `fit` takes it; its loss balancing is left out")
+    parser.add_argument("--measures", nargs="+", required=True, metavar="NAME:WAY", help="logged metric : lower or higher")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["equal", "GradNorm", "uncertainty", "DWA"], metavar="METHOD",
+        help="the first is the baseline; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=5, help="how many; default %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for results; default %(default)s")
+    options, rest = parser.parse_known_args(arguments)
+    measures: dict[str, Any] = {}
+    for measure in options.measures:
+        name, _, way = measure.rpartition(":")
+        if not name or way not in ("lower", "higher"):
+            raise ValueError(f"--measures takes NAME:lower or NAME:higher; got {measure!r}.")
+        measures[name] = way
+
+    clis: list[Any] = []
+
+    def make() -> tuple[Any, Any]:
+        clis[:] = [_from_config(options, [*rest, "--seed_everything=false"])]  # the comparison's own seed is set
+        return clis[0].model, clis[0].datamodule
+
+    def trainer(callbacks: list[Any], **settings: Any) -> Any:
+        configured = dict(clis[0].config_init["trainer"])
+        given = configured.pop("callbacks") or []
+        others = [c for c in (given if isinstance(given, list) else [given]) if not isinstance(c, LossBalancingCallback)]
+        return type(clis[0].trainer)(**configured | settings, callbacks=[*others, *callbacks])
+
+    comparison = compare(
+        make,
+        measures,
+        options.methods,
+        seeds=options.seeds,
+        trainer=trainer,
+        on_run=lambda run: print(f"seed {run.seed}, {run.method}: {run.measures}", file=sys.stderr),
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    comparison.print()
+    comparison.write(options.out / "comparison.json")
+    (options.out / "comparison.md").write_text(comparison.markdown(), encoding="utf-8")
+    if can_draw():
+        comparison.draw(options.out / "comparison.png")
+    print(f"Results: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

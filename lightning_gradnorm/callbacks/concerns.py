@@ -15,10 +15,11 @@ _WEIGHTED = "total_loss/weighted"
 
 @dataclass
 class _Seen:
-    """One task's course since ``step``."""
+    """One task's course: ``weight`` where it was first seen; ``ratio`` and the lowest weight since it last learnt."""
 
     step: int
     weight: float
+    low: float
     ratio: float
     recent: float
     observations: int = 0
@@ -52,7 +53,7 @@ class Concerns:
         self._observations += 1
         self._first_step = step if self._first_step is None else self._first_step
         for task, weight, ratio in zip(tasks, weights, ratios, strict=True):
-            seen = self._seen.setdefault(task, _Seen(step, weight, ratio, ratio))
+            seen = self._seen.setdefault(task, _Seen(step, weight, weight, ratio, ratio))
             self._moved |= abs(weight - seen.weight) > 1e-3 * seen.weight
             yield from self._at_bound(balancer, task, weight, seen, step)
             yield from self._in_vain(task, weight, ratio, seen, step)
@@ -85,16 +86,16 @@ class Concerns:
             seen.ratio = seen.recent = ratio
         seen.recent += 0.3 * (ratio - seen.recent)  # single batches jump about
         seen.observations += 1
-        if step - seen.step < _LONG or seen.observations < _FEW:
-            return
-        if weight > 1.5 * seen.weight and seen.recent > 0.98 * seen.ratio:
+        seen.low = min(seen.low, weight)
+        if seen.recent <= 0.98 * seen.ratio:  # it learns: look from here on
+            seen.step, seen.low, seen.ratio, seen.observations = step, weight, seen.recent, 0
+        elif weight > 1.5 * seen.low and step - seen.step >= _LONG and seen.observations >= _FEW:
             yield (
                 f"vain {task}",
-                f"The weight of task {task!r} rose from {seen.weight:.3g} to {weight:.3g} within {step - seen.step} steps "
+                f"The weight of task {task!r} rose from {seen.low:.3g} to {weight:.3g} within {step - seen.step} steps "
                 f"while its loss stayed where it was ({seen.recent:.3g} of the first). GradNorm keeps raising the weight of a "
                 "task that cannot be learnt: check its labels and its head, lower alpha, or set max_weight.",
             )
-        seen.step, seen.weight, seen.ratio, seen.observations = step, weight, seen.recent, 0
 
     def of_monitors(self, trainer: Trainer, weighted: float, unweighted: float) -> Iterator[tuple[str, str]]:
         """Who in this Trainer looks at the weighted total, which moves with the weights.

@@ -1,0 +1,201 @@
+"""Monitor mode, hyperparameters, and what is told while training."""
+
+import re
+import warnings
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_gradnorm import EqualWeights, GradNorm, GradNormCallback, LossBalancingCallback, UncertaintyWeighting
+from lightning_gradnorm.callbacks.concerns import Concerns
+from tests.helpers import MemoryLogger, TrunkAndHeads, batches, quiet_trainer, same_state
+
+# -- monitor mode ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"update": "closed_form"}, {"update": "paper"}, {"scale": "gradient"}])
+def test_monitoring_trains_as_without_the_callback(tmp_path, settings):
+    plain, watched = TrunkAndHeads(), TrunkAndHeads()
+    watched.load_state_dict(plain.state_dict())
+    callback = GradNormCallback(mode="monitor", summary=False, **settings)
+    quiet_trainer(tmp_path, max_epochs=2).fit(plain, batches(6))
+    quiet_trainer(tmp_path, max_epochs=2, callbacks=[callback]).fit(watched, batches(6))
+    assert same_state(plain.state_dict(), watched.state_dict())
+    assert set(callback.weights.values()) == {1.0}
+
+
+def test_monitoring_logs_the_norms_targets_and_cosines(tmp_path):
+    logger, callback = MemoryLogger(), GradNormCallback(mode="monitor", summary=False)
+    quiet_trainer(tmp_path, callbacks=[callback], logger=logger).fit(TrunkAndHeads(), batches(4))
+    _, last = logger.logged[-1]
+    for tag in ("grad_norm/small", "target_norm/small", "loss_ratio/odd", "inverse_rate/odd", "grad_cosine/small_odd"):
+        assert tag in last
+    assert last["grad_norm/large"] > 10 * last["grad_norm/small"]
+    assert last["total_loss/weighted"] == pytest.approx(last["total_loss/unweighted"])
+    assert callback.report.method == "GradNorm (monitor)"
+
+
+def test_a_frozen_balancer_goes_on_from_where_it_was(tmp_path):
+    """Weights frozen for a phase, as for L-BFGS, and free again."""
+    callback = GradNormCallback(lr=0.1, summary=False)
+    module = TrunkAndHeads()
+    quiet_trainer(tmp_path, callbacks=[callback]).fit(module, batches(4))
+    before, callback.balancer.frozen = callback.weights, True
+    quiet_trainer(tmp_path, callbacks=[callback]).fit(module, batches(4))
+    assert callback.weights == before
+    callback.balancer.frozen = False
+    quiet_trainer(tmp_path, callbacks=[callback]).fit(module, batches(4))
+    assert callback.weights != before
+
+
+def test_a_mode_that_is_none():
+    with pytest.raises(ValueError, match="mode is one of 'balance', 'monitor'; got 'watch'"):
+        GradNormCallback(mode="watch")
+
+
+# -- hyperparameters -------------------------------------------------------------------------------------------------
+
+
+class WithHyperparameters(TrunkAndHeads):
+    def __init__(self, width=3):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize("module", [TrunkAndHeads, WithHyperparameters])
+def test_method_and_settings_stand_among_the_runs_hyperparameters(tmp_path, module):
+    logger = TensorBoardLogger(tmp_path)
+    callback = GradNormCallback(alpha=0.7, priorities={"odd": 2.0}, summary=False)
+    keeping = ModelCheckpoint(tmp_path, filename="last")
+    model = module()
+    trainer = quiet_trainer(tmp_path, callbacks=[callback, keeping], logger=logger, enable_checkpointing=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Checkpoint directory")
+        trainer.fit(model, batches(3))
+    written = yaml.safe_load((tmp_path / "lightning_logs" / "version_0" / "hparams.yaml").read_text())
+    assert written["loss_balancing/method"] == "GradNorm"
+    assert written["loss_balancing/alpha"] == 0.7
+    assert written["loss_balancing/priorities/odd"] == 2.0
+    own = {"width": 3} if module is WithHyperparameters else {}
+    assert own.items() <= written.items()
+    plugins = EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams")
+    assert b"loss_balancing/alpha" in b"".join(plugins.values())
+    # The module's own hyperparameters, and its checkpoints, are as they were.
+    assert dict(model.hparams) == own
+    assert dict(model.hparams_initial) == own
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint.get("hyper_parameters", {}) == own
+
+
+def test_an_error_before_training_leaves_the_modules_hyperparameters_alone(tmp_path):
+    class Breaks(L.Callback):
+        def on_sanity_check_start(self, *args):
+            raise OSError("no disk")
+
+    model = WithHyperparameters()
+    model.validation_step = lambda batch, batch_idx: None
+    callbacks = [Breaks(), GradNormCallback(summary=False)]
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks, num_sanity_val_steps=1)
+    with pytest.raises(OSError, match="no disk"):
+        trainer.fit(model, batches(3), batches(3))
+    assert dict(model.hparams_initial) == {"width": 3}
+
+
+# -- what is told ----------------------------------------------------------------------------------------------------
+
+
+def told(balancer, course, every=50):
+    """What is said over a course of (weight, ratio) of task ``a`` beside a quiet task ``b``; each thing once."""
+    concerns, said = Concerns(), {}
+    for k, (weight, ratio) in enumerate(course):
+        found = concerns.of_step(balancer, ("a", "b"), (weight, 2 - weight), (ratio, 0.5), every * k)
+        said |= {about: message for about, message in found if about not in said}
+    return said
+
+
+def test_a_weight_that_sits_at_its_bound_is_told():
+    balancer = GradNorm(max_weight=1.5)
+    said = told(balancer, [(min(1 + 0.1 * k, 1.5), 0.9**k) for k in range(40)])
+    assert re.search(r"weight of task 'a' has been at max_weight=1.5 for \d+ steps.*Loosen the bound", said["bound a"])
+    assert told(balancer, [(1.5 if k % 8 else 1.2, 0.9**k) for k in range(40)]).keys() & {"bound a"} == set()
+
+
+def test_a_task_that_cannot_be_learnt_is_told():
+    said = told(GradNorm(), [(1 + 0.04 * k, 1.0 + 0.05 * (-1) ** k) for k in range(24)])
+    assert "The weight of task 'a' rose from" in said["vain a"]
+    assert "cannot be learnt: check its labels" in said["vain a"]
+    learning = told(GradNorm(), [(1 + 0.04 * k, 0.93**k) for k in range(24)])
+    assert learning == {}
+
+
+def test_weights_that_never_move_are_told():
+    said = told(GradNorm(), [(1.0, 0.9)] * 30)
+    assert "have not moved in 500 steps" in said["still"]
+    assert told(EqualWeights(), [(1.0, 0.9)] * 30) == {}
+    frozen = GradNorm()
+    frozen.frozen = True
+    assert told(frozen, [(1.0, 0.9)] * 30) == {}
+
+
+def test_a_fit_in_which_weights_stand_still_says_so_once(tmp_path):
+    callback = GradNormCallback(lr=0.0, summary=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=12, log_every_n_steps=50)
+    with pytest.warns(UserWarning, match="The loss weights have not moved in") as caught:
+        trainer.fit(TrunkAndHeads(lr=1e-4), batches(50))
+    assert sum("have not moved" in str(warning.message) for warning in caught) == 1
+
+
+class Logging(TrunkAndHeads):
+    """Logs its total under a name of its own; steps on a plateau of what ``plateau`` names."""
+
+    def __init__(self, plateau=None):
+        super().__init__()
+        self.plateau = plateau
+
+    def training_step(self, batch, batch_idx):
+        total = super().training_step(batch, batch_idx)
+        self.log("train_loss", total)
+        self.log("elsewhere", total * 0 + self.global_step)
+        return total
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        if self.plateau is None:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": self.plateau, "interval": "step"}}
+
+
+MOVING = {
+    "EarlyStopping": lambda name: ([EarlyStopping(name, check_on_train_epoch_end=True)], None),
+    "ModelCheckpoint": lambda name: ([ModelCheckpoint(monitor=name)], None),
+    "ReduceLROnPlateau": lambda name: ([], name),
+}
+
+
+@pytest.mark.parametrize("who", MOVING)
+@pytest.mark.parametrize("name", ["total_loss/weighted", "train_loss"])
+def test_whoever_monitors_the_weighted_total_is_told_that_it_moves(tmp_path, who, name):
+    others, plateau = MOVING[who](name)
+    callbacks = [GradNormCallback(lr=0.1, summary=False), *others]
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks, enable_checkpointing=who == "ModelCheckpoint")
+    with pytest.warns(UserWarning, match=rf"{who} monitors '{name}', which is the weighted total: it moves"):
+        trainer.fit(Logging(plateau), batches(8))
+
+
+@pytest.mark.parametrize("name", ["total_loss/unweighted", "elsewhere"])
+def test_other_yardsticks_are_left_alone(tmp_path, name):
+    callbacks = [GradNormCallback(lr=0.1, summary=False), EarlyStopping(name, check_on_train_epoch_end=True)]
+    quiet_trainer(tmp_path, callbacks=callbacks).fit(Logging(), batches(8))
+
+
+def test_uncertainty_weighting_is_watched_too(tmp_path):
+    callback = LossBalancingCallback(UncertaintyWeighting(lr=0.0), summary=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=11, log_every_n_steps=50)
+    with pytest.warns(UserWarning, match="have not moved"):
+        trainer.fit(TrunkAndHeads(lr=1e-4), batches(60))

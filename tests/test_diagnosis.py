@@ -1,0 +1,131 @@
+"""``diagnose`` on modules whose gradients are known, and what it says of them."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gradnorm import MultiTaskMixin, diagnose
+from lightning_gradnorm.diagnosis import Diagnosis
+from tests.helpers import TrunkAndHeads, batches, same_state
+
+
+class Known(MultiTaskMixin, L.LightningModule):
+    """Losses that are linear in one shared vector w: the gradients are the given vectors, whatever w is."""
+
+    def __init__(self, gradients):
+        super().__init__()
+        self.w = nn.Linear(4, 1, bias=False)
+        self.gradients = {task: torch.tensor(g) for task, g in gradients.items()}
+
+    def shared_layer(self):
+        return self.w
+
+    def training_step(self, batch, batch_idx):
+        return self.total_loss({task: self.w(g).sum() + 100.0 for task, g in self.gradients.items()})
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+
+def data():
+    return DataLoader(TensorDataset(torch.zeros(400)), batch_size=1)
+
+
+def of(**gradients):
+    return diagnose(Known(gradients), data(), batches=8, accelerator="cpu")
+
+
+def test_numbers_of_gradients_that_are_known():
+    found = of(a=[3.0, 4.0, 0.0, 0.0], b=[0.0, 0.0, 0.0, 10.0], c=[-3.0, -4.0, 0.0, 0.0])
+    assert found.norms == pytest.approx({"a": 5.0, "b": 10.0, "c": 5.0}, rel=1e-5)
+    assert found.shares == pytest.approx({"a": 0.25, "b": 0.5, "c": 0.25}, rel=1e-5)
+    assert found.cosines == pytest.approx({("a", "b"): 0.0, ("a", "c"): -1.0, ("b", "c"): 0.0}, abs=1e-6)
+    assert found.conflicts == pytest.approx({("a", "b"): 0.0, ("a", "c"): 1.0, ("b", "c"): 0.0})
+    assert found.spread == pytest.approx(2.0, rel=1e-5)
+    assert found.conflicting == [("a", "c")]
+    assert found.batches == 8
+    assert "w.weight" in found.layer
+
+
+def test_gradients_of_like_size_need_no_weighting():
+    found = of(a=[1.0, 0.0, 0.0, 0.0], b=[0.0, 2.0, 0.0, 0.0])
+    assert found.weighting == "not needed"
+    assert "You do not need loss weighting here" in str(found)
+    assert "within 2.0×" in str(found)
+    assert "gradient surgery has little to do" in str(found)
+
+
+@pytest.mark.parametrize(("size", "verdict"), [(5.0, "may help"), (500.0, "can help")])
+def test_gradients_of_other_size_do(size, verdict):
+    found = of(a=[1.0, 0.0, 0.0, 0.0], big=[0.0, size, 0.0, 0.0])
+    assert found.weighting == verdict
+    assert f"The gradient of 'big' is {size:.3g}× that of 'a'" in str(found)
+
+
+def test_conflicts_are_for_surgery():
+    found = of(a=[1.0, 0.0, 0.0, 0.0], b=[-1.0, 1.0, 0.0, 0.0])
+    assert "'a' and 'b' pull against each other (mean cosine -0.71, below 0 on 100% of the batches)" in str(found)
+    assert "TorchJD" in str(found)
+
+
+def test_one_task_and_a_task_without_gradient():
+    assert of(a=[1.0, 0.0, 0.0, 0.0]).advice == ["There is one task only, so there is nothing to balance."]
+    silent = of(a=[1.0, 0.0, 0.0, 0.0], b=[0.0, 0.0, 0.0, 0.0])
+    assert silent.norms["b"] == 0
+    assert "Task 'b' has no gradient on the shared layer at all" in str(silent)
+
+
+def test_the_module_and_the_random_numbers_stay_as_they_are():
+    module = TrunkAndHeads()
+    before, state = copy.deepcopy(module.state_dict()), torch.random.get_rng_state()
+    found = diagnose(module, batches(30), accelerator="cpu")
+    assert isinstance(found, Diagnosis)
+    assert same_state(module.state_dict(), before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert module._trainer is None
+    assert found.batches == 20
+    assert found.norms["large"] > 100 * found.norms["small"]
+    assert found.loss_ratios["large"] < 1
+
+
+def test_norms_are_those_of_autograd():
+    module = TrunkAndHeads()
+    x = next(iter(batches(1)))[0]
+    found = diagnose(module, batches(1), batches=1, accelerator="cpu")
+    for task, loss in module.losses(x).items():
+        (gradient,) = torch.autograd.grad(loss, module.trunk[2].weight, retain_graph=True)
+        assert found.norms[task] == pytest.approx(gradient.norm().item(), rel=1e-4)
+
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self):
+        return batches(5)
+
+
+def test_a_datamodule_will_do_and_few_batches_are_taken_again():
+    assert diagnose(TrunkAndHeads(), Data(), batches=7, accelerator="cpu").batches == 7
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, True])
+def test_a_number_of_batches_that_is_none(count):
+    with pytest.raises(ValueError, match="batches is a whole number, 1 or more"):
+        diagnose(TrunkAndHeads(), batches(5), batches=count)
+
+
+def test_a_module_without_the_mixin_and_something_else():
+    with pytest.raises(TypeError, match="A LightningModule is needed, got Linear"):
+        diagnose(nn.Linear(2, 2), batches(2))
+
+    class Plain(L.LightningModule):
+        def training_step(self, batch, batch_idx):
+            return batch[0].sum()
+
+        def configure_optimizers(self):
+            return None
+
+    with pytest.raises(TypeError, match="needs a module with MultiTaskMixin, and Plain has none"):
+        diagnose(Plain(), batches(2), accelerator="cpu")

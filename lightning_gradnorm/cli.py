@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,13 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command in own:
         try:
             own[command](rest)
-        except (FileNotFoundError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
+            if not (isinstance(error, OSError) or _is_ours(error)):
+                raise  # out of the user's own code, where a traceback is what helps
             sys.exit(f"lightning-gradnorm {command}: {error}")
     elif command in _LIGHTNING or command.startswith("-"):
         _lightning_cli(given)
     else:
         known = ", ".join((*_LIGHTNING, *own))
         sys.exit(f"lightning-gradnorm: {command!r} is no command; the commands are {known}.")
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether one of this package's own lines raised it."""
+    name = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return str(name).partition(".")[0] == "lightning_gradnorm"
 
 
 def _lightning_cli(arguments: list[str], **settings: Any) -> Any:
@@ -57,12 +66,14 @@ def _lightning_cli(arguments: list[str], **settings: Any) -> Any:
 
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")  # it is: these are its part of ours
     # A module may come with its optimiser, and a second run into one folder is no mistake.
-    return LightningCLI(args=arguments, auto_configure_optimizers=False, save_config_kwargs={"overwrite": True}, **settings)
+    overwrite = {"overwrite": True}
+    return LightningCLI(args=arguments, auto_configure_optimizers=False, save_config_kwargs=overwrite, **settings)
 
 
 def _from_config(options: argparse.Namespace, rest: list[str]) -> Any:
     """Module, data and Trainer settings that a config describes, nothing run."""
-    return _lightning_cli(["--config", str(options.config), *rest], run=False, seed_everything_default=False)
+    settings = {"run": False, "seed_everything_default": False, "save_config_callback": None}
+    return _lightning_cli(["--config", str(options.config), *rest], **settings)
 
 
 def _report(arguments: list[str]) -> None:
@@ -105,7 +116,7 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument("--measures", nargs="+", required=True, metavar="NAME:WAY", help="logged metric : lower or higher")
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=["equal", "GradNorm", "uncertainty", "DWA"], metavar="METHOD",
-        help="the first is the baseline; default: %(default)s",
+        help="the first is the baseline; default: equal GradNorm uncertainty DWA",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=5, help="how many; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for results; default %(default)s")
@@ -117,6 +128,8 @@ def _compare(arguments: list[str]) -> None:
             raise ValueError(f"--measures takes NAME:lower or NAME:higher; got {measure!r}.")
         measures[name] = way
 
+    from lightning.pytorch.callbacks import Checkpoint
+
     clis: list[Any] = []
 
     def make() -> tuple[Any, Any]:
@@ -127,6 +140,8 @@ def _compare(arguments: list[str]) -> None:
         configured = dict(clis[0].config_init["trainer"])
         given = configured.pop("callbacks") or []
         others = [c for c in (given if isinstance(given, list) else [given]) if not isinstance(c, LossBalancingCallback)]
+        if not any(isinstance(callback, Checkpoint) for callback in others):
+            configured["enable_checkpointing"] = False
         return type(clis[0].trainer)(**configured | settings, callbacks=[*others, *callbacks])
 
     comparison = compare(

@@ -16,6 +16,7 @@ _PANELS = {
     "loss_ratio": "loss ratios L(t) / L(0)",
     "task_loss": "task losses, unweighted",
 }
+_LONGEST_NAME = 32  # characters of a task's name in the legend
 FILE_NAME = "loss_balancing.png"
 
 
@@ -53,8 +54,14 @@ def draw_history(history: History, path: str | Path, title: str = "") -> None:
         axes.xaxis.set_tick_params(labelbottom=True)
     for axes in itertools.islice(figure.axes, len(panels), None):
         axes.set_axis_off()
-    handles = [figure.axes[0].plot([], [], **style, linewidth=2, label=task)[0] for task, style in styles.items()]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, ncols=1 + (len(styles) - 1) // 24)
+    handles = [figure.axes[0].plot([], [], **style, linewidth=2)[0] for style in styles.values()]
+    legend = figure.legend(
+        handles, list(map(str, range(len(styles)))), loc="outside right upper", frameon=False, fontsize=9,
+        ncols=1 + (len(styles) - 1) // 24,
+    )  # fmt: skip
+    for text, task in zip(legend.get_texts(), styles, strict=True):  # afterwards, since a label "_a" would be left out
+        text.set_text(task if len(task) <= _LONGEST_NAME else f"{task[: _LONGEST_NAME - 1]}…")
+        text.set_parse_math(False)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     figure.savefig(path)

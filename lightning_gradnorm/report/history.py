@@ -30,7 +30,7 @@ class History:
     """
 
     def __init__(self, curves: Mapping[str, Mapping[int, float]], notes: tuple[str, ...] = ()) -> None:
-        ours = {tag: points for tag, points in curves.items() if tag.partition("/")[0] in PER_TASK}
+        ours = {tag: points for tag, points in curves.items() if tag.partition("/")[0] in PER_TASK and points}
         self._curves = {tag: Curve(sorted(points), [points[step] for step in sorted(points)]) for tag, points in ours.items()}
         self.notes = notes
 
@@ -56,7 +56,7 @@ def read_history(folder: str | Path) -> History:
         raise FileNotFoundError(f"There is no log folder {folder}. Give the one that the table at the end of fit named.")
     events, table = sorted(folder.glob("events.out.tfevents.*")), folder / "metrics.csv"
     if events:
-        history = _of_events(folder, events)
+        history = _of_events(events)
     elif table.exists():
         history = History(_of_csv(table))
     else:
@@ -74,24 +74,34 @@ def read_history(folder: str | Path) -> History:
     return history
 
 
-def _of_events(folder: Path, files: list[Path]) -> History:
+def _of_events(files: list[Path]) -> History:
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
+    curves: dict[str, dict[int, float]] = {}
     notes = []
     for file in files:
         whole, records = _records(file)
-        if not records and file.stat().st_size:
+        read = 0
+        for event in LegacyEventFileLoader(str(file)).Load() if records else ():
+            read += 1
+            if event.HasField("session_log") and event.session_log.status == event.session_log.START:
+                for points in curves.values():  # a writer with purge_step: what was logged from there on does not count
+                    for step in [step for step in points if step >= event.step]:
+                        del points[step]
+            for value in event.summary.value:
+                if value.tag.partition("/")[0] in PER_TASK:
+                    number = value.simple_value if value.HasField("simple_value") else make_ndarray(value.tensor)
+                    curves.setdefault(value.tag, {})[event.step] = float(number)  # of a step logged twice, the later
+        if not read and file.stat().st_size:
             raise ValueError(
                 f"{file} is not a TensorBoard event file, or its beginning is damaged. Move it out of the folder; the other "
                 "files can be read without it."
             )
-        if not whole:
+        if read < records:
+            notes.append(f"{file.name} is damaged after {read} of {records} records: read up to there.")
+        elif not whole:
             notes.append(f"{file.name} ends in the middle of a record, as after a killed run: read up to there.")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    curves = {
-        tag: {event.step: float(event.value) for event in accumulator.Scalars(tag)}  # of a step logged twice, the later
-        for tag in accumulator.Tags()["scalars"]
-    }
     return History(curves, tuple(notes))
 
 
@@ -110,20 +120,22 @@ def _records(file: Path) -> tuple[bool, int]:
 
 
 def _of_csv(file: Path) -> dict[str, dict[int, float]]:
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            header, *lines = list(csv.reader(stream)) or [[]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} is no CSV file ({error}). Give a folder that a CSVLogger wrote.") from error
+    if "step" not in header:
+        raise ValueError(f"{file} has no column 'step', so it is not what Lightning's CSVLogger writes. Give its folder.")
     curves: dict[str, dict[int, float]] = {}
-    with file.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        if "step" not in (reader.fieldnames or ()):
-            raise ValueError(f"{file} has no column 'step', so it is not what Lightning's CSVLogger writes. Give its folder.")
-        for number, row in enumerate(reader, start=2):
-            for tag, text in row.items():
-                if tag == "step" or not text:
-                    continue
-                try:
-                    curves.setdefault(tag, {})[int(row["step"])] = float(text)
-                except (TypeError, ValueError) as error:
-                    raise ValueError(
-                        f"{file}, line {number}: {tag} is {text!r} at step {row['step']!r}, which is no number. Mend or delete "
-                        "that line."
-                    ) from error
+    ours = [tag for tag in header if tag.partition("/")[0] in PER_TASK]
+    for number, line in enumerate(lines, start=2):
+        row = dict(zip(header, line, strict=False))
+        try:
+            if len(line) not in (0, len(header)):
+                raise ValueError(f"{len(line)} values for {len(header)} columns")
+            for tag in filter(row.get, ours):
+                curves.setdefault(tag, {})[int(row["step"])] = float(row[tag])
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}. Mend or delete that line.") from error
     return curves

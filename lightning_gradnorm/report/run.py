@@ -46,7 +46,8 @@ class RunReport(NamedTuple):
         if not wandering:
             return ""
         task, most = max(wandering.items(), key=lambda item: item[1])
-        since = f"After the first {self.warmup} steps" if self.warmup else "From the first step on"
+        kind = "logged steps" if self.logged_only else "steps"
+        since = f"After the first {self.warmup} {kind}" if self.warmup else "From the first step on"
         if most <= 0.1:
             return f"{since} every weight stayed within {most:.0%} of its mean: fixed weights would do."
         return (
@@ -106,7 +107,10 @@ def _of_history(history: History) -> RunReport:
     weights, losses = history.of("loss_weight"), history.of("task_loss")
     steps = max(len(curve.steps) for curve in weights.values())
     last = max(steps // 10, 1)
-    before, after = _shares(history, slice(0, 1)), _shares(history, slice(-last, None))
+    measured = {task: list(filter(math.isfinite, curve.values)) for task, curve in history.of("grad_norm").items()}
+    norms = {task: values for task, values in measured.items() if values and task in weights}
+    before = _shares({task: values[0] / (weights[task].values[0] or math.inf) for task, values in norms.items()})
+    after = _shares({task: statistics.fmean(values[-last:]) for task, values in norms.items()})
     rows = []
     for task, curve in weights.items():
         loss = losses.get(task, Curve([], []))
@@ -117,22 +121,27 @@ def _of_history(history: History) -> RunReport:
             TaskSummary(
                 task=task,
                 start=curve.values[0],
-                mean=statistics.fmean(curve.values),
-                std=statistics.pstdev(curve.values),
+                mean=_mean(curve.values),
+                std=_deviation(curve.values),
                 final=curve.values[-1],
                 share_before=before.get(task, math.nan),
                 share_after=after.get(task, math.nan),
                 loss_ratio=ratio,
-                mean_after_warmup=statistics.fmean(later),
-                std_after_warmup=statistics.pstdev(later),
+                mean_after_warmup=_mean(later),
+                std_after_warmup=_deviation(later),
             )
         )
     return RunReport("The run", rows, steps, steps // 10, {}, logged_only=True)
 
 
-def _shares(history: History, part: slice) -> dict[str, float]:
-    """Task → its mean share of the weighted gradient norms over part of the logged steps."""
-    norms = {task: curve.values[part] for task, curve in history.of("grad_norm").items()}
-    means = {task: statistics.fmean(values) for task, values in norms.items() if values}
-    whole = sum(means.values())
-    return {task: mean / whole for task, mean in means.items()} if whole else {}
+def _shares(norms: Mapping[str, float]) -> dict[str, float]:
+    whole = sum(norms.values())
+    return {task: norm / whole for task, norm in norms.items()} if whole else {}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.pstdev(values) if all(map(math.isfinite, values)) else math.nan

@@ -1,13 +1,14 @@
 """Ways to turn a step's losses into gradients: the plain sum, GradNorm with either engine, and its textbook form."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.workloads import Losses, Workload
-from lightning_gradnorm import GradNorm, JointBackward, PerTaskBackward, tap_losses
+from lightning_gradnorm import GradNorm, JointBackward, LayerWatch, PerTaskBackward, tap_losses
 from lightning_gradnorm.gradients import GradientReader
 
 
@@ -47,7 +48,7 @@ class PlainSum(Method):
 class GradNormMethod(Method):
     """GradNorm as in a bare loop, on the steps that are due; the others add nothing but the weighted sum."""
 
-    reader: ClassVar[type[GradientReader]]
+    reader: Callable[..., GradientReader]
 
     def __init__(self, workload: Workload, optimizer: torch.optim.Optimizer, update_every: int = 1) -> None:
         super().__init__(workload, optimizer)
@@ -66,10 +67,31 @@ class GradNormMethod(Method):
 
 
 class JointEngine(GradNormMethod):
-    """GradNorm, its norms read from the one joint backward: the default."""
+    """GradNorm, its norms read from the one joint backward, with one product per task through any kind of layer."""
 
-    name = "GradNorm, joint engine"
+    name = "GradNorm, product per task"
     reader = JointBackward
+
+
+class WatchedLayer(GradNormMethod):
+    """GradNorm, its norms read from the one joint backward, all tasks at once through a Linear or convolution: the default."""
+
+    name = "GradNorm"
+
+    def __init__(self, workload: Workload, optimizer: torch.optim.Optimizer, update_every: int = 1) -> None:
+        super().__init__(workload, optimizer, update_every)
+        owners = [m for m in workload.network.modules() if any(p is workload.shared[0] for p in m.parameters(recurse=False))]
+        self.watch = LayerWatch(owners[0], workload.shared)
+        self.watch.stop()
+
+    def step(self) -> None:
+        if self.gradnorm.due:
+            self.watch.start()
+        super().step()
+        self.watch.stop()
+
+    def reader(self, root: Tensor, losses: Losses, parameters: list[Tensor]) -> GradientReader:
+        return self.watch.reader(root, losses)
 
 
 class PerTaskEngine(GradNormMethod):
@@ -113,4 +135,9 @@ class DoubleBackward(Method):
         return torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm()
 
 
-BALANCED: dict[str, type[Method]] = {"joint": JointEngine, "per-task": PerTaskEngine, "double": DoubleBackward}
+BALANCED: dict[str, type[Method]] = {
+    "gradnorm": WatchedLayer,
+    "joint": JointEngine,
+    "per-task": PerTaskEngine,
+    "double": DoubleBackward,
+}

@@ -21,9 +21,11 @@ from lightning_gradnorm.callbacks import GradNormCallback, LossBalancingCallback
 from lightning_gradnorm.comparison import compare
 from lightning_gradnorm.diagnosis import diagnose
 from lightning_gradnorm.gradients import JointBackward, PerTaskBackward, tap_losses
+from lightning_gradnorm.layer_gradients import LayerWatch
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.mixin import MultiTaskMixin
 from lightning_gradnorm.pointwise import GradientNormPoints, PointWeighting, SelfAdaptivePoints, UniformPoints
+from lightning_gradnorm.shared_layer import SharedLayerSpec
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,7 @@ __all__ = [
     "GradNormCallback",
     "GradientNormPoints",
     "JointBackward",
+    "LayerWatch",
     "LearningRateAnnealing",
     "LossBalancer",
     "LossBalancingCallback",
@@ -50,6 +53,7 @@ __all__ = [
     "ReLoBRaLo",
     "RuleBalancer",
     "SelfAdaptivePoints",
+    "SharedLayerSpec",
     "SoftAdapt",
     "UncertaintyWeighting",
     "UniformPoints",

@@ -128,6 +128,21 @@ def is_built_from(root: Tensor, losses: Mapping[str, Tensor]) -> bool:
     return False
 
 
+def count_uses(root: Node, parameters: Iterable[Tensor]) -> list[int]:
+    """How many edges of the graph lead into each parameter: how often the forward pass used it."""
+    nodes = [get_gradient_edge(parameter).node for parameter in parameters]
+    uses = dict.fromkeys(nodes, 0)
+    stack, seen = [root], {root}
+    while stack:
+        for child, _ in stack.pop().next_functions:
+            if child in uses:
+                uses[child] += 1
+            elif child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return [uses[node] for node in nodes]
+
+
 def first_uses(root: Node | None) -> dict[nn.Parameter, int]:
     """Every parameter that the graph reaches → the number of the node that used it first in the forward pass."""
     uses: dict[nn.Parameter, int] = {}

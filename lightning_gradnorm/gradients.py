@@ -9,7 +9,6 @@ Both leave every parameter's ``.grad`` as the plain backward makes it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +16,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradnorm.autograd_graph import Edge, TaskGraph, task_graph
+from lightning_gradnorm.autograd_graph import MERGED, REST, Edge, TaskGraph, task_graph
 from lightning_gradnorm.losses import check_losses
-from lightning_gradnorm.measurement import Measurement, stack_scalars, widest_float
+from lightning_gradnorm.measurement import Measurement, stack_scalars
+from lightning_gradnorm.task_gradients import TaskGradients
 
 
 def tap_losses(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,75 +63,6 @@ class CompiledSharedLayerError(RuntimeError):
             "compiled region (compile the trunk below it and the heads above it), or take norm_of='features' with a "
             "shared_layer() whose output leaves the compiled region."
         )
-
-
-@dataclass(frozen=True)
-class TaskGradients:
-    """Each task's gradient on the shared parameters W.
-
-    Attributes:
-        tasks: task names, ``T`` of them.
-        gradients: per task, per parameter, c_i ∇_W L_i in the parameter's shape, or ``None`` where the task does not
-            use that parameter.
-        cotangents: c_i = s · ∂total/∂L_i, shape ``[T]``: what to divide by for the unweighted gradient.
-        parameters: the shared parameters.
-    """
-
-    tasks: tuple[str, ...]
-    gradients: list[list[Tensor | None]]
-    cotangents: Tensor
-    parameters: list[Tensor]
-
-    def norms(self) -> Tensor:
-        """n_i = ‖∇_W L_i‖₂ of the unweighted losses, shape ``[T]``, summed in float64 where the device has it."""
-        norms = [_norm([g for g in row if g is not None]) for row in self.gradients]
-        return torch.stack([norm.to(self.cotangents.device) for norm in norms]) / self.cotangents.abs()
-
-    def flat(self) -> Tensor:
-        """∇_W L_i of the unweighted losses, shape ``[T, |W|]``, in at least float32; 0 where a task uses none of it."""
-        device = self.cotangents.device
-        rows = [
-            torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).flatten().to(device)
-                    for g, p in zip(row, self.parameters, strict=True)
-                ]
-            )
-            for row in self.gradients
-        ]
-        stacked = torch.stack(rows)
-        stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
-        return stacked / self.cotangents.to(stacked.dtype).unsqueeze(1)
-
-
-_FEW = 1 << 16  # elements
-
-
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """Euclidean norm of all the gradients as one vector, scalar, as wide as the device allows."""
-    kinds = {(g.device, g.dtype) for g in gradients}
-    if len(gradients) > 1 and len(kinds) == 1 and sum(g.numel() for g in gradients) <= _FEW:
-        gradients = [torch.cat([g.flatten() for g in gradients])]  # many small norms cost more than one copy
-    norms = [_norm_of_one(g).to(gradients[0].device) for g in gradients]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-
-
-def _norm_of_one(gradient: Tensor) -> Tensor:
-    wide = widest_float(gradient.device)
-    if gradient.device.type == "cpu" and gradient.dtype == torch.float32 and gradient.ndim > 1 and gradient.numel() > _FEW:
-        # A float64 norm makes a float64 copy on the CPU. The rows, as they lie in memory, are short enough for float32.
-        as_it_lies = gradient.permute(sorted(range(gradient.ndim), key=gradient.stride, reverse=True))
-        norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(as_it_lies.flatten(1), dim=1), dtype=wide)
-        if 1e-12 < norm < 1e18:  # nothing in it over- or underflowed
-            return norm
-    whole: Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
-    return whole
-
-
-def cosines(gradients: Tensor) -> Tensor:
-    """Cosine of the angle between every two rows, ``[T, |W|]`` → ``[T, T]``; NaN beside a row of zeros."""
-    unit = gradients / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
-    return torch.mm(unit, unit.T)
 
 
 class HiddenUseError(RuntimeError):
@@ -240,6 +171,7 @@ class JointBackward(GradientReader):
     """
 
     engine: ClassVar[str] = "joint"
+    # Attribute is_merged: whether several tasks meet above every tensor of W, so that products are needed at all.
 
     def __init__(self, root: Tensor, losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> None:
         super().__init__(root, losses, parameters)
@@ -249,6 +181,7 @@ class JointBackward(GradientReader):
         self._handles: list[RemovableHandle] = []
         self._accumulated: dict[int, int] = {}
         self._awaited = 0  # exclusive nodes whose hook has not fired yet
+        self.is_merged = False
         try:
             self._lay_hooks(root, losses)
         except BaseException:
@@ -297,6 +230,7 @@ class JointBackward(GradientReader):
             raise UnreachedSharedLayerError(unreached)
         if graph.compiled(merged_only=True):
             raise CompiledSharedLayerError("The tasks' gradients meet above the shared layer")
+        self.is_merged = all(graph.owners.get(node, REST) == MERGED for node, _ in graph.targets)
         pushed: dict[Node, None] = {}
         for node in graph.edges:
             owner = graph.owners[node]

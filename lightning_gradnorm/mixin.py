@@ -24,7 +24,8 @@ class MultiTaskMixin:
     def shared_layer(self) -> SharedLayerSpec | None:
         """The layer that all tasks share, on whose parameters their gradients are compared (the paper's W).
 
-        Override it to choose: return a module, a parameter, the dotted name of either, or an iterable of these. ``None``
+        Override it to choose: return a module, a parameter, the dotted name of either, or an iterable of these. Each task
+        needs to reach some of those parameters, not all: networks of several subdomains can be given together. ``None``
         has the layer found from the graph of the first training batch.
         """
         return None

@@ -107,6 +107,18 @@ def shared_features(spec: SharedLayerSpec | None, network: nn.Module) -> SharedL
     return SharedLayer(tuple(names[module] for module in feature_modules(spec, network)), (), "given by shared_layer()")
 
 
+def owner_of(parameters: Iterable[Tensor], network: nn.Module) -> nn.Module | None:
+    """The one module that all these parameters are the own ones of; ``None`` where they are several modules', or shared."""
+    wanted = {id(parameter) for parameter in parameters}
+    owners = [m for m in network.modules() if not wanted.isdisjoint(id(p) for p in m.parameters(recurse=False))]
+    return owners[0] if len(owners) == 1 and wanted <= {id(p) for p in owners[0].parameters(recurse=False)} else None
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether ``torch.compile`` has been at the network or a part of it."""
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in network.modules())
+
+
 def _modules(spec: SharedLayerSpec, network: nn.Module) -> Iterable[nn.Module]:
     modules = dict(_named(network.named_modules(remove_duplicate=False)))
     if isinstance(spec, nn.Module):

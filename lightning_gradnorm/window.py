@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.gradients import TaskGradients, cosines
 from lightning_gradnorm.measurement import Measurement, stack_scalars, widest_float
+from lightning_gradnorm.task_gradients import TaskGradients, cosines
 
 AllReduceSum = Callable[[Tensor], Tensor]
 
@@ -46,7 +46,7 @@ class MeasurementWindow:
         if self._of_features or not self._measured:
             return int(self._measured)
         if self._only is not None:
-            return sum(parameter.numel() for parameter in self._only.parameters)
+            return self._only.entries
         return next(iter(self._sums.values())).numel()
 
     @property
@@ -149,7 +149,7 @@ class MeasurementWindow:
         """Cosine between every two tasks' mean gradients, ``[T, T]``; ``None`` where they cannot be had."""
         if not self._measured or (self._of_features and self._only is None):
             return None
-        return cosines(self._only.flat() if self._only is not None else torch.stack(list(self._sums.values())))
+        return self._only.cosines() if self._only is not None else cosines(torch.stack(list(self._sums.values())))
 
     def _norms(self) -> Tensor:
         if self._only is not None:

@@ -16,11 +16,10 @@ from lightning_gradnorm.gradients import (
     IncompleteBackwardError,
     JointBackward,
     PerTaskBackward,
-    TaskGradients,
     UnreachedSharedLayerError,
-    cosines,
     tap_losses,
 )
+from lightning_gradnorm.task_gradients import TaskGradients, cosines
 from tests import graphs
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -220,7 +220,7 @@ class LossBalancingCallback(Callback):
         self._read_in_batch = False
         measures = self.balancer.due and self.balancer.needs_gradients
         if measures:
-            self._measuring.watch_features(pl_module)
+            self._measuring.watch(pl_module)
         self._link.start(reads_gradients=measures, once_per_step=pl_module.automatic_optimization)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -358,6 +358,7 @@ class LossBalancingCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "balancer": self.balancer.state_dict(),
+            "shared_layer": list(self._measuring.known_names),
             "summary": self._reporting.summary.state_dict(),
             "log": self._log.state_dict(),
             "points": {task: weighting.state_dict() for task, weighting in self.points.items()},
@@ -367,6 +368,7 @@ class LossBalancingCallback(Callback):
         if self._stage != "fit" and self.balancer.tasks:
             return  # testing a checkpoint does not touch the live weights
         self.balancer.load_state_dict(state_dict["balancer"])
+        self._measuring.known_names = list(state_dict["shared_layer"])
         self._reporting.summary.load_state_dict(state_dict["summary"])
         self._log.load_state_dict(state_dict["log"])
         for task, weighting in self.points.items():

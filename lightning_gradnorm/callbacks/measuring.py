@@ -9,10 +9,13 @@ from torch.utils.hooks import RemovableHandle
 from lightning_gradnorm.callbacks.link import NotedLosses
 from lightning_gradnorm.callbacks.ranks import RankAgreement
 from lightning_gradnorm.gradients import GradientReader, IncompleteBackwardError, JointBackward, PerTaskBackward
+from lightning_gradnorm.layer_gradients import LayerWatch
 from lightning_gradnorm.shared_layer import (
     SharedLayer,
     detect_shared_layer,
     feature_modules,
+    is_compiled,
+    owner_of,
     resolve_shared_layer,
     shared_features,
 )
@@ -53,13 +56,15 @@ class Measuring:
         self.engine_used: str | None = None
         self.reader_type = _ENGINES[engine]
         self._reader: GradientReader | None = None
+        self._watch: LayerWatch | None = None
+        self.known_names: list[str] = []  # of W in the run that a checkpoint is from
         self._features: list[Tensor] = []
         self._hooks: list[RemovableHandle] = []
         self.restart()
 
     def restart(self) -> None:
         """A new fit: the layer is looked up again, and the ranks agree again."""
-        self.shared = None
+        self.shared = self._watch = None
         self._agreement = RankAgreement()
         self.let_go()
 
@@ -74,11 +79,20 @@ class Measuring:
             self._reader.discard()
             self._reader = None
 
-    def watch_features(self, module: Any) -> None:
-        """For ``norm_of="features"``: keep the shared layer's outputs of the batch that begins."""
+    def watch(self, module: Any) -> None:
+        """Keep what will be needed of the shared layer's calls in the batch that begins."""
+        if self.norm_of == "parameters" and self.shared is None and self._are_names_of(module):
+            # A resumed run reads its first step as the run before would have: the layer is known.
+            self._watch_layer(resolve_shared_layer(self.known_names, module), module)
+        if self._watch is not None:
+            self._watch.start()
         if self.norm_of == "features":
             for layer in feature_modules(module.shared_layer(), module):
                 self._hooks.append(layer.register_forward_hook(self._keep_output))
+
+    def _are_names_of(self, module: Any) -> bool:
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        return bool(self.known_names) and trained.issuperset(self.known_names)
 
     def _keep_output(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         features = output[0] if isinstance(output, tuple) else output
@@ -87,6 +101,8 @@ class Measuring:
 
     def stop_watching(self) -> None:
         """The batch is over."""
+        if self._watch is not None:
+            self._watch.stop()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -103,6 +119,19 @@ class Measuring:
             self.shared = shared_features(spec, module)
         else:
             self.shared = detect_shared_layer(losses, module) if spec is None else resolve_shared_layer(spec, module)
+            self._watch_layer(self.shared, module)
+            self.known_names = list(self.shared.names)
+
+    def _watch_layer(self, shared: SharedLayer, module: Any) -> None:
+        """From the next batch on, read all tasks at once through the layer that owns W, if it is one."""
+        if self._watch is not None and self._watch.parameters == list(shared.parameters):
+            return
+        self.stop_watching()
+        owner = owner_of(shared.parameters, module)
+        usable = owner is not None and self.reader_type is JointBackward and not is_compiled(module)
+        self._watch = LayerWatch(owner, shared.parameters) if usable and owner is not None else None
+        if self._watch is not None:
+            self._watch.stop()
 
     def before_backward(self, root: Tensor, noted: NotedLosses) -> bool:
         """Get ready for the backward of ``root``.
@@ -120,7 +149,10 @@ class Measuring:
             tensors = [parameter for parameter in self.shared.parameters if parameter.requires_grad]
         if not tensors:
             return False
-        self._reader = self.reader_type(root, noted.losses, tensors)
+        if self._watch is not None and self.reader_type is JointBackward and tensors == list(self._watch.parameters):
+            self._reader = self._watch.reader(root, noted.losses)
+        else:
+            self._reader = self.reader_type(root, noted.losses, tensors)
         return True
 
     def after_backward(self) -> None:

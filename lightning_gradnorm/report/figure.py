@@ -16,7 +16,7 @@ _PANELS = {
     "loss_ratio": "loss ratios L(t) / L(0)",
     "task_loss": "task losses, unweighted",
 }
-_LONGEST_NAME = 32  # characters of a task's name in the legend
+_HALF_NAME = 16  # characters: what the legend shows of either end of a long name
 FILE_NAME = "loss_balancing.png"
 
 
@@ -41,9 +41,14 @@ def draw_history(history: History, path: str | Path, title: str = "") -> None:
 
     panels = [kind for kind in _PANELS if history.of(kind)]
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(10, 3.1 * rows + 0.3), dpi=150, layout="constrained")
+    names = {
+        task: task if len(task) <= 2 * _HALF_NAME else f"{task[:_HALF_NAME]}…{task[-_HALF_NAME:]}" for task in history.tasks
+    }
+    columns = 1 + (len(names) - 1) // (12 * rows)
+    beside = columns * (0.5 + 0.085 * max(map(len, names.values()), default=0))  # inches, of the legend
+    figure = Figure(figsize=(9 + beside, 3.1 * rows + 0.3), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    styles = {task: _style(i) for i, task in enumerate(history.tasks)}
+    styles = {task: _style(i) for i, task in enumerate(names)}
     axes_of = figure.subplots(rows, 2, squeeze=False, sharex=True).flat
     for axes, kind in zip(axes_of, panels, strict=False):
         _draw(axes, history.of(kind), styles)
@@ -55,12 +60,10 @@ def draw_history(history: History, path: str | Path, title: str = "") -> None:
     for axes in itertools.islice(figure.axes, len(panels), None):
         axes.set_axis_off()
     handles = [figure.axes[0].plot([], [], **style, linewidth=2)[0] for style in styles.values()]
-    legend = figure.legend(
-        handles, list(map(str, range(len(styles)))), loc="outside right upper", frameon=False, fontsize=9,
-        ncols=1 + (len(styles) - 1) // 24,
-    )  # fmt: skip
-    for text, task in zip(legend.get_texts(), styles, strict=True):  # afterwards, since a label "_a" would be left out
-        text.set_text(task if len(task) <= _LONGEST_NAME else f"{task[: _LONGEST_NAME - 1]}…")
+    numbers = list(map(str, range(len(names))))  # in place of the names: older matplotlib leaves out "_a"
+    legend = figure.legend(handles, numbers, loc="outside right upper", frameon=False, fontsize=9, ncols=columns)
+    for text, name in zip(legend.get_texts(), names.values(), strict=True):
+        text.set_text(name)
         text.set_parse_math(False)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
@@ -75,7 +78,7 @@ def _style(number: int) -> dict[str, Any]:
 def _draw(axes: Any, curves: dict[str, Curve], styles: dict[str, dict[str, Any]], linewidth: float = 1.5, **line: Any) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    for task, curve in curves.items():
+    for task, curve in ((task, curve) for task, curve in curves.items() if task in styles):
         marker = {"marker": "o", "markersize": 3} if len(curve.steps) < 3 else {}
         axes.plot(curve.steps, curve.values, **styles[task], **marker, linewidth=linewidth, **line)
     values = [value for curve in curves.values() for value in curve.values if value == value]

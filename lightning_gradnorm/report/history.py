@@ -68,8 +68,9 @@ def read_history(folder: str | Path) -> History:
         )
     if not history.tasks:
         raise ValueError(
-            f"{folder} has logs, but no loss_weight/… among them: no balancing callback logged there. Add "
-            "GradNormCallback() to the Trainer (mode='monitor' changes no weight), or give another folder."
+            f"{folder} has logs, but no loss_weight/… among them: no balancing callback logged there, or the run was "
+            "shorter than log_every_n_steps. Add GradNormCallback() to the Trainer (mode='monitor' changes no weight), or give "
+            "another folder."
         )
     return history
 

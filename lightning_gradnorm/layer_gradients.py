@@ -1,0 +1,319 @@
+"""All tasks at once through one shared Linear or convolution, from its input and the tasks' gradients at its output.
+
+For rows X of the layer's input ``[R, inputs]`` and of task i's gradient at its output Δ_i ``[R, outputs]``, the gradient on the
+weight is Δ_iᵀ X. Its norm needs no such product where rows are few: ‖Δ_iᵀ X‖² = ⟨(X Xᵀ) Δ_i, Δ_i⟩ (the Gram form). Which of
+the two is done is decided by counting operations. A convolution is a Linear of its unfolded input; a layer called several
+times has the rows of all its calls; a bias is an input that is always 1.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gradnorm.autograd_graph import count_uses
+from lightning_gradnorm.gradients import GradientReader, JointBackward
+from lightning_gradnorm.measurement import widest_float
+from lightning_gradnorm.task_gradients import TaskGradients
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class LayerCall(NamedTuple):
+    """One call of the layer: its input, and its output with the graph."""
+
+    input: Tensor
+    output: Tensor
+
+
+class LayerGradients(TaskGradients):
+    """Each task's gradient on a layer's weight (and bias), kept as the factors that it is a product of.
+
+    Args:
+        at_outputs: the tasks' gradients at the outputs of the calls.
+        layer: a Linear or a convolution.
+        calls: of one step.
+        parameters: those of the layer that W consists of.
+    """
+
+    def __init__(
+        self, at_outputs: TaskGradients, layer: nn.Module, calls: Iterable[LayerCall], parameters: list[Tensor]
+    ) -> None:
+        super().__init__(at_outputs.tasks, [], at_outputs.cotangents, parameters)
+        calls = list(calls)
+        with torch.no_grad():
+            self._inputs = _joined([_input_rows(layer, call.input.detach()) for call in calls])
+            self._deltas = [
+                _joined(
+                    [
+                        _output_rows(layer, call.output if g is None else g, g is None)
+                        for g, call in zip(row, calls, strict=True)
+                    ]
+                )
+                for row in at_outputs.gradients
+            ]
+        self._layer = layer
+        self._has_bias = isinstance(layer.bias, Tensor) and any(layer.bias is parameter for parameter in parameters)
+
+    @property
+    def form(self) -> str:
+        """``"gram"`` or ``"product"``: whichever takes fewer operations for the norms."""
+        _, rows, inputs = self._inputs.shape
+        outputs, tasks = self._deltas[0].shape[2], len(self.tasks)
+        gram = rows * rows * (inputs + tasks * outputs * _part_of_square(rows))
+        return "gram" if gram < tasks * rows * inputs * outputs else "product"
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        squares = self._squares(torch.float32)
+        if squares.device.type == "cpu" and not bool(((squares > 1e-24) & (squares < 1e30)).all()):
+            squares = self._squares(torch.float64)  # something under- or overflowed, or is zero
+        return squares.clamp_min(0).sqrt() / self.cotangents.abs()
+
+    @torch.no_grad()
+    def cosines(self) -> Tensor:
+        deltas, gram = torch.stack(self._deltas), self._gram(torch.float64)
+        tasks = len(deltas)
+        carried = torch.matmul(gram, deltas.to(gram))  # [T, groups, R, outputs]
+        inner = deltas.to(gram).view(tasks, -1) @ carried.view(tasks, -1).T
+        norms = inner.diagonal().clamp_min(0).sqrt()
+        signs = self.cotangents.sign()
+        return inner / torch.outer(norms, norms) * torch.outer(signs, signs)
+
+    @torch.no_grad()
+    def flat(self) -> Tensor:
+        inputs = self._inputs.to(self._wide(torch.float32))
+        rows = []
+        for deltas, cotangent in zip(self._deltas, self.cotangents.to(inputs.dtype).unbind(), strict=True):
+            deltas = deltas.to(inputs.dtype)
+            of = {True: lambda d: (d.mT @ inputs).flatten(), False: lambda d: d.sum(1).flatten()}
+            parts = [of[parameter is self._layer.weight](deltas) for parameter in self.parameters]
+            rows.append(torch.cat(parts) / cotangent)
+        return torch.stack(rows)
+
+    def _wide(self, least: torch.dtype) -> torch.dtype:
+        least = least if self._inputs.device.type != "mps" else torch.float32
+        return torch.promote_types(torch.promote_types(self._inputs.dtype, self._deltas[0].dtype), least)
+
+    def _gram(self, least: torch.dtype) -> Tensor:
+        """X Xᵀ, ``[groups, R, R]``; with the input of the bias, which is always 1."""
+        inputs = self._inputs.to(self._wide(least))
+        gram = inputs @ inputs.mT
+        return gram + 1 if self._has_bias else gram
+
+    def _squares(self, least: torch.dtype) -> Tensor:
+        """‖c_i ∇_W L_i‖² of every task, ``[T]``, as wide as the device allows."""
+        wide = widest_float(self._inputs.device)
+        if self.form == "gram":
+            strips = _strips(self._gram(least))
+            squares = [self._by_strips(strips, deltas) for deltas in self._deltas]
+        else:
+            inputs = self._inputs.to(self._wide(least))
+            squares = [self._by_product(inputs, deltas.to(inputs.dtype)) for deltas in self._deltas]
+        return torch.stack(squares).to(wide)
+
+    @staticmethod
+    def _by_strips(strips: list[Tensor], deltas: Tensor) -> Tensor:
+        """⟨X Xᵀ, Δ Δᵀ⟩ over a triangle of blocks: both are symmetric."""
+        deltas, width = deltas.to(strips[0].dtype), strips[0].shape[1]
+        parts = [
+            torch.linalg.vecdot((deltas[:, k * width : (k + 1) * width] @ deltas[:, k * width :].mT).flatten(), strip.flatten())
+            for k, strip in enumerate(strips)
+        ]
+        whole: Tensor = torch.stack(parts).to(widest_float(deltas.device)).sum()
+        return whole
+
+    def _by_product(self, inputs: Tensor, deltas: Tensor) -> Tensor:
+        product = deltas.mT @ inputs
+        rows = torch.linalg.vector_norm(product, dim=-1)  # short enough for the narrow type
+        square: Tensor = torch.linalg.vector_norm(rows, dtype=widest_float(product.device)).square()
+        return square + deltas.sum(1).to(square).square().sum() if self._has_bias else square
+
+
+_STRIPS = 4
+
+
+def _part_of_square(rows: int) -> float:
+    """How much of a symmetric matrix of that many rows its triangle of blocks is."""
+    strips = _STRIPS if rows >= 32 * _STRIPS else 1
+    return (strips + 1) / (2 * strips)
+
+
+def _strips(gram: Tensor) -> list[Tensor]:
+    """Of a symmetric ``[…, R, R]``: rows in so many strips, each from its diagonal block on; what lies beside it doubled."""
+    rows = gram.shape[-1]
+    width = -(-rows // (_STRIPS if rows >= 32 * _STRIPS else 1))
+    strips = []
+    for start in range(0, rows, width):
+        strip = 2 * gram[..., start : start + width, start:]
+        strip[..., :width] /= 2
+        strips.append(strip)
+    return strips
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    """The rows of all calls, ``[groups, R, …]``."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+
+def _input_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """What each output place sees of the input, ``[groups, R, inputs]``."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, layer.in_features)
+    assert isinstance(layer, _CONVOLUTIONS)
+    dims = len(layer.kernel_size)
+    x = x if x.ndim == dims + 2 else x.unsqueeze(0)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, _padding(layer), mode=mode)
+    for i in range(dims):
+        reach = layer.dilation[i] * (layer.kernel_size[i] - 1) + 1
+        x = x.unfold(2 + i, reach, layer.stride[i])[..., :: layer.dilation[i]]
+    places = [0, *range(2, 2 + dims)]
+    x = x.permute(*places, 1, *range(2 + dims, 2 + 2 * dims))  # batch, places, channels, kernel
+    return x.reshape(math.prod(x.shape[: 1 + dims]), layer.groups, -1).transpose(0, 1)
+
+
+def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
+    """As ``F.pad`` takes it: last dimension first, both ends."""
+    ends: list[int] = []
+    for i in reversed(range(len(layer.kernel_size))):
+        if layer.padding == "same":
+            both = layer.dilation[i] * (layer.kernel_size[i] - 1)
+            ends += [both // 2, both - both // 2]
+        else:
+            ends += [0, 0] if isinstance(layer.padding, str) else [layer.padding[i]] * 2
+    return ends
+
+
+def _output_rows(layer: nn.Module, y: Tensor, zero: bool) -> Tensor:
+    """The gradient at each output place, ``[groups, R, outputs]``; zeros in the shape of ``y`` where there is none."""
+    y = torch.zeros_like(y) if zero else y.detach()
+    if isinstance(layer, nn.Linear):
+        return y.reshape(1, -1, layer.out_features)
+    assert isinstance(layer, _CONVOLUTIONS)
+    y = y if y.ndim == len(layer.kernel_size) + 2 else y.unsqueeze(0)
+    return y.movedim(1, -1).reshape(-1, layer.groups, layer.out_channels // layer.groups).transpose(0, 1)
+
+
+class LayerBackward(GradientReader):
+    """``JointBackward`` down to the outputs of a layer's calls, and from there all tasks at once; see ``LayerGradients``."""
+
+    engine = "joint"
+
+    def __init__(
+        self,
+        root: Tensor,
+        losses: Mapping[str, Tensor],
+        parameters: Iterable[Tensor],
+        layer: nn.Module,
+        calls: Iterable[LayerCall],
+    ) -> None:
+        super().__init__(root, losses, parameters)
+        self._layer, self._calls = layer, list(calls)
+        self._at_outputs = JointBackward(root, losses, [call.output for call in self._calls])
+
+    def gradients(self) -> LayerGradients:
+        found = LayerGradients(self._at_outputs.gradients(), self._layer, self._calls, self._parameters)
+        self._calls = []
+        return found
+
+    def discard(self) -> None:
+        self._at_outputs.discard()
+        self._calls = []
+
+
+class _Blind:
+    """What a copy of the layer keeps of a watch on it: a hook that notes nothing."""
+
+    _calls = None
+
+    def _note(self, layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        pass
+
+
+class LayerWatch:
+    """Watches a layer's calls, so that its tasks' gradients can be read all at once::
+
+        watch = LayerWatch(net.shared)  # once
+        for x, y in batches:
+            watch.start()
+            …
+            reader = watch.reader(total, losses)  # in the place of JointBackward(total, losses, net.shared.parameters())
+            total.backward()
+
+    Any module may be given; what is neither a Linear nor a convolution, or is used in another way than by calling it, is read
+    by ``JointBackward`` as ever.
+
+    Args:
+        layer: the shared layer.
+        parameters: those of its parameters that W consists of; by default all that are trained.
+    """
+
+    def __init__(self, layer: nn.Module, parameters: Iterable[Tensor] | None = None) -> None:
+        self.layer = layer
+        self.parameters = [p for p in layer.parameters() if p.requires_grad] if parameters is None else list(parameters)
+        self._calls: list[LayerCall] | None = None  # while nothing is noted
+        self._handle: RemovableHandle | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Note calls from now on, up to the next ``reader``."""
+        self._calls = []
+        if self._handle is None and self.is_known():
+            self._handle = self.layer.register_forward_hook(self._note)
+
+    def stop(self) -> None:
+        """Note nothing more, let go of what was noted, and take the hook off the layer."""
+        self._calls = None
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "_Blind":
+        return _Blind()
+
+    def __reduce__(self) -> tuple[type["_Blind"], tuple[()]]:
+        return (_Blind, ())
+
+    def is_known(self) -> bool:
+        """Whether the layer's weight is among W, and all of W is the layer's own."""
+        if type(self.layer) not in (nn.Linear, *_CONVOLUTIONS):
+            return False
+        own = [self.layer.weight, self.layer.bias]
+        return any(p is self.layer.weight for p in self.parameters) and all(
+            any(p is other for other in own) for p in self.parameters
+        )
+
+    def _note(self, layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        if not torch.is_grad_enabled() or self._calls is None:
+            return
+        given = inputs[0] if len(inputs) == 1 else None
+        alone = len(layer._forward_hooks) == 1  # another hook may give another output
+        if alone and isinstance(given, Tensor) and isinstance(output, Tensor) and output.requires_grad:
+            self._calls.append(LayerCall(given, output))
+        else:
+            self._calls = None  # this step is read in the general way
+
+    def reader(self, root: Tensor, losses: Mapping[str, Tensor]) -> GradientReader:
+        """For the backward of ``root``: as ``JointBackward`` takes it, and raises.
+
+        Args:
+            root: scalar that ``backward()`` will be called on.
+            losses: the tapped losses that it was built from.
+        """
+        calls, self._calls = self._calls, None
+        if calls and root.grad_fn is not None and self._are_all(root, calls):
+            reader = LayerBackward(root, losses, self.parameters, self.layer, calls)
+            if reader._at_outputs.is_merged:
+                return reader
+            reader.discard()  # every task has calls of its own: its gradient passes by on its way to W, for nothing
+        return JointBackward(root, losses, self.parameters)
+
+    def _are_all(self, root: Tensor, calls: list[LayerCall]) -> bool:
+        """Whether W is used in these calls, once in each, and nowhere else in the graph."""
+        assert root.grad_fn is not None
+        return all(count == len(calls) for count in count_uses(root.grad_fn, self.parameters))

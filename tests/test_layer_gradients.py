@@ -1,0 +1,284 @@
+"""All tasks at once through a shared layer: equal to one autograd.grad per task, whichever way it was done."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.overhead import flops
+from lightning_gradnorm import JointBackward, LayerWatch, tap_losses
+from lightning_gradnorm.layer_gradients import LayerBackward, LayerGradients
+
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+]
+
+LAYERS = {
+    "linear, few rows": (lambda: nn.Linear(30, 40), (5, 30), "gram"),
+    "linear, many rows": (lambda: nn.Linear(3, 4), (50, 3), "product"),
+    "linear, many strips": (lambda: nn.Linear(600, 500), (150, 600), "gram"),
+    "linear, odd strips": (lambda: nn.Linear(600, 500, bias=False), (131, 600), "gram"),
+    "linear without bias": (lambda: nn.Linear(3, 4, bias=False), (20, 3), "product"),
+    "linear on sequences": (lambda: nn.Linear(40, 30), (2, 3, 40), "gram"),
+    "linear on one vector": (lambda: nn.Linear(8, 5), (8,), "gram"),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 9, 8), "product"),
+    "convolution, few places": (lambda: nn.Conv2d(64, 64, 3, padding="same"), (2, 64, 3, 3), "gram"),
+    "strided, dilated, grouped": (lambda: nn.Conv2d(4, 6, 3, 2, 1, dilation=2, groups=2), (2, 4, 11, 9), "product"),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (2, 6, 4, 4), "product"),
+    "grouped, few places": (lambda: nn.Conv2d(64, 32, 3, groups=2, bias=False), (1, 64, 4, 4), "gram"),
+    "one dimension": (lambda: nn.Conv1d(4, 6, 4, padding="same", padding_mode="circular"), (2, 4, 9), "product"),
+    "one dimension, even kernel": (lambda: nn.Conv1d(4, 6, 4, padding="same", dilation=3), (2, 4, 13), "product"),
+    "three dimensions": (lambda: nn.Conv3d(2, 4, (2, 3, 1), (1, 2, 1), (0, 1, 0)), (2, 2, 5, 6, 4), "product"),
+    "reflected, no batch": (lambda: nn.Conv2d(2, 4, 3, padding=(1, 2), padding_mode="reflect"), (2, 6, 6), "product"),
+    "valid": (lambda: nn.Conv2d(2, 4, 3, padding="valid"), (2, 2, 6, 6), "product"),
+}
+
+
+def tasks(z, count=3):
+    """Losses of a shared output, of other size each; all its places count."""
+    draws = torch.Generator().manual_seed(1)
+    weights = [torch.randn(z.shape, generator=draws, dtype=z.dtype) for _ in range(count)]
+    return {f"task{i}": 100.0**i * (z.tanh() * w).pow(2).mean() for i, w in enumerate(weights)}
+
+
+def oracle(losses, parameters):
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses.values()]
+    return torch.stack(
+        [
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(row, parameters, strict=True)])
+            for row in rows
+        ]
+    )
+
+
+def read(watch, make_losses, scale=1.0):
+    """What the watch's reader gives around one backward, and the reader."""
+    watch.start()
+    losses = tap_losses(make_losses())
+    root = sum((i + 0.5) * loss for i, loss in enumerate(losses.values())) * scale
+    reader = watch.reader(root, losses)
+    root.backward()
+    return reader.gradients(), reader
+
+
+def assert_equal(found, expected):
+    torch.testing.assert_close(found.norms(), expected.norm(dim=1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(found.flat(), expected, rtol=1e-9, atol=1e-12 * expected.abs().max())
+    cosines = F.cosine_similarity(expected[:, None], expected[None], dim=2)
+    torch.testing.assert_close(found.cosines(), cosines, rtol=0, atol=1e-10)
+    assert found.entries == expected.shape[1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**40, 2.0**-40])
+@pytest.mark.parametrize(("make", "shape", "form"), LAYERS.values(), ids=LAYERS)
+def test_equal_to_one_autograd_grad_per_task(make, shape, form, scale):
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    found, reader = read(LayerWatch(layer), lambda: tasks(layer(x)), scale)
+    assert isinstance(reader, LayerBackward)
+    assert isinstance(found, LayerGradients)
+    assert found.form == form
+    assert_equal(found, oracle(tasks(layer(x)), list(layer.parameters())))
+
+
+@pytest.mark.parametrize("part", ["weight", "bias and weight"])
+def test_w_may_be_the_weight_alone_or_in_another_order(part):
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    parameters = [layer.weight] if part == "weight" else [layer.bias, layer.weight]
+    found, _ = read(LayerWatch(layer, parameters), lambda: tasks(layer(x)))
+    assert_equal(found, oracle(tasks(layer(x)), parameters))
+
+
+def test_a_layer_called_several_times_adds_up():
+    layer, a, b = nn.Linear(6, 6), torch.randn(4, 6), torch.randn(3, 6)
+
+    def losses():
+        first, second = layer(layer(a).tanh()), layer(b)
+        of_both = tasks(torch.cat([first, second]))
+        return of_both | {"first alone": first.pow(2).mean()}
+
+    found, reader = read(LayerWatch(layer), losses)
+    assert isinstance(reader, LayerBackward)
+    assert len(reader._at_outputs._parameters) == 3
+    assert_equal(found, oracle(losses(), list(layer.parameters())))
+
+
+def test_gradients_of_any_size_have_their_norms():
+    layer, x = nn.Linear(300, 200).float(), torch.randn(8, 300, dtype=torch.float32)
+    watch = LayerWatch(layer)
+    for size in (1e-25, 1e-12, 1.0, 1e12):
+        found, _ = read(watch, lambda size=size: {t: size * loss for t, loss in tasks(layer(x), 2).items()})
+        expected = oracle({t: loss.double() for t, loss in tasks(layer(x), 2).items()}, list(layer.parameters())).double()
+        assert found.form == "gram"
+        torch.testing.assert_close(found.norms() / size, expected.norm(dim=1), rtol=1e-4, atol=0)
+
+
+def test_a_gradient_of_zero_has_norm_zero():
+    layer, x = nn.Linear(30, 40), torch.randn(4, 30)
+    found, _ = read(
+        LayerWatch(layer), lambda: tasks(layer(x), 2) | {"none": 0.0 * layer(x).sum() + tasks(layer(x))["task0"] * 0}
+    )
+    assert found.norms()[2] == 0
+
+
+# -- where the general way is taken ----------------------------------------------------------------------------------
+
+general = {}
+
+
+def case(make):
+    general[make.__name__.replace("_", " ")] = make
+    return make
+
+
+@case
+def used_without_calling_it():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    return layer, lambda: tasks(layer(x) + F.linear(x, layer.weight))
+
+
+@case
+def a_term_on_the_weight_itself():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    return layer, lambda: tasks(layer(x)) | {"decay": layer.weight.pow(2).sum() + layer(x).sum()}
+
+
+@case
+def a_kind_of_its_own():
+    class Mine(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    layer, x = Mine(6, 5), torch.randn(4, 6)
+    return layer, lambda: tasks(layer(x))
+
+
+@case
+def a_hook_that_changes_the_output():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    layer.register_forward_hook(lambda module, inputs, output: output * 3)
+    return layer, lambda: tasks(layer(x))
+
+
+@case
+def called_by_keyword():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    return layer, lambda: tasks(layer(input=x))
+
+
+@case
+def called_in_vain_too():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    return layer, lambda: (layer(x + 1), tasks(layer(x)))[1]
+
+
+@case
+def every_task_with_calls_of_its_own():
+    """Nothing merges above W: the gradients pass by on their way to it, and cost nothing to read there."""
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    return layer, lambda: {f"task{i}": layer(x + i).pow(2).mean() for i in range(3)}
+
+
+@case
+def parametrised():
+    layer, x = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), torch.randn(4, 6)
+    return layer, lambda: tasks(layer(x))
+
+
+@case
+def another_kind():
+    layer, x = nn.Bilinear(6, 6, 5), torch.randn(4, 6)
+    return layer, lambda: tasks(layer(x, x))
+
+
+@case
+def transposed():
+    layer, x = nn.ConvTranspose2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+    return layer, lambda: tasks(layer(x))
+
+
+@pytest.mark.parametrize("make", general.values(), ids=general)
+def test_other_uses_are_read_in_the_general_way_and_right(make):
+    layer, losses = make()
+    found, reader = read(LayerWatch(layer), losses)
+    assert type(reader) is JointBackward
+    assert_equal(found, oracle(losses(), list(layer.parameters())))
+
+
+def test_steps_without_a_start_are_read_in_the_general_way():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    watch = LayerWatch(layer)
+    watch.stop()
+    assert not layer._forward_hooks
+    losses = tap_losses(tasks(layer(x)))
+    root = sum(losses.values())
+    reader = watch.reader(root, losses)
+    root.backward()
+    assert_equal(reader.gradients(), oracle(tasks(layer(x)), list(layer.parameters())))
+
+
+def test_a_copy_of_a_watched_layer_is_a_layer():
+    """Copied or pickled in the middle of a step, as weight averaging does."""
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    watch = LayerWatch(layer)
+    y = layer(x)
+    other, unpickled = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    for copied in (other, unpickled):
+        torch.testing.assert_close(copied(x), y)
+    assert len(watch._calls) == 1
+
+
+def test_only_the_step_under_way_is_held():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    watch = LayerWatch(layer)
+    found, reader = read(watch, lambda: tasks(layer(x)))
+    layer(x)
+    assert watch._calls is None
+    assert reader._calls == []
+    del found
+    with torch.no_grad():
+        watch.start()
+        layer(x)
+    assert watch._calls == []
+
+
+# -- operations, counted ---------------------------------------------------------------------------------------------
+
+ROWS, INPUTS, OUTPUTS, TASKS = 8, 64, 32, 5
+
+
+def extra_flops(rows, read_norms):
+    """FLOPs that the norms add to a step: the plain step's are taken off."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(INPUTS, OUTPUTS), torch.randn(rows, INPUTS, requires_grad=True)
+    watch = LayerWatch(layer)
+
+    def plain():
+        sum(tasks(layer(x), TASKS).values()).backward()
+
+    def balanced():
+        found, _ = read(watch, lambda: tasks(layer(x), TASKS))
+        read_norms(found)
+
+    return flops(balanced) - flops(plain)
+
+
+def test_few_rows_take_the_gram_form_and_its_operations():
+    gram = 2 * ROWS * ROWS * INPUTS + TASKS * 2 * ROWS * ROWS * OUTPUTS
+    assert extra_flops(ROWS, lambda found: found.norms()) == gram < TASKS * 2 * ROWS * INPUTS * OUTPUTS
+
+
+def test_symmetry_saves_a_part_where_rows_are_many_enough():
+    rows, inputs, outputs = 128, 512, 256
+    layer, x = nn.Linear(inputs, outputs), torch.randn(rows, inputs)
+    found, _ = read(LayerWatch(layer), lambda: tasks(layer(x), TASKS))
+    assert flops(found.norms) == 2 * rows * rows * inputs + TASKS * 2 * rows * rows * outputs * 5 // 8
+
+
+def test_many_rows_take_one_product_per_task():
+    rows = 64
+    assert extra_flops(rows, lambda found: found.norms()) == TASKS * 2 * rows * INPUTS * OUTPUTS

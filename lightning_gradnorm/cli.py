@@ -138,8 +138,10 @@ def _compare(arguments: list[str]) -> None:
 
     def trainer(callbacks: list[Any], **settings: Any) -> Any:
         configured = dict(clis[0].config_init["trainer"])
-        given = configured.pop("callbacks") or []
-        others = [c for c in (given if isinstance(given, list) else [given]) if not isinstance(c, LossBalancingCallback)]
+        given = configured.pop("callbacks", None) or []
+        # The Trainer that LightningCLI made has added its own to the list.
+        given = given[: len(clis[0].config["trainer"]["callbacks"] or [])] if isinstance(given, list) else [given]
+        others = [callback for callback in given if not isinstance(callback, LossBalancingCallback)]
         if not any(isinstance(callback, Checkpoint) for callback in others):
             configured["enable_checkpointing"] = False
         return type(clis[0].trainer)(**configured | settings, callbacks=[*others, *callbacks])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def draw_history(history: History, path: str | Path, title: str = "") -> None:
         text.set_parse_math(False)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font has not: boxes
+        figure.savefig(path)
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -94,6 +94,23 @@ class WatchedLayer(GradNormMethod):
         return self.watch.reader(root, losses)
 
 
+class FeatureNorms(GradNormMethod):
+    """GradNorm on ``norm_of="features"``: the norms of the gradients at the shared layer's output, no product at all."""
+
+    name = "GradNorm, features"
+
+    def __init__(self, workload: Workload, optimizer: torch.optim.Optimizer, update_every: int = 1) -> None:
+        super().__init__(workload, optimizer, update_every)
+        self.features: list[Tensor] = []
+        owner = next(m for m in workload.network.modules() if any(p is workload.shared[0] for p in m.parameters(recurse=False)))
+        owner.register_forward_hook(lambda module, inputs, output: self.features.append(output))
+
+    def reader(self, root: Tensor, losses: Losses, parameters: list[Tensor]) -> GradientReader:
+        reader = JointBackward(root, losses, self.features)
+        self.features = []
+        return reader
+
+
 class PerTaskEngine(GradNormMethod):
     """GradNorm, its norms from one ``autograd.grad`` per task: the fallback."""
 
@@ -137,6 +154,7 @@ class DoubleBackward(Method):
 
 BALANCED: dict[str, type[Method]] = {
     "gradnorm": WatchedLayer,
+    "features": FeatureNorms,
     "joint": JointEngine,
     "per-task": PerTaskEngine,
     "double": DoubleBackward,

@@ -52,7 +52,7 @@ def test_the_table_says_all_of_it():
     values, differences = ({line.split("  ")[0]: line.split() for line in part.splitlines()} for part in text.split("\n\n"))
     mean, spread = statistics.fmean([0.7, 0.9]), statistics.stdev([0.7, 0.9])
     assert f"{mean:.3f} ± {spread:.3f}" in " ".join(values["other"])
-    assert differences["other"][-3:] == ["-2.500", "±", "2.121"]
+    assert differences["other"][-3:] == ["-2.50", "±", "2.12"]
     assert "accuracy ↑" in text
     assert "error ↓" in text
     assert "Over 2 seeds" in text

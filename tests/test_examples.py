@@ -93,7 +93,7 @@ def test_the_fabric_loop_ends_with_the_trainers_weights(example, tmp_path, monke
     assert all(torch.equal(a, b) for one, other in zip(equal, balanced, strict=True) for a, b in zip(one, other, strict=True))
 
     torch.manual_seed(0)
-    module, callback = example.Digits(example.TRAIN.tensors[0].mean(0)), GradNormCallback(alpha=0.25, summary=False)
+    module, callback = example.Digits(), GradNormCallback(alpha=0.25, summary=False)
     held_out = DataLoader(example.TEST, batch_size=len(example.TEST))
     quiet_trainer(tmp_path, callbacks=[callback]).fit(module, DataLoader(balanced, batch_size=None), held_out)
     assert made[0].weights == pytest.approx(callback.weights, rel=1e-6)

@@ -108,6 +108,16 @@ class LossBalancingCallback(Callback):
         self._read_in_batch = False
         self._told: set[str] = set()
 
+    def reset(self) -> None:
+        """Forget all that was learnt: weights, L(0), masks. The next step starts anew, as for another problem.
+
+        Between stages of one problem think twice: with α > 0 a loss that is small already gets a small new L(0), and with it
+        a weight that runs up.
+        """
+        self.balancer.reset()
+        for weighting in self.points.values():
+            weighting.reset()
+
     @property
     def weights(self) -> dict[str, float]:
         """Task → the weight that the next step will apply."""
@@ -358,7 +368,7 @@ class LossBalancingCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "balancer": self.balancer.state_dict(),
-            "shared_layer": list(self._measuring.known_names),
+            "shared_layer": list(self._measuring.known_names) if self.balancer.steps else [],
             "summary": self._reporting.summary.state_dict(),
             "log": self._log.state_dict(),
             "points": {task: weighting.state_dict() for task, weighting in self.points.items()},

@@ -1,5 +1,6 @@
 """How a callback measures: the shared layer, the engine around the backward, the micro-batches, the ranks."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -82,8 +83,10 @@ class Measuring:
     def watch(self, module: Any) -> None:
         """Keep what will be needed of the shared layer's calls in the batch that begins."""
         if self.norm_of == "parameters" and self.shared is None and self._are_names_of(module):
-            # A resumed run reads its first step as the run before would have: the layer is known.
-            self._watch_layer(resolve_shared_layer(self.known_names, module), module)
+            # A resumed run reads its first step as the run before would have: the layer is known. (Before the forward a
+            # layer may still be sharded; it is read in the general way then, before and after.)
+            with contextlib.suppress(ValueError):
+                self._watch_layer(resolve_shared_layer(self.known_names, module), module)
         if self._watch is not None:
             self._watch.start()
         if self.norm_of == "features":

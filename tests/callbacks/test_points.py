@@ -194,3 +194,13 @@ def test_without_a_callback_a_vector_is_refused(tmp_path):
 def test_points_are_given_as_objects():
     with pytest.raises(TypeError, match=r"points\['curve'\] is 'sigmoid'; it is a task's way to weigh its points"):
         GradNormCallback(points={"curve": "sigmoid"})
+
+
+def test_reset_forgets_weights_and_masks(tmp_path):
+    callback = balancing(SelfAdaptivePoints(POINTS, lr=0.1), GradNorm(lr=0.1))
+    quiet_trainer(tmp_path, callbacks=[callback], max_epochs=3).fit(Curve(), loader())
+    assert callback.weights
+    assert callback.points["curve"].masks.max() > 0.5
+    callback.reset()
+    assert callback.weights == {}
+    assert callback.points["curve"].masks.tolist() == [0.5] * POINTS

@@ -1,9 +1,10 @@
 """All tasks at once through one shared Linear or convolution, from its input and the tasks' gradients at its output.
 
 For rows X of the layer's input ``[R, inputs]`` and of task i's gradient at its output Δ_i ``[R, outputs]``, the gradient on the
-weight is Δ_iᵀ X. Its norm needs no such product where rows are few: ‖Δ_iᵀ X‖² = ⟨(X Xᵀ) Δ_i, Δ_i⟩ (the Gram form). Which of
-the two is done is decided by counting operations. A convolution is a Linear of its unfolded input; a layer called several
-times has the rows of all its calls; a bias is an input that is always 1.
+weight is Δ_iᵀ X. Its norm needs no such product: ‖Δ_iᵀ X‖² = ⟨X Xᵀ, Δ_i Δ_iᵀ⟩, the Gram form, which takes fewer operations
+where rows are few. That is counted, and where it takes more, ``JointBackward`` carries each task's gradient down to W as ever.
+A convolution is a Linear of its unfolded input; a layer called several times has the rows of all its calls; a bias is an input
+that is always 1.
 """
 
 import math
@@ -59,14 +60,6 @@ class LayerGradients(TaskGradients):
         self._layer = layer
         self._has_bias = isinstance(layer.bias, Tensor) and any(layer.bias is parameter for parameter in parameters)
 
-    @property
-    def form(self) -> str:
-        """``"gram"`` or ``"product"``: whichever takes fewer operations for the norms."""
-        _, rows, inputs = self._inputs.shape
-        outputs, tasks = self._deltas[0].shape[2], len(self.tasks)
-        gram = rows * rows * (inputs + tasks * outputs * _part_of_square(rows))
-        return "gram" if gram < tasks * rows * inputs * outputs else "product"
-
     @torch.no_grad()
     def norms(self) -> Tensor:
         squares = self._squares(torch.float32)
@@ -107,14 +100,9 @@ class LayerGradients(TaskGradients):
 
     def _squares(self, least: torch.dtype) -> Tensor:
         """‖c_i ∇_W L_i‖² of every task, ``[T]``, as wide as the device allows."""
-        wide = widest_float(self._inputs.device)
-        if self.form == "gram":
-            strips = _strips(self._gram(least))
-            squares = [self._by_strips(strips, deltas) for deltas in self._deltas]
-        else:
-            inputs = self._inputs.to(self._wide(least))
-            squares = [self._by_product(inputs, deltas.to(inputs.dtype)) for deltas in self._deltas]
-        return torch.stack(squares).to(wide)
+        strips = _strips(self._gram(least))
+        squares = torch.stack([self._by_strips(strips, deltas) for deltas in self._deltas])
+        return squares.to(widest_float(squares.device))
 
     @staticmethod
     def _by_strips(strips: list[Tensor], deltas: Tensor) -> Tensor:
@@ -126,12 +114,6 @@ class LayerGradients(TaskGradients):
         ]
         whole: Tensor = torch.stack(parts).to(widest_float(deltas.device)).sum()
         return whole
-
-    def _by_product(self, inputs: Tensor, deltas: Tensor) -> Tensor:
-        product = deltas.mT @ inputs
-        rows = torch.linalg.vector_norm(product, dim=-1)  # short enough for the narrow type
-        square: Tensor = torch.linalg.vector_norm(rows, dtype=widest_float(product.device)).square()
-        return square + deltas.sum(1).to(square).square().sum() if self._has_bias else square
 
 
 _STRIPS = 4
@@ -153,6 +135,18 @@ def _strips(gram: Tensor) -> list[Tensor]:
         strip[..., :width] /= 2
         strips.append(strip)
     return strips
+
+
+def _gram_is_less(layer: nn.Module, calls: Iterable[LayerCall], tasks: int) -> bool:
+    """Whether the norms take fewer operations by the Gram form than by one product per task."""
+    if isinstance(layer, nn.Linear):
+        inputs, outputs, channels = layer.in_features, layer.out_features, layer.out_features
+    else:
+        assert isinstance(layer, _CONVOLUTIONS)
+        inputs = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+        outputs, channels = layer.out_channels // layer.groups, layer.out_channels
+    rows = sum(call.output.numel() for call in calls) // channels
+    return rows * (inputs + tasks * outputs * _part_of_square(rows)) < tasks * inputs * outputs
 
 
 def _joined(rows: list[Tensor]) -> Tensor:
@@ -306,7 +300,7 @@ class LayerWatch:
             losses: the tapped losses that it was built from.
         """
         calls, self._calls = self._calls, None
-        if calls and root.grad_fn is not None and self._are_all(root, calls):
+        if calls and root.grad_fn is not None and _gram_is_less(self.layer, calls, len(losses)) and self._are_all(root, calls):
             reader = LayerBackward(root, losses, self.parameters, self.layer, calls)
             if reader._at_outputs.is_merged:
                 return reader

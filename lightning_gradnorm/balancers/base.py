@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,19 @@ _WAYS_TO = {  # field of a measurement → what is said where it is missing
     "kpis": "each task's key performance indicator, and the measurement has none. Pass them with the losses: "
     "self.total_loss(losses, kpis={'task': accuracy, …}).",
 }
+
+
+class Part(Protocol):
+    """A piece of a method that learns: reset, saved and restored with it."""
+
+    def reset(self) -> None:
+        """Forget what was learnt."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learnt, as plain tensors, numbers, strings, lists and dicts."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state from ``state_dict``."""
 
 
 class LossBalancer(ABC):
@@ -53,6 +67,7 @@ class LossBalancer(ABC):
     needs: tuple[str, ...] = ()
     needs_positive_losses: bool = False
     _remembers: tuple[tuple[str, float], ...] = ()  # name of a ``[T]`` vector of state → its entry for a new task
+    _parts: Mapping[str, Part] = MappingProxyType({})  # name in the state → part; set before this constructor runs
 
     def __init__(self, *, tasks: Iterable[str] | None = None, update_every: int = 1) -> None:
         if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
@@ -72,6 +87,8 @@ class LossBalancer(ABC):
         self.diagnostics: dict[str, Tensor] = {}
         self._weights = torch.ones(0, dtype=torch.float64)
         self._memory = {name: self._weights.clone() for name, _ in self._remembers}
+        for part in self._parts.values():
+            part.reset()
 
     @property
     def state_name(self) -> str:
@@ -179,6 +196,7 @@ class LossBalancer(ABC):
             "skipped_updates": self.skipped_updates.clone(),
             "weights": self._weights.clone(),
             "memory": {name: vector.clone() for name, vector in self._memory.items()},
+            **{name: part.state_dict() for name, part in self._parts.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -194,6 +212,8 @@ class LossBalancer(ABC):
         self.skipped_updates = state["skipped_updates"].clone()
         self._weights = state["weights"].clone()
         self._memory = {name: state["memory"][name].clone() for name, _ in self._remembers}
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
 
     def _check_names(self, tasks: Sequence[str]) -> None:
         if not tasks:

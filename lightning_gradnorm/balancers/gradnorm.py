@@ -164,13 +164,9 @@ class GradNorm(LossBalancer):
         self.min_weight, self.max_weight, self.ema_decay = float(min_weight), float(upper), float(ema_decay)
         self.priorities = {task: float(priority) for task, priority in (priorities or {}).items()}
         self._initial_losses = InitialLossTracker(initial_losses)
-        self._factory = optimizer
+        self._optimizer = VectorOptimizer(optimizer, self.lr)
+        self._parts = {"initial_losses": self._initial_losses, "optimizer": self._optimizer}
         super().__init__(tasks=tasks, update_every=update_every)
-
-    def _clear(self) -> None:
-        super()._clear()
-        self._initial_losses.reset()
-        self._optimizer = VectorOptimizer(self._factory, self.lr)
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
@@ -188,17 +184,12 @@ class GradNorm(LossBalancer):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "update": self.update_rule,
-            "initial_losses": self._initial_losses.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-        }
+        return super().state_dict() | {"update": self.update_rule}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._initial_losses.load_state_dict(state["initial_losses"])
-        if state["update"] == self.update_rule:  # the memory of another parametrisation would be of another quantity
-            self._optimizer.load_state_dict(state["optimizer"])
+        if state["update"] != self.update_rule:  # the memory of another parametrisation would be of another quantity
+            self._optimizer.reset()
 
     def _check(self, measurement: Measurement) -> None:
         super()._check(measurement)

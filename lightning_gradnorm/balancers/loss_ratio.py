@@ -41,21 +41,11 @@ class LossRatioBalancing(RuleBalancer):
     ) -> None:
         self.alpha = check_range("alpha", alpha, at_least=0)
         self._initial_losses = InitialLossTracker(initial_losses)
+        self._parts = {"initial_losses": self._initial_losses}
         super().__init__(tasks=tasks, update_every=update_every)
-
-    def _clear(self) -> None:
-        super()._clear()
-        self._initial_losses.reset()
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"alpha": self.alpha, "initial_losses": self._initial_losses.setting}
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"initial_losses": self._initial_losses.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._initial_losses.load_state_dict(state["initial_losses"])
 
     def _check(self, measurement: Measurement) -> None:
         super()._check(measurement)

@@ -21,6 +21,10 @@ class VectorOptimizer:
 
     def __init__(self, factory: OptimizerFactory, lr: float) -> None:
         self._factory, self._lr = factory, lr
+        self.reset()
+
+    def reset(self) -> None:
+        """An optimiser of no entries yet, without memory."""
         self._build(torch.zeros(0, dtype=torch.float64))
 
     @property

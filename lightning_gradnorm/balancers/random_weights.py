@@ -47,21 +47,11 @@ class RandomLossWeighting(RuleBalancer):
 
     def __init__(self, seed: int = 0, *, tasks: Iterable[str] | None = None, update_every: int = 1) -> None:
         self._draws = Draws(seed)
+        self._parts = {"draws": self._draws}
         super().__init__(tasks=tasks, update_every=update_every)
-
-    def _clear(self) -> None:
-        super()._clear()
-        self._draws.reset()
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"seed": self._draws.seed}
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | self._draws.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._draws.load_state_dict(state)
 
     def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         drawn = torch.randn(len(self.tasks), generator=self._draws.generator, dtype=torch.float64)

@@ -55,22 +55,12 @@ class ReLoBRaLo(RuleBalancer):
         self.temperature = check_range("temperature", temperature, above=0)
         self.expected_rho = check_range("expected_rho", expected_rho, at_least=0, at_most=1)
         self._draws = Draws(seed)
+        self._parts = {"draws": self._draws}
         super().__init__(tasks=tasks, update_every=update_every)
-
-    def _clear(self) -> None:
-        super()._clear()
-        self._draws.reset()
 
     def settings(self) -> dict[str, Any]:
         own = {"alpha": self.alpha, "temperature": self.temperature, "expected_rho": self.expected_rho}
         return super().settings() | own | {"seed": self._draws.seed}
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | self._draws.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._draws.load_state_dict(state)
 
     def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         losses, weights, last = measurement.losses, state["weights"], state["last_loss"]

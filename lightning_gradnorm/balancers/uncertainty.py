@@ -63,14 +63,12 @@ class UncertaintyWeighting(LossBalancer):
         for task, kind in self.kinds.items():
             check_choice(f"kind of task {task!r}", kind, get_args(Kind))
         check_choice("form", form, get_args(Form))
-        self.lr, self.form, self._factory = check_range("lr", lr, at_least=0), form, optimizer
+        self.lr, self.form = check_range("lr", lr, at_least=0), form
         self.initial_log_variance = check_range("initial_log_variance", initial_log_variance)
+        self._optimizer = VectorOptimizer(optimizer, self.lr)
+        self._parts = {"optimizer": self._optimizer}
         self._remembers = (("log_variance", self.initial_log_variance),)
         super().__init__(tasks=tasks, update_every=update_every)
-
-    def _clear(self) -> None:
-        super()._clear()
-        self._optimizer = VectorOptimizer(self._factory, self.lr)
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
@@ -80,13 +78,6 @@ class UncertaintyWeighting(LossBalancer):
             "initial_log_variance": self.initial_log_variance,
             "optimizer": self._optimizer.name,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"optimizer": self._optimizer.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._optimizer.load_state_dict(state["optimizer"])
 
     def _half(self, task: str) -> float:
         return 1.0 if self.kinds.get(task) == "classification" else 0.5

@@ -88,7 +88,7 @@ def _report(arguments: list[str]) -> None:
     if can_draw():
         folder = options.out or options.folder
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"Figure: {draw(history, folder, report.title.partition(' (w:')[0])}")
+        print(f"Figure: {draw(history, folder, report.heading)}")
     else:
         print("For a figure: pip install matplotlib")
 

@@ -67,9 +67,11 @@ class Diagnosis:
         if len(self.norms) < 2:
             return ["There is one task only, so there is nothing to balance."]
         silent = [task for task, norm in self.norms.items() if norm == 0]
-        said = [
-            f"Task {', '.join(map(repr, silent))} has no gradient on the shared layer at all: look into that first."
-        ] * bool(silent)
+        said = []
+        if silent:
+            said.append(
+                f"Task {', '.join(map(repr, silent))} has no gradient on the shared layer at all: look into that first."
+            )
         largest, smallest = (
             max(self.norms, key=lambda t: self.norms[t]),
             min((task for task, norm in self.norms.items() if norm > 0), key=lambda t: self.norms[t], default=""),
@@ -172,26 +174,20 @@ def diagnose(
 
 def _of(observer: Diagnosing) -> Diagnosis:
     noted, tasks = observer.noted, observer.balancer.tasks
-    norms = {task: noted.of(f"grad_norm/{task_tag(task)}") for task in tasks}
+    tags = {task: f"grad_norm/{task_tag(task)}" for task in tasks}
+    norms = {task: noted.of(tag) for task, tag in tags.items()}
     losses = {task: noted.of(f"task_loss/{task_tag(task)}") for task in tasks}
     last = max(len(noted.rows) // 5, 1)
-    shares = {
-        task: _mean(
-            [
-                row[f"grad_norm/{task_tag(task)}"] / whole
-                for row in noted.rows
-                if (whole := sum(row[f"grad_norm/{task_tag(t)}"] for t in tasks if f"grad_norm/{task_tag(t)}" in row)) > 0
-                and f"grad_norm/{task_tag(task)}" in row
-            ]
-        )
-        for task in tasks
-    }
+    of_batches = [{task: row[tag] for task, tag in tags.items() if tag in row} for row in noted.rows]
+    in_parts = [{task: norm / sum(row.values()) for task, norm in row.items()} for row in of_batches if sum(row.values()) > 0]
+    shares = {task: _mean([row[task] for row in in_parts if task in row]) for task in tasks}
     pairs = dict(zip(itertools.combinations(tasks, 2), per_pair_names("grad_cosine", tasks), strict=True))
+    cosines = {pair: values for pair, tag in pairs.items() if (values := noted.of(tag))}
     return Diagnosis(
         norms={task: _geometric_mean(values) for task, values in norms.items()},
         shares=shares,
-        cosines={pair: _mean(noted.of(tag)) for pair, tag in pairs.items() if noted.of(tag)},
-        conflicts={pair: _mean([float(c < 0) for c in noted.of(tag)]) for pair, tag in pairs.items() if noted.of(tag)},
+        cosines={pair: _mean(values) for pair, values in cosines.items()},
+        conflicts={pair: _mean([float(cosine < 0) for cosine in values]) for pair, values in cosines.items()},
         loss_ratios={
             task: _mean(values[-last:]) / _mean(values[:last]) if values else math.nan for task, values in losses.items()
         },

@@ -165,13 +165,15 @@ class JointBackward(GradientReader):
         total.backward()
         norms = reader.gradients().norms()
 
+    Attributes:
+        is_merged: whether several tasks meet above every tensor of W, so that products are needed at all.
+
     Raises:
         ValueError: if two losses share a node (they were not tapped), or ``root`` was not built from them.
         UnreachedSharedLayerError: if a task's loss does not reach any of the parameters.
     """
 
     engine: ClassVar[str] = "joint"
-    # Attribute is_merged: whether several tasks meet above every tensor of W, so that products are needed at all.
 
     def __init__(self, root: Tensor, losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> None:
         super().__init__(root, losses, parameters)

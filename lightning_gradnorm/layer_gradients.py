@@ -51,8 +51,8 @@ class LayerGradients(TaskGradients):
             self._deltas = [
                 _joined(
                     [
-                        _output_rows(layer, call.output if g is None else g, g is None)
-                        for g, call in zip(row, calls, strict=True)
+                        _output_rows(layer, torch.zeros_like(call.output) if gradient is None else gradient)
+                        for gradient, call in zip(row, calls, strict=True)
                     ]
                 )
                 for row in at_outputs.gradients
@@ -83,9 +83,8 @@ class LayerGradients(TaskGradients):
         rows = []
         for deltas, cotangent in zip(self._deltas, self.cotangents.to(inputs.dtype).unbind(), strict=True):
             deltas = deltas.to(inputs.dtype)
-            of = {True: lambda d: (d.mT @ inputs).flatten(), False: lambda d: d.sum(1).flatten()}
-            parts = [of[parameter is self._layer.weight](deltas) for parameter in self.parameters]
-            rows.append(torch.cat(parts) / cotangent)
+            parts = [deltas.mT @ inputs if p is self._layer.weight else deltas.sum(1) for p in self.parameters]
+            rows.append(torch.cat([part.flatten() for part in parts]) / cotangent)
         return torch.stack(rows)
 
     def _wide(self, least: torch.dtype) -> torch.dtype:
@@ -116,19 +115,21 @@ class LayerGradients(TaskGradients):
         return whole
 
 
-_STRIPS = 4
+def _strip_count(rows: int) -> int:
+    """Into how many strips a symmetric matrix is cut: none so thin that its products are slow."""
+    return 4 if rows >= 128 else 1
 
 
 def _part_of_square(rows: int) -> float:
     """How much of a symmetric matrix of that many rows its triangle of blocks is."""
-    strips = _STRIPS if rows >= 32 * _STRIPS else 1
+    strips = _strip_count(rows)
     return (strips + 1) / (2 * strips)
 
 
 def _strips(gram: Tensor) -> list[Tensor]:
     """Of a symmetric ``[…, R, R]``: rows in so many strips, each from its diagonal block on; what lies beside it doubled."""
     rows = gram.shape[-1]
-    width = -(-rows // (_STRIPS if rows >= 32 * _STRIPS else 1))
+    width = -(-rows // _strip_count(rows))
     strips = []
     for start in range(0, rows, width):
         strip = 2 * gram[..., start : start + width, start:]
@@ -183,9 +184,9 @@ def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
     return ends
 
 
-def _output_rows(layer: nn.Module, y: Tensor, zero: bool) -> Tensor:
-    """The gradient at each output place, ``[groups, R, outputs]``; zeros in the shape of ``y`` where there is none."""
-    y = torch.zeros_like(y) if zero else y.detach()
+def _output_rows(layer: nn.Module, y: Tensor) -> Tensor:
+    """The gradient at each output place, ``[groups, R, outputs]``."""
+    y = y.detach()
     if isinstance(layer, nn.Linear):
         return y.reshape(1, -1, layer.out_features)
     assert isinstance(layer, _CONVOLUTIONS)
@@ -209,6 +210,11 @@ class LayerBackward(GradientReader):
         super().__init__(root, losses, parameters)
         self._layer, self._calls = layer, list(calls)
         self._at_outputs = JointBackward(root, losses, [call.output for call in self._calls])
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether several tasks meet above every call, so that there is anything to carry through the layer."""
+        return self._at_outputs.is_merged
 
     def gradients(self) -> LayerGradients:
         found = LayerGradients(self._at_outputs.gradients(), self._layer, self._calls, self._parameters)
@@ -302,7 +308,7 @@ class LayerWatch:
         calls, self._calls = self._calls, None
         if calls and root.grad_fn is not None and _gram_is_less(self.layer, calls, len(losses)) and self._are_all(root, calls):
             reader = LayerBackward(root, losses, self.parameters, self.layer, calls)
-            if reader._at_outputs.is_merged:
+            if reader.is_merged:
                 return reader
             reader.discard()  # every task has calls of its own: its gradient passes by on its way to W, for nothing
         return JointBackward(root, losses, self.parameters)

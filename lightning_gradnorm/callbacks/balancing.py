@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_gradnorm.autograd_graph import is_built_from
 from lightning_gradnorm.balancers import LossBalancer
+from lightning_gradnorm.balancers.checks import check_choice
 from lightning_gradnorm.callbacks.concerns import Concerns, values_of
 from lightning_gradnorm.callbacks.lightning_api import (
     Callback,
@@ -87,8 +88,7 @@ class LossBalancingCallback(Callback):
                 f"LossBalancingCallback takes a balancer, got {balancer!r}. Write LossBalancingCallback(GradNorm(alpha=1.5)), "
                 "or GradNormCallback(alpha=1.5)."
             )
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode is one of {', '.join(map(repr, get_args(Mode)))}; got {mode!r}.")
+        check_choice("mode", mode, get_args(Mode))
         self.balancer, self._untested_strategies = balancer, untested_strategies
         balancer.frozen = balancer.frozen or mode == "monitor"
         self.points = dict(points or {})

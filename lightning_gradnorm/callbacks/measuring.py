@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gradnorm.balancers.checks import check_choice
 from lightning_gradnorm.callbacks.link import NotedLosses
 from lightning_gradnorm.callbacks.ranks import RankAgreement
 from lightning_gradnorm.gradients import GradientReader, IncompleteBackwardError, JointBackward, PerTaskBackward
@@ -42,9 +43,8 @@ class Measuring:
     """
 
     def __init__(self, engine: Engine, norm_of: NormOf, needs: Sequence[str] = ()) -> None:
-        for name, value, choices in (("engine", engine, get_args(Engine)), ("norm_of", norm_of, get_args(NormOf))):
-            if value not in choices:
-                raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}; got {value!r}.")
+        check_choice("engine", engine, get_args(Engine))
+        check_choice("norm_of", norm_of, get_args(NormOf))
         self.magnitudes = "gradient_means" in needs
         if self.magnitudes and norm_of == "features":
             raise ValueError(
@@ -130,10 +130,10 @@ class Measuring:
         if self._watch is not None and self._watch.parameters == list(shared.parameters):
             return
         self.stop_watching()
+        self._watch = None
         owner = owner_of(shared.parameters, module)
-        usable = owner is not None and self.reader_type is JointBackward and not is_compiled(module)
-        self._watch = LayerWatch(owner, shared.parameters) if usable and owner is not None else None
-        if self._watch is not None:
+        if owner is not None and self.reader_type is JointBackward and not is_compiled(module):
+            self._watch = LayerWatch(owner, shared.parameters)
             self._watch.stop()
 
     def before_backward(self, root: Tensor, noted: NotedLosses) -> bool:

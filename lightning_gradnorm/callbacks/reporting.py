@@ -33,7 +33,7 @@ class Reporting:
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self.summary = RunSummary()
-        self._hidden: dict[str, Any] = {}
+        self._hidden: dict[str, Any] | None = None  # what was the module's own, while ours are lent to it
 
     def add(self, applied: Tensor, measurement: Measurement, epoch: int) -> None:
         """Take one optimiser step."""
@@ -78,7 +78,7 @@ class Reporting:
             history = read_history(folder)
         except (FileNotFoundError, ValueError):
             return  # a logger whose files are not ours to read, or nothing was logged
-        rank_zero_info(f"Figure written to {draw(history, folder, report.title.partition(' (w:')[0])}")
+        rank_zero_info(f"Figure written to {draw(history, folder, report.heading)}")
 
     def write_what_there_is(self, trainer: Trainer, balancer: LossBalancer) -> None:
         """After an exception: as ``write``, and never in its way."""
@@ -100,17 +100,14 @@ class Reporting:
             own | {"loss_balancing/method": balancer.state_name} | settings
         )
         vars(pl_module)["_log_hyperparams"] = True
-        self._lent = True
-
-    _lent = False
 
     def take_back(self, pl_module: LightningModule) -> None:
         """The module is as it was."""
-        if self._lent:
+        if self._hidden is not None:
             for name in _LOGGED:
                 vars(pl_module).pop(name, None)
             vars(pl_module).update(self._hidden)
-            self._lent = False
+            self._hidden = None
 
 
 def _folder_here(trainer: Trainer) -> str | None:

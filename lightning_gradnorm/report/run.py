@@ -33,10 +33,14 @@ class RunReport(NamedTuple):
     logged_only: bool = False
 
     @property
+    def heading(self) -> str:
+        """Of the figure."""
+        return f"{self.method} after " + (f"the {self.steps} logged steps" if self.logged_only else f"{self.steps} steps")
+
+    @property
     def title(self) -> str:
         """Of the table."""
-        over = f"the {self.steps} logged steps" if self.logged_only else f"{self.steps} steps"
-        return f"{self.method} after {over} (w: weight; before, after: share of the gradient norms on the shared layer)"
+        return f"{self.heading} (w: weight; before, after: share of the gradient norms on the shared layer)"
 
     @property
     def verdict(self) -> str:

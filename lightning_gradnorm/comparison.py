@@ -113,7 +113,7 @@ def _chosen(methods: Iterable[str] | Mapping[str, MakeBalancer]) -> dict[str, Ma
     return chosen
 
 
-class _StepTimes(Callback):
+class StepTimes(Callback):
     """Seconds from the end of one batch to the end of the next, within an epoch; given to the Trainer last."""
 
     def __init__(self) -> None:
@@ -133,9 +133,14 @@ class _StepTimes(Callback):
         self._last = now
 
     def median(self) -> float:
-        """Of the last nine tenths; NaN if there were none."""
+        """Of the last nine tenths, of means over twenty steps each, so that steps that ``update_every`` picks are counted.
+
+        NaN if there were none.
+        """
         later = self._seconds[len(self._seconds) // 10 :]
-        return statistics.median(later) if later else float("nan")
+        blocks = [later[i : i + 20] for i in range(0, len(later), 20)]
+        whole = [block for block in blocks if len(block) == 20] or blocks
+        return statistics.median(map(statistics.fmean, whole)) if whole else float("nan")
 
 
 def _run(
@@ -144,7 +149,7 @@ def _run(
     torch.manual_seed(seed)
     module, *loaders = make()
     balancing = LossBalancingCallback(balancer, summary=False)
-    times = _StepTimes()
+    times = StepTimes()
     fit = trainer(callbacks=[balancing, times], logger=False)
     fit.fit(module, *loaders)
     logged = fit.callback_metrics

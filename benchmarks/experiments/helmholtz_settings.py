@@ -1,0 +1,68 @@
+"""GradNorm's settings on Helmholtz: scale rule × α × W × form of the update, all else alike; a quarter of the published steps.
+
+Σw = T with the network's β₂ = 0.99, which forgets large gradients ten times sooner, is the control for the scale rules.
+
+    python -m benchmarks.experiments.helmholtz_settings        # three seeds, 10,000 steps: an hour and a half
+    python -m benchmarks.experiments.helmholtz_settings --quick
+"""
+
+import itertools
+from pathlib import Path
+
+from _common import figure_style, plt
+
+from benchmarks.experiments.command import Case, Experiment, main
+from benchmarks.experiments.physics import METHODS, PROBLEMS, Method, fit_once, gradnorm
+from benchmarks.experiments.records import Record, Records
+
+NAME = "Helmholtz"
+SCALES = {"sum": "Σw = T", "reference": "residual 1", "gradient": "gradient kept"}
+ALPHAS = (0.0, 1.5)
+UPDATES = {"log": "log", "closed_form": "closed form", "paper": "paper"}
+
+
+def name_of(update: str, scale: str, alpha: float, everywhere: bool) -> str:
+    """As it stands in the table."""
+    return f"{UPDATES[update]}, {SCALES[scale]}, α = {alpha:g}, {'all W' if everywhere else 'last W'}"
+
+
+GRID = {
+    name_of(update, scale, alpha, everywhere): Method(gradnorm(scale, alpha, update), everywhere)
+    for update, alpha, everywhere, scale in itertools.product(("log", "closed_form"), ALPHAS, (False, True), SCALES)
+}
+PAPER = {
+    name_of("paper", scale, alpha, False): Method(gradnorm(scale, alpha, "paper"))
+    for scale, alpha in itertools.product(("sum", "reference"), ALPHAS)
+}
+CONTROL = {"β₂ = 0.99, " + name_of("log", "sum", alpha, False): Method(gradnorm("sum", alpha), beta2=0.99) for alpha in ALPHAS}
+OTHERS = {name: METHODS[name] for name in ("equal", "annealing")}
+ALL = OTHERS | GRID | PAPER | CONTROL
+
+
+def fit(case: Case) -> Record:
+    """One setting, one seed."""
+    return fit_once(case, PROBLEMS[NAME], ALL[case.method])
+
+
+def draw(records: Records, path: Path) -> None:
+    """Each setting's errors, a dot per seed; annealing's mean as a line."""
+    comparison = records.comparison(NAME, {"relative L2 error": "lower"}, ALL)
+    if comparison is not None:
+        with figure_style(), plt.rc_context({"axes.grid.axis": "x"}):
+            comparison.draw(path)
+
+
+EXPERIMENT = Experiment(
+    name="helmholtz_settings",
+    about=__doc__ or "",
+    problems={NAME: tuple(ALL)},
+    better={"relative L2 error": "lower"},
+    fit=fit,
+    draw=draw,
+    steps=10_000,
+    quick_steps=20,
+    seeds=3,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

@@ -1,0 +1,286 @@
+"""The two problems of Wang, Teng, Perdikaris (SISC 2021) as they set them up, and one fit by any method.
+
+Adam at 1e-3, times 0.9 every 1000 steps (smoothly), 128 fresh points per step inside and on each part of the border,
+coordinates scaled to mean 0 and standard deviation 1, Glorot's initial weights, tanh, float32; relative L2 error on a grid of
+100 × 100 points. GradNorm measures on every tenth step, as learning-rate annealing does in the paper.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from _common import figure_style, plt
+from _pinn import Draws, History, Pinn, draw_field, fit, gradient, grid, laplacian, square_edges, tanh_network, uniform
+from torch import Tensor, nn
+
+from benchmarks.experiments.command import Case
+from benchmarks.experiments.curves import COLOURS, draw_curve
+from benchmarks.experiments.records import Record, Records
+from lightning_gradnorm import (
+    EqualWeights,
+    GradNorm,
+    LearningRateAnnealing,
+    LossBalancer,
+    LossBalancingCallback,
+    SelfAdaptivePoints,
+)
+from lightning_gradnorm.comparison import StepTimes
+
+POINTS = 128  # a batch's, inside and on each part of the border
+POOL = 1024  # fixed points of the self-adaptive masks, of which a batch takes 128
+FIELD = 50  # points per side of the solutions that are kept for the figure
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one fit goes about it.
+
+    Attributes:
+        balancer: makes the method.
+        everywhere: whether the norms are of all parameters, or of the last hidden layer's weight.
+        beta2: of the network's Adam.
+        masks: whether the points are fixed, and weighed by self-adaptive masks.
+    """
+
+    balancer: Callable[[], LossBalancer]
+    everywhere: bool = False
+    beta2: float = 0.999
+    masks: bool = False
+
+
+def gradnorm(scale: str = "reference", alpha: float = 0.0, update: str = "log", **more: Any) -> Callable[[], LossBalancer]:
+    """GradNorm on every tenth step; the residual is the reference."""
+    reference = "pde" if scale == "reference" else None
+    return lambda: GradNorm(alpha=alpha, update=update, scale=scale, reference=reference, update_every=10, **more)
+
+
+METHODS = {
+    "equal": Method(EqualWeights),
+    "annealing": Method(lambda: LearningRateAnnealing("pde"), everywhere=True),
+    "GradNorm": Method(gradnorm()),
+    "GradNorm, all W": Method(gradnorm(), everywhere=True),
+    "GradNorm, Σw = T": Method(gradnorm("sum")),
+    "GradNorm, Σw = T, β₂ = 0.99": Method(gradnorm("sum"), beta2=0.99),
+    "self-adaptive": Method(EqualWeights, masks=True),
+}
+
+
+class Problem(Pinn):
+    """A network for u on a box, and the losses.
+
+    Args:
+        method: how its losses are weighed.
+        hidden: layers of 50.
+        low, high: corners of the box.
+    """
+
+    hidden: int
+    low: tuple[float, float]
+    high: tuple[float, float]
+
+    def __init__(self, method: Method) -> None:
+        points = grid(self.low, self.high)
+        super().__init__(tanh_network(2, 50, self.hidden), points, self.solution(points))
+        self.method = method
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = torch.tensor(self.low), torch.tensor(self.high)
+        return super().forward(math.sqrt(12) * (x - (low + high) / 2) / (high - low))
+
+    def shared_layer(self) -> nn.Parameter | list[nn.Parameter]:
+        weights = [parameter for parameter in self.network.parameters() if parameter.ndim == 2]
+        if isinstance(self.method.balancer(), LearningRateAnnealing):
+            return weights  # as its authors have it: the matrices, no biases
+        return list(self.network.parameters()) if self.method.everywhere else weights[-2]
+
+    def configure_optimizers(self) -> dict[str, object]:
+        adam = torch.optim.Adam(self.parameters(), lr=1e-3, betas=(0.9, self.method.beta2), fused=True)
+        slower = torch.optim.lr_scheduler.ExponentialLR(adam, gamma=0.9 ** (1 / 1000))
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": slower, "interval": "step"}}
+
+    @staticmethod
+    def solution(x: Tensor) -> Tensor:
+        """u, ``[N]``, at points ``[N, 2]``."""
+        raise NotImplementedError
+
+    @classmethod
+    def border(cls, count: int, draws: torch.Generator) -> tuple[Tensor, ...]:
+        """Points of the losses other than the residual's, so many per part."""
+        raise NotImplementedError
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Of the equation, ``[N]``, at points ``[N, 2]``."""
+        raise NotImplementedError
+
+    def border_losses(self, *points: Tensor) -> dict[str, Tensor]:
+        """Task → loss per point, as many as there are in each part; the parts of one task are added."""
+        raise NotImplementedError
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        inside, index, *border = batch
+        losses = {"pde": self.residual(inside).square(), **self.border_losses(*border)}
+        if self.method.masks:
+            return self.total_loss(losses, points={"pde": index})
+        return self.total_loss({task: loss.mean() for task, loss in losses.items()})
+
+
+class Helmholtz(Problem):
+    """Δu + u = q on (−1, 1)², u = sin(πx) sin(4πy): zero on the border."""
+
+    hidden, low, high = 3, (-1.0, -1.0), (1.0, 1.0)
+
+    @staticmethod
+    def solution(x: Tensor) -> Tensor:
+        return torch.sin(math.pi * x[:, 0]) * torch.sin(4 * math.pi * x[:, 1])
+
+    @classmethod
+    def border(cls, count: int, draws: torch.Generator) -> tuple[Tensor, ...]:
+        return (square_edges(count, draws),)
+
+    def residual(self, x: Tensor) -> Tensor:
+        u = self(x.requires_grad_())
+        return laplacian(u, x) + u - (1 - 17 * math.pi**2) * self.solution(x.detach())
+
+    def border_losses(self, edges: Tensor) -> dict[str, Tensor]:
+        return {"boundary": 4 * self(edges).square()}  # the source adds the four edges' means
+
+
+class KleinGordon(Problem):
+    """u_tt − u_xx + u³ = f on (0, 1)², of (t, x), u = x cos(5πt) + (tx)³; u and u_t given at t = 0, u at both ends."""
+
+    hidden, low, high = 5, (0.0, 0.0), (1.0, 1.0)
+
+    @staticmethod
+    def solution(x: Tensor) -> Tensor:
+        t, x = x.unbind(1)
+        return x * torch.cos(5 * math.pi * t) + (t * x) ** 3
+
+    @staticmethod
+    def forcing(x: Tensor) -> Tensor:
+        """f, ``[N]``."""
+        t, x = x.unbind(1)
+        u = x * torch.cos(5 * math.pi * t) + (t * x) ** 3
+        return -25 * math.pi**2 * x * torch.cos(5 * math.pi * t) + 6 * t * x**3 - 6 * x * t**3 + u**3
+
+    @classmethod
+    def border(cls, count: int, draws: torch.Generator) -> tuple[Tensor, ...]:
+        start, ends = uniform(cls.low, cls.high, count, draws), uniform(cls.low, cls.high, 2 * count, draws)
+        start[:, 0] = 0
+        ends[:, 1] = torch.tensor([0.0, 1.0]).repeat(count)
+        return start, ends
+
+    def residual(self, x: Tensor) -> Tensor:
+        u = self(x.requires_grad_())
+        slopes = gradient(u, x)
+        u_tt, u_xx = (gradient(slopes[:, i], x)[:, i] for i in (0, 1))
+        return u_tt - u_xx + u**3 - self.forcing(x.detach())
+
+    def border_losses(self, start: Tensor, ends: Tensor) -> dict[str, Tensor]:
+        u = self(start.requires_grad_())
+        speed = gradient(u, start)[:, 0]
+        at_start = (u - self.solution(start.detach())).square() + speed.square()
+        return {"initial": at_start, "boundary": 2 * (self(ends) - self.solution(ends)).square()}  # both ends' means, added
+
+
+PROBLEMS: Mapping[str, type[Problem]] = {"Helmholtz": Helmholtz, "Klein–Gordon": KleinGordon}
+
+
+def batches(problem: type[Problem], seed: int, steps: int, *, fixed: bool) -> Iterable[tuple[Tensor, ...]]:
+    """Points inside with their index, and the border's; fresh ones in every step, or out of fixed ones."""
+    first = torch.Generator().manual_seed(seed + 2_000_000)
+    pool, border = uniform(problem.low, problem.high, POOL, first), problem.border(POINTS, first)
+
+    def fresh(draws: torch.Generator) -> tuple[Tensor, ...]:
+        inside = uniform(problem.low, problem.high, POINTS, draws)
+        return inside, torch.arange(POINTS), *problem.border(POINTS, draws)
+
+    def chosen(draws: torch.Generator) -> tuple[Tensor, ...]:
+        index = torch.randperm(POOL, generator=draws)[:POINTS]
+        return pool[index], index, *(points.clone() for points in border)
+
+    return Draws(chosen if fixed else fresh, seed, steps)
+
+
+def balancing(method: Method, problem: type[Problem]) -> LossBalancingCallback:
+    """The method's callback."""
+    masks = {}
+    if method.masks:
+        tasks = ("pde", "boundary", "initial") if problem is KleinGordon else ("pde", "boundary")
+        masks = {task: SelfAdaptivePoints(POOL if task == "pde" else None, mask="polynomial") for task in tasks}
+    return LossBalancingCallback(method.balancer(), points=masks, summary=False)
+
+
+def fit_once(case: Case, problem: type[Problem], method: Method) -> Record:
+    """One fit; all methods start from one network and, but for the masks, see the same points."""
+    torch.manual_seed(case.seed)
+    module, history, callback, times = problem(method), History(case.every), balancing(method, problem), StepTimes()
+    points = batches(problem, case.seed, case.steps, fixed=method.masks)
+    callbacks: list[L.Callback] = [case.progress, callback, history, times]
+    fit(module, points, callbacks)
+    weights = {f"weight {task}": [step[task] for step in history.weights] for task in history.weights[-1]}
+    extras = {}
+    if case.seed == 0:
+        where = grid(problem.low, problem.high, FIELD)
+        with torch.no_grad():
+            extras = {"solution": module(where).tolist()}
+    return Record(
+        case.problem,
+        case.method,
+        case.seed,
+        case.steps,
+        {"relative L2 error": history.errors[-1]},
+        times.median(),
+        callback.weights,
+        callback.mean_weights,
+        {"step": [float(step) for step in history.steps], "error": history.errors, **weights},
+        extras,
+    )
+
+
+def draw_problem(name: str, methods: Sequence[str], records: Records, path: Path) -> None:
+    """Errors and weights over the steps; below, the exact solution, and each method's with its error."""
+    found, problem = records.of(name), PROBLEMS[name]
+    shown = [method for method in methods if method in found and found[method][0].extras]
+    if not found:
+        return
+    columns = max(len(shown) + 1, 4)
+    extent = [problem.low[0], problem.high[0], problem.low[1], problem.high[1]]
+    exact = problem.solution(grid(problem.low, problem.high, FIELD))
+    top = float(exact.abs().max())
+    with figure_style():
+        figure = plt.figure(figsize=(2.6 * columns, 9.6))
+        upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.35))
+        left, right = upper.subplots(1, 2)
+        for method in (method for method in methods if method in found):
+            draw_curve(left, found[method], "error", color=COLOURS[method], label=method)
+        left.set(title=f"{name}: relative L2 error ↓", xlabel="step", yscale="log")
+        left.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+        tasks = [task for task in found[next(iter(found))][0].weights if task != "pde"]
+        for method in (m for m in methods if m in found and m not in ("equal", "self-adaptive")):
+            for task, style in zip(tasks, ("-", "--"), strict=False):
+                ratios = [
+                    [a / b for a, b in zip(fit.curves[f"weight {task}"], fit.curves["weight pde"], strict=True)]
+                    for fit in found[method]
+                ]
+                draw_curve(right, found[method], ratios, color=COLOURS[method], linestyle=style, label=f"{method}: {task}")
+        right.set(title="weight of a term over the residual's", xlabel="step", yscale="log")
+        right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+        axes = lower.subplots(2, columns, squeeze=False)
+        for column in axes.T:
+            for each in column:
+                each.set_axis_off()
+        draw_field(axes[0][0], exact, extent, "exact u", cmap="RdBu_r", vmin=-top, vmax=top)
+        axes[0][0].set_axis_on()
+        for (above, below), method in zip(axes.T[1:], shown, strict=False):
+            solution = torch.tensor(found[method][0].extras["solution"])
+            draw_field(above, solution, extent, method, cmap="RdBu_r", vmin=-top, vmax=top)
+            draw_field(below, (solution - exact).abs(), extent, "its error |u − exact|", cmap="magma", vmin=0)
+            for each in (above, below):
+                each.set_axis_on()
+                each.title.set_fontsize(8)
+        figure.savefig(path)
+        plt.close(figure)

@@ -1,0 +1,106 @@
+"""What fits came to, one line of JSON each, so that a run that was stopped goes on where it was."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_gradnorm.report.comparison import Better, Comparison, Run
+
+FIGURES = 5  # significant figures that curves keep
+
+
+@dataclass(frozen=True)
+class Record:
+    """One fit.
+
+    Attributes:
+        problem, method, seed, steps: which.
+        measures: name → value at the end.
+        step_seconds: median time of an optimiser step.
+        weights: task → weight at the end.
+        mean_weights: task → weight on average over the fit; empty without a balancing callback.
+        curves: name → values, one per entry of ``curves["step"]``.
+        extras: whatever else the experiment's figure draws.
+        made: how: command, date, versions, machine.
+    """
+
+    problem: str
+    method: str
+    seed: int
+    steps: int
+    measures: dict[str, float]
+    step_seconds: float
+    weights: dict[str, float] = field(default_factory=dict)
+    mean_weights: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, str] = field(default_factory=dict)
+
+
+def rounded(values: Any) -> Any:
+    """The same with floats to ``FIGURES`` significant figures, in lists and dicts too."""
+    if isinstance(values, float):
+        return float(f"{values:.{FIGURES}g}")
+    if isinstance(values, Mapping):
+        return {key: rounded(value) for key, value in values.items()}
+    return [rounded(value) for value in values] if isinstance(values, Sequence) and not isinstance(values, str) else values
+
+
+class Records:
+    """The fits of one experiment, in a file that two processes may add to.
+
+    Args:
+        path: of the file; it need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def all(self) -> list[Record]:
+        """In the order in which they were made; a line that an interruption cut short is left out."""
+        if not self.path.exists():
+            return []
+        found = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and line.strip():
+                found.append(Record(**json.loads(line)))
+        return found
+
+    def find(self, problem: str, method: str, seed: int, steps: int) -> Record | None:
+        """The last one of these, if there is one."""
+        wanted = (problem, method, seed, steps)
+        fits = [record for record in self.all() if (record.problem, record.method, record.seed, record.steps) == wanted]
+        return fits[-1] if fits else None
+
+    def add(self, record: Record) -> None:
+        """One more line, written in one piece."""
+        values = asdict(record) | {"curves": rounded(record.curves), "extras": rounded(record.extras)}
+        line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            line = b"\n" + line
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(file, line)
+        finally:
+            os.close(file)
+
+    def of(self, problem: str) -> dict[str, list[Record]]:
+        """Method → its records of a problem, by seed: the seeds that every method has, of the longest fits."""
+        mine = [record for record in self.all() if record.problem == problem]
+        steps = max((record.steps for record in mine), default=0)
+        latest = {(record.method, record.seed): record for record in mine if record.steps == steps}
+        methods = dict.fromkeys(method for method, _ in latest)
+        seeds = [seed for seed in sorted({seed for _, seed in latest}) if all((m, seed) in latest for m in methods)]
+        return {method: [latest[method, seed] for seed in seeds] for method in methods if seeds}
+
+    def comparison(self, problem: str, better: Mapping[str, Better], methods: Iterable[str]) -> Comparison | None:
+        """The methods on one problem, the first being the baseline; ``None`` if there is nothing to compare yet."""
+        found = self.of(problem)
+        order = [method for method in methods if method in found]
+        runs = [
+            Run(fit.method, fit.seed, fit.measures, fit.step_seconds, fit.weights) for method in order for fit in found[method]
+        ]
+        return Comparison(dict(better), runs, order[0]) if runs else None

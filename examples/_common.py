@@ -40,6 +40,13 @@ def quiet_lightning() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def quiet_trainer(callbacks: Sequence[L.Callback], **settings: object) -> L.Trainer:
+    """A Trainer on the CPU that draws, saves and, unless ``logger`` is given, logs nothing of its own."""
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    steps = {"log_every_n_steps": 0, "num_sanity_val_steps": 0}
+    return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **(off | steps | settings))
+
+
 class Progress(L.Callback):
     """One bar over several fits, drawn on terminals only; it goes away when the last fit ends.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from _common import BLACK, BLUE, GREEN, ORANGE, PURPLE, by_task, draw_runs, mean_std, print_table
+from _common import BLACK, BLUE, GREEN, ORANGE, PURPLE, by_task, draw_runs, mean_std, print_table, quiet_trainer
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
@@ -144,17 +144,8 @@ class History(L.Callback):
 
 def fit(module: Pinn, batches: Iterable[object], callbacks: Sequence[L.Callback], epochs: int = 1) -> None:
     """Train on every batch once, or ``epochs`` times; the weights are updated before ``History`` looks at them."""
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        log_every_n_steps=0,
-        callbacks=sorted(callbacks, key=lambda callback: isinstance(callback, History)),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, batches)
+    in_order = sorted(callbacks, key=lambda callback: isinstance(callback, History))
+    quiet_trainer(in_order, max_epochs=epochs).fit(module, batches)
 
 
 def read_arguments(

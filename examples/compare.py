@@ -13,7 +13,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from _common import Progress, quiet_lightning
+from _common import Progress, quiet_lightning, quiet_trainer
 from digits_problem import DigitsWithIndicators, load
 from torch.utils.data import DataLoader
 
@@ -44,18 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return module, DataLoader(train, 64, shuffle=True, generator=order), DataLoader(test, batch_size=len(test))
 
     def trainer(callbacks: list[L.Callback], **settings: object) -> L.Trainer:
-        return L.Trainer(
-            max_epochs=args.epochs,
-            accelerator="cpu",
-            callbacks=[progress, *callbacks],
-            log_every_n_steps=0,
-            check_val_every_n_epoch=args.epochs,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            **settings,
-        )
+        return quiet_trainer([progress, *callbacks], max_epochs=args.epochs, check_val_every_n_epoch=args.epochs, **settings)
 
     with quiet_lightning():
         comparison = compare(make, MEASURES, {name: CHOICES[name] for name in args.methods}, seeds=args.seeds, trainer=trainer)

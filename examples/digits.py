@@ -35,6 +35,7 @@ from _common import (
     plt,
     print_table,
     quiet_lightning,
+    quiet_trainer,
     save,
 )
 from digits_problem import Digits, load
@@ -93,17 +94,8 @@ def train_once(method: str, seed: int, args: argparse.Namespace, progress: Progr
     logger = TensorBoardLogger(args.out, name=method, version=f"seed_{seed}")
     for old in Path(logger.log_dir).glob("events.out.tfevents.*"):
         old.unlink()  # or TensorBoard would join an earlier run's curves to this one's
-    trainer = L.Trainer(
-        max_epochs=args.epochs,
-        accelerator="cpu",
-        logger=logger,
-        log_every_n_steps=22,
-        callbacks=[progress, *([balancing] if balancing else []), history],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    callbacks = [progress, *([balancing] if balancing else []), history]
+    trainer = quiet_trainer(callbacks, max_epochs=args.epochs, logger=logger, log_every_n_steps=22)
     progress.name(f"seed {seed}, {method}")
     trainer.fit(model, DataLoader(train, batch_size=64, shuffle=True, generator=order), DataLoader(test, batch_size=450))
     return history

@@ -20,7 +20,19 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from _common import BLACK, BLUE, GREEN, ORANGE, Progress, figure_style, mean_std, plt, print_table, quiet_lightning
+from _common import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    Progress,
+    figure_style,
+    mean_std,
+    plt,
+    print_table,
+    quiet_lightning,
+    quiet_trainer,
+)
 from torch import Tensor, nn
 
 from lightning_gradnorm import (
@@ -86,18 +98,8 @@ def train_once(method: str, seed: int, steps: int, progress: Progress) -> dict[s
     torch.manual_seed(seed)
     module = Curve(coordinates=method == "gradient norms")
     balancing = LossBalancingCallback(EqualWeights(), points={"curve": weighting}, summary=False)
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        log_every_n_steps=0,
-        callbacks=[progress, balancing],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     progress.name(f"seed {seed}, {method}")
-    trainer.fit(module, Steps(steps))
+    quiet_trainer([progress, balancing], max_epochs=1).fit(module, Steps(steps))
     residuals, everywhere = module.residual(X).detach(), module.residual(EVERYWHERE).detach()
     near = X.squeeze(1).abs() < NEAR
     inside, outside = (residuals[part].square().mean().sqrt().item() for part in (near, ~near))

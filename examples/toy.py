@@ -9,7 +9,6 @@ from the same network and see the same batches:
 
 - ``equal``: the plain sum of the losses;
 - ``GradNorm``, α = 0.12 as in the paper;
-- ``GradNorm static``: trained anew with the time averages of that run's weights, at the cost of a plain sum;
 - ``GradNorm static``: trained anew with the time averages of that GradNorm run's weights, at the cost of a plain sum;
 - ``fixed 1/σ²``: each loss divided by its scale, which here is known.
 
@@ -41,6 +40,7 @@ from _common import (
     plt,
     print_table,
     quiet_lightning,
+    quiet_trainer,
     save,
 )
 from torch import Tensor, nn
@@ -170,16 +170,7 @@ def train_once(
     module = Toy(sigmas, args.lr)
     balancing = balancing_of(method, sigmas, average)
     evaluation = Evaluation(data.held_out, args.every, balancing)
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        log_every_n_steps=0,
-        callbacks=[progress, *([balancing] if balancing else []), evaluation],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer([progress, *([balancing] if balancing else []), evaluation], max_epochs=1)
     progress.name(f"T = {tasks}, seed {seed}, {method}")
     began = time.perf_counter()
     trainer.fit(module, data)

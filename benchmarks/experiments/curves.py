@@ -1,11 +1,14 @@
 """What the experiments' figures share: a colour per method, the mean and range of several seeds' curves."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from _common import BLACK, BLUE, GREEN, ORANGE, PURPLE, draw_runs
+from _common import BLACK, BLUE, GREEN, ORANGE, PURPLE, draw_runs, figure_style, plt
 from matplotlib.axes import Axes
 
-from benchmarks.experiments.records import Record
+from benchmarks.experiments.records import Record, Records
+from lightning_gradnorm.report.comparison import Better
 
 SKY, VERMILION, GREY = "#56B4E9", "#D55E00", "#777777"
 COLOURS = {
@@ -16,10 +19,12 @@ COLOURS = {
     "GradNorm, Σw = T": PURPLE,
     "GradNorm, Σw = T, β₂ = 0.99": VERMILION,
     "annealing": GREEN,
+    "GradNorm, α = 0": SKY,
     "self-adaptive": GREY,
     "uncertainty": GREEN,
     "DWA": VERMILION,
-    "AMNL": SKY,
+    "AMNL": GREY,
+    "GradNorm, gradient kept": SKY,
     "fixed 1/σ²": BLACK,
     "hand-scaled": BLACK,
 }
@@ -29,3 +34,31 @@ def draw_curve(axes: Axes, fits: Sequence[Record], values: str | Sequence[Sequen
     """Mean over the seeds as a line, their range as a band, of a curve of the records or of values given for each."""
     runs = [fit.curves[values] for fit in fits] if isinstance(values, str) else values
     draw_runs(axes, fits[0].curves["step"], runs, **line)
+
+
+def draw_measures(records: Records, problems: Mapping[str, Sequence[str]], better: Mapping[str, Better], path: Path) -> None:
+    """A row per problem and a panel per measure: each seed a dot, the mean a bar."""
+    rows = {problem: found for problem in problems if (found := records.of(problem))}
+    if not rows:
+        return
+    with figure_style():
+        height = sum(0.8 + 0.25 * len(found) for found in rows.values())
+        figure, grid = plt.subplots(
+            len(rows), len(better), figsize=(2.4 + 2.9 * len(better), height), squeeze=False, sharex="col", sharey="row"
+        )
+        for panels, (problem, found) in zip(grid, rows.items(), strict=True):
+            order = [method for method in problems[problem] if method in found][::-1]
+            for axes, (measure, way) in zip(panels, better.items(), strict=True):
+                for place, method in enumerate(order):
+                    values = [fit.measures[measure] for fit in found[method]]
+                    colour = COLOURS.get(method, GREY)
+                    axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.5, markersize=5, markeredgewidth=0)
+                    axes.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2.5)
+                every = [fit.measures[measure] for fits in found.values() for fit in fits]
+                if min(every) > 0 and max(every) > 20 * min(every):
+                    axes.set_xscale("log")
+                axes.set_title(f"{problem}: {measure} {'↓' if way == 'lower' else '↑'}", fontsize=9)
+                axes.grid(axis="y", visible=False)
+            panels[0].set_yticks(range(len(order)), order, fontsize=8)
+        figure.savefig(path)
+        plt.close(figure)

@@ -1,0 +1,134 @@
+"""Two tasks that are balanced already: the classes of the left and of the right one of two handwritten digits.
+
+scikit-learn's digits, side by side; neither task is harder, larger or rarer than the other, so equal weights are right, and the
+question is whether GradNorm does harm. What ``diagnose`` says beforehand is kept with the records.
+
+    python -m benchmarks.experiments.no_harm                   # ten seeds: ten minutes
+    python -m benchmarks.experiments.no_harm --quick
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+import torch
+from _common import quiet_trainer
+from digits_problem import load
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.experiments.command import Case, Experiment, main
+from benchmarks.experiments.curves import draw_measures
+from benchmarks.experiments.records import Record, Records
+from lightning_gradnorm import EqualWeights, GradNorm, LossBalancingCallback, MultiTaskMixin, UncertaintyWeighting, diagnose
+from lightning_gradnorm.comparison import StepTimes
+
+NAME = "pairs of digits"
+METHODS = {
+    "equal": EqualWeights,
+    "GradNorm": GradNorm,
+    "GradNorm, α = 0": lambda: GradNorm(alpha=0),
+    "GradNorm, gradient kept": lambda: GradNorm(scale="gradient"),
+    "uncertainty": UncertaintyWeighting,
+}
+BETTER = {"left accuracy": "higher", "right accuracy": "higher"}
+Pairs = tuple[Tensor, Tensor]
+
+
+def pairs_of(images: Tensor, labels: Tensor, count: int, draws: torch.Generator) -> Pairs:
+    """Two images each, side by side ``[count, 1, 8, 16]``, and their labels ``[count, 2]``."""
+    chosen = torch.randint(len(labels), (count, 2), generator=draws)
+    squares = images.reshape(-1, 8, 8)[chosen] / 16
+    return torch.cat(squares.unbind(1), 2).unsqueeze(1), labels[chosen]
+
+
+class Batches:
+    """Pairs of training images, drawn anew for every step; an epoch is 50 steps.
+
+    Args:
+        seed: of the draws.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.images, self.labels = load()[0].tensors
+        self.draws = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return 50
+
+    def __iter__(self) -> Iterator[Pairs]:
+        return (pairs_of(self.images, self.labels, 64, self.draws) for _ in range(len(self)))
+
+
+class TwoDigits(MultiTaskMixin, L.LightningModule):
+    """Two convolutions and a dense layer that both tasks share, two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 4 * 8, 64),
+            nn.ReLU(),
+        )
+        self.left, self.right = nn.Linear(64, 10), nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """``[N, 1, 8, 16]`` → task → scores ``[N, 10]``."""
+        features = self.trunk(images)
+        return {"left": self.left(features), "right": self.right(features)}
+
+    def task_losses(self, batch: Pairs, batch_idx: int) -> dict[str, Tensor]:
+        images, labels = batch
+        scores = self(images).items()
+        return {task: F.cross_entropy(score, label) for (task, score), label in zip(scores, labels.T, strict=True)}
+
+    @torch.no_grad()
+    def accuracies(self, test: Pairs) -> dict[str, float]:
+        """Of both tasks."""
+        scores = self(test[0]).items()
+        return {f"{t} accuracy": (s.argmax(1) == y).float().mean().item() for (t, s), y in zip(scores, test[1].T, strict=True)}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3, fused=True)
+
+
+def fit(case: Case) -> Record:
+    """One fit; all methods start from one network and see the same pairs."""
+    torch.manual_seed(case.seed)
+    module = TwoDigits()
+    extras = {}
+    if case.method == "equal":
+        found = diagnose(module, Batches(case.seed))
+        extras = {"diagnosis": found.weighting, "spread": found.spread}
+    balancing, times = LossBalancingCallback(METHODS[case.method](), summary=False), StepTimes()
+    trainer = quiet_trainer([case.progress, balancing, times], max_steps=case.steps, max_epochs=-1)
+    trainer.fit(module, Batches(case.seed))
+    test = pairs_of(*load()[1].tensors, 5000, torch.Generator().manual_seed(0))
+    measures, weights = module.accuracies(test), (balancing.weights, balancing.mean_weights)
+    return Record(case.problem, case.method, case.seed, case.steps, measures, times.median(), *weights, extras=extras)
+
+
+def draw(records: Records, path: Path) -> None:
+    """Both accuracies, a dot per seed."""
+    draw_measures(records, {NAME: tuple(METHODS)}, BETTER, path)
+
+
+EXPERIMENT = Experiment(
+    name="no_harm",
+    about=__doc__ or "",
+    problems={NAME: tuple(METHODS)},
+    better=BETTER,
+    fit=fit,
+    draw=draw,
+    steps=1500,
+    quick_steps=20,
+    seeds=10,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

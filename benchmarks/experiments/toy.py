@@ -1,0 +1,151 @@
+"""The toy problem of the GradNorm paper (section 4): T regressions that differ in scale alone, and α from 0 to 3.
+
+The measure is Σ_i L_i(t) / L_i(0) on held-out inputs, T at the start; at the end, the mean of the last eight evaluations.
+σ = 1 and 100 for T = 2, those of public code for T = 10, and a geometric series from 1 to 100 for T = 40.
+
+    python -m benchmarks.experiments.toy                       # ten seeds: an hour and a half
+    python -m benchmarks.experiments.toy --quick
+"""
+
+import itertools
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from _common import draw_runs, figure_style, plt, quiet_trainer
+from toy import LAST, SIGMAS, Batch, Evaluation, Toy, ToyData
+
+from benchmarks.experiments.command import Case, Experiment, main
+from benchmarks.experiments.curves import COLOURS, draw_curve
+from benchmarks.experiments.records import Record, Records
+from lightning_gradnorm import (
+    DynamicWeightAverage,
+    EqualWeights,
+    FixedWeights,
+    GradNorm,
+    LossBalancer,
+    LossBalancingCallback,
+    UncertaintyWeighting,
+)
+from lightning_gradnorm.comparison import StepTimes
+
+MEASURE = "Σ L(t)/L(0)"
+METHODS = ("equal", "uncertainty", "DWA", "GradNorm", "GradNorm static", "fixed 1/σ²")
+ALPHAS = (0, 0.12, 0.5, 1, 1.5, 2, 3)
+ALL_SIGMAS = SIGMAS | {40: tuple(round(10 ** (2 * i / 39), 2) for i in range(40))}
+EPOCH = 50  # steps whose mean losses dynamic weight average compares
+OVER_ALPHA = ", over α"
+PROBLEMS = {f"T = {tasks}": METHODS for tasks in ALL_SIGMAS} | {
+    f"T = {tasks}{OVER_ALPHA}": ("equal", *(f"α = {alpha:g}" for alpha in ALPHAS)) for tasks in SIGMAS
+}
+
+
+class Epochs:
+    """A stream of batches, cut into epochs.
+
+    Args:
+        batches: the stream.
+        length: of an epoch, in batches.
+    """
+
+    def __init__(self, batches: Iterator[Batch], length: int) -> None:
+        self.batches, self.length = batches, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.islice(self.batches, self.length)
+
+
+def balancer_of(case: Case, sigmas: tuple[float, ...]) -> LossBalancer:
+    """The method; GradNorm at the paper's α, where none is named."""
+    if case.method.startswith("α = "):
+        return GradNorm(alpha=float(case.method.removeprefix("α = ")), lr=0.025)
+    if case.method == "GradNorm static":
+        assert case.before is not None, "the experiment says that it follows GradNorm"
+        return FixedWeights(case.before.mean_weights)
+    if case.method == "fixed 1/σ²":
+        whole = sum(sigma**-2 for sigma in sigmas)
+        return FixedWeights({f"σ={sigma}": len(sigmas) * sigma**-2 / whole for sigma in sigmas})
+    makes = {"equal": EqualWeights, "uncertainty": UncertaintyWeighting, "DWA": DynamicWeightAverage}
+    return makes[case.method]() if case.method in makes else GradNorm(alpha=0.12, lr=0.025)
+
+
+def fit(case: Case) -> Record:
+    """One method on one seed's functions; all methods start from one network and see the same batches."""
+    tasks = int(case.problem.removesuffix(OVER_ALPHA).removeprefix("T = "))
+    sigmas, data = ALL_SIGMAS[tasks], ToyData(tasks, case.seed, case.steps)
+    torch.manual_seed(case.seed)
+    module = Toy(sigmas, lr=2e-3)
+    balancing, times = LossBalancingCallback(balancer_of(case, sigmas), summary=False), StepTimes()
+    evaluation = Evaluation(data.held_out, case.every, balancing)
+    trainer = quiet_trainer([case.progress, balancing, evaluation, times], max_steps=case.steps, max_epochs=-1)
+    trainer.fit(module, Epochs(iter(data), min(EPOCH, case.steps)))
+    curves = {"step": [float(case.every * i) for i in range(len(evaluation.measures))], MEASURE: evaluation.measures}
+    if case.method == "GradNorm":
+        curves |= {f"weight {task}": [step[task] for step in evaluation.weights] for task in evaluation.weights[-1]}
+    at_end = statistics.fmean(evaluation.measures[-LAST:])
+    weights = balancing.weights, balancing.mean_weights
+    return Record(case.problem, case.method, case.seed, case.steps, {MEASURE: at_end}, times.median(), *weights, curves)
+
+
+def draw(records: Records, path: Path) -> None:
+    """As in the paper: a row per T with the measure and GradNorm's weights over the steps; below, the measure over α."""
+    rows = [problem for problem in PROBLEMS if OVER_ALPHA not in problem and records.of(problem)]
+    over_alpha = [problem for problem in PROBLEMS if OVER_ALPHA in problem and records.of(problem)]
+    height = len(rows) + bool(over_alpha)
+    if not height:
+        return
+    with figure_style():
+        figure, grid = plt.subplots(height, 2, figsize=(10.5, 3.5 * height), squeeze=False)
+        for (left, right), problem in zip(grid, rows, strict=False):
+            found = records.of(problem)
+            for method in (method for method in METHODS if method in found):
+                draw_curve(left, found[method], MEASURE, color=COLOURS[method], label=method)
+            left.set(title=f"{problem}: {MEASURE} ↓", xlabel="step")
+            left.legend(loc="lower left", fontsize=8)
+            fits = found.get("GradNorm", [])
+            curves = [name for name in (fits[0].curves if fits else ()) if name.startswith("weight ")]
+            curves.sort(key=lambda name: float(name.partition("=")[2]))
+            for rank, name in enumerate(curves):
+                label = f"σ = {name.partition('=')[2]}" if len(curves) <= 10 or rank % 13 == 0 else None
+                draw_curve(right, fits, name, color=plt.cm.viridis(0.9 * rank / (len(curves) - 1)), label=label)
+            right.set(title="GradNorm's loss weights", xlabel="step", yscale="log")
+            right.yaxis.set_major_formatter("{x:g}")
+            right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+        if over_alpha:
+            for axes in grid[-1]:
+                axes.set_visible(False)
+        for axes, problem in zip(grid[-1], over_alpha, strict=False):
+            found = records.of(problem)
+            axes.set_visible(True)
+            alphas = [alpha for alpha in ALPHAS if f"α = {alpha:g}" in found]
+            seeds = range(len(found["equal"]))
+            runs = [[found[f"α = {alpha:g}"][seed].measures[MEASURE] for alpha in alphas] for seed in seeds]
+            draw_runs(axes, alphas, runs, color=COLOURS["GradNorm"], label="GradNorm", marker="o", markersize=4)
+            equal = [[fit.measures[MEASURE]] * len(alphas) for fit in found["equal"]]
+            draw_runs(axes, alphas, equal, color=COLOURS["equal"], label="equal")
+            axes.set(title=f"{problem}: {MEASURE} at the end ↓", xlabel="α")
+            axes.legend(loc="best", fontsize=8)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+EXPERIMENT = Experiment(
+    name="toy",
+    about=__doc__ or "",
+    problems=PROBLEMS,
+    better={MEASURE: "lower"},
+    fit=fit,
+    draw=draw,
+    steps=1500,
+    quick_steps=30,
+    seeds=10,
+    after={"GradNorm static": "GradNorm"},
+    points=30,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

@@ -7,13 +7,13 @@
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from _common import quiet_trainer
 
-from benchmarks.experiments.command import Case, Experiment, main
+from benchmarks.experiments.command import Case, Experiment, Problem, main
 from benchmarks.experiments.curves import draw_measures
 from benchmarks.experiments.records import Record, Records
 from benchmarks.experiments.turbofans import CAP, Batches, Engines, Turbofan
@@ -28,6 +28,7 @@ from lightning_gradnorm import (
     UncertaintyWeighting,
 )
 from lightning_gradnorm.comparison import StepTimes
+from lightning_gradnorm.report.comparison import Better
 
 BALANCERS: dict[str, Callable[[], LossBalancer]] = {
     "equal": EqualWeights,
@@ -40,7 +41,7 @@ BALANCERS: dict[str, Callable[[], LossBalancer]] = {
 }
 METHODS = (*BALANCERS, "GradNorm static")
 SUBSETS = ("FD001", "FD002")
-BETTER = {"RMSE": "lower", "NASA score": "lower", "accuracy": "higher"}
+BETTER: Mapping[str, Better] = {"RMSE": "lower", "NASA score": "lower", "accuracy": "higher"}
 
 read = functools.cache(Engines.read)
 
@@ -77,8 +78,7 @@ def draw(records: Records, path: Path) -> None:
 EXPERIMENT = Experiment(
     name="cmapss",
     about=__doc__ or "",
-    problems=dict.fromkeys(SUBSETS, METHODS),
-    better=BETTER,
+    problems=dict.fromkeys(SUBSETS, Problem(METHODS, BETTER)),
     fit=fit,
     draw=draw,
     steps=3000,

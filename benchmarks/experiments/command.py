@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning
 import torch
@@ -14,7 +15,7 @@ from _common import Progress, quiet_lightning
 
 import lightning_gradnorm
 from benchmarks.experiments.records import Record, Records
-from lightning_gradnorm.report.comparison import Better
+from lightning_gradnorm.report.comparison import Better, Comparison
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,18 @@ class Case:
     before: Record | None
 
 
+class Problem(NamedTuple):
+    """What is compared on one problem.
+
+    Attributes:
+        methods: the baseline first.
+        better: measure → which way is better.
+    """
+
+    methods: Sequence[str]
+    better: Mapping[str, Better]
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What one file says of itself.
@@ -46,8 +59,7 @@ class Experiment:
     Attributes:
         name: of the folder for its results.
         about: first line of the help.
-        problems: problem → its methods, the baseline first.
-        better: measure → which way is better.
+        problems: name → what is compared on it.
         fit: makes one fit; gives the record without ``made``.
         draw: the figure, from records that hold a seed at least of every problem asked for.
         steps, quick_steps: optimiser steps of a fit.
@@ -59,8 +71,7 @@ class Experiment:
 
     name: str
     about: str
-    problems: Mapping[str, Sequence[str]]
-    better: Mapping[str, Better]
+    problems: Mapping[str, Problem]
     fit: Callable[[Case], Record]
     draw: Callable[[Records, Path], None]
     steps: int
@@ -70,11 +81,23 @@ class Experiment:
     needs_data: str | None = None
     points: int = 50
 
+    def comparison(self, records: Records, problem: str, baseline: str | None = None) -> Comparison | None:
+        """The methods on one problem; ``None`` if there is nothing to compare yet.
+
+        Args:
+            records: of the experiment.
+            problem: its name.
+            baseline: that the differences are to; by default the first method.
+        """
+        methods, better = self.problems[problem]
+        order = [*([baseline] if baseline else []), *(method for method in methods if method != baseline)]
+        return records.comparison(problem, better, order)
+
     def tables(self, records: Records) -> str:
         """Of every problem with a seed that all its methods have, in Markdown."""
         parts = []
-        for problem, methods in self.problems.items():
-            comparison = records.comparison(problem, self.better, methods)
+        for problem in self.problems:
+            comparison = self.comparison(records, problem)
             if comparison is not None:
                 steps = records.of(problem)[comparison.baseline][0].steps
                 parts.append(f"## {problem}, {steps:,} steps\n\n{comparison.markdown()}")
@@ -97,7 +120,7 @@ def folder_of(experiment: Experiment, options: argparse.Namespace) -> Path:
 
 def read_options(experiment: Experiment, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    methods = list(dict.fromkeys(method for methods in experiment.problems.values() for method in methods))
+    methods = list(dict.fromkeys(method for problem in experiment.problems.values() for method in problem.methods))
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.experiments.{experiment.name}",
         description=experiment.about,
@@ -156,7 +179,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> Reco
         (problem, method, seed)
         for seed in options.seeds
         for problem in options.problems
-        for method in experiment.problems[problem]
+        for method in experiment.problems[problem].methods
         if method in options.methods and records.find(problem, method, seed, options.steps) is None
     ]
     progress = Progress(options.steps * len(wanted))
@@ -185,14 +208,19 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> Reco
 
 def report(experiment: Experiment, records: Records, out: Path) -> None:
     """Tables to the console and the folder, and the figure."""
-    for problem, methods in experiment.problems.items():
-        comparison = records.comparison(problem, experiment.better, methods)
+    for problem in experiment.problems:
+        comparison = experiment.comparison(records, problem)
         if comparison is not None:
             print(f"\n{problem}")
             comparison.print()
-    (out / "table.md").write_text(
-        f"# {experiment.about.splitlines()[0]}\n\n{experiment.tables(records)}\n{experiment.provenance(records)}",
-        encoding="utf-8",
-    )
-    experiment.draw(records, out / f"{experiment.name}.png")
-    print(f"\nTables: {out / 'table.md'}\nFigure: {out / f'{experiment.name}.png'}\nRecords: {records.path}")
+    table, figure = write_report(experiment, records, out)
+    print(f"\nTables: {table}\nFigure: {figure}\nRecords: {records.path}")
+
+
+def write_report(experiment: Experiment, records: Records, out: Path) -> tuple[Path, Path]:
+    """Tables and figure into the folder."""
+    table, figure = out / "table.md", out / f"{experiment.name}.png"
+    title = experiment.about.splitlines()[0]
+    table.write_text(f"# {title}\n\n{experiment.tables(records)}{experiment.provenance(records)}", encoding="utf-8")
+    experiment.draw(records, figure)
+    return table, figure

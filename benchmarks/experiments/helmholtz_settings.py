@@ -11,8 +11,8 @@ from pathlib import Path
 
 from _common import figure_style, plt
 
-from benchmarks.experiments.command import Case, Experiment, main
-from benchmarks.experiments.physics import METHODS, PROBLEMS, Method, fit_once, gradnorm
+from benchmarks.experiments.command import Case, Experiment, Problem, main
+from benchmarks.experiments.physics import ERROR, METHODS, PROBLEMS, Method, fit_once, gradnorm
 from benchmarks.experiments.records import Record, Records
 
 NAME = "Helmholtz"
@@ -46,7 +46,7 @@ def fit(case: Case) -> Record:
 
 def draw(records: Records, path: Path) -> None:
     """Each setting's errors, a dot per seed; annealing's mean as a line."""
-    comparison = records.comparison(NAME, {"relative L2 error": "lower"}, ALL)
+    comparison = records.comparison(NAME, ERROR, ALL)
     if comparison is not None:
         with figure_style(), plt.rc_context({"axes.grid.axis": "x"}):
             comparison.draw(path)
@@ -55,8 +55,7 @@ def draw(records: Records, path: Path) -> None:
 EXPERIMENT = Experiment(
     name="helmholtz_settings",
     about=__doc__ or "",
-    problems={NAME: tuple(ALL)},
-    better={"relative L2 error": "lower"},
+    problems={NAME: Problem(tuple(ALL), ERROR)},
     fit=fit,
     draw=draw,
     steps=10_000,

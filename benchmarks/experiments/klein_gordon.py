@@ -6,8 +6,8 @@ python -m benchmarks.experiments.klein_gordon --quick
 
 from functools import partial
 
-from benchmarks.experiments.command import Case, Experiment, main
-from benchmarks.experiments.physics import METHODS, PROBLEMS, draw_problem, fit_once
+from benchmarks.experiments.command import Case, Experiment, Problem, main
+from benchmarks.experiments.physics import ERROR, METHODS, PROBLEMS, draw_problem, fit_once
 from benchmarks.experiments.records import Record
 
 NAME = "Klein–Gordon"
@@ -21,8 +21,7 @@ def fit(case: Case) -> Record:
 EXPERIMENT = Experiment(
     name="klein_gordon",
     about=__doc__ or "",
-    problems={NAME: tuple(METHODS)},
-    better={"relative L2 error": "lower"},
+    problems={NAME: Problem(tuple(METHODS), ERROR)},
     fit=fit,
     draw=partial(draw_problem, NAME, tuple(METHODS)),
     steps=40_000,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.experiments.cmapss import BETTER, fit_turbofan
-from benchmarks.experiments.command import Case, Experiment, main
+from benchmarks.experiments.command import Case, Experiment, Problem, main
 from benchmarks.experiments.curves import draw_measures
 from benchmarks.experiments.records import Record, Records
 from benchmarks.experiments.turbofans import CAP
@@ -45,8 +45,7 @@ def draw(records: Records, path: Path) -> None:
 EXPERIMENT = Experiment(
     name="rescue",
     about=__doc__ or "",
-    problems=dict.fromkeys(PROBLEMS, tuple(METHODS)),
-    better=BETTER,
+    problems=dict.fromkeys(PROBLEMS, Problem(tuple(METHODS), BETTER)),
     fit=fit,
     draw=draw,
     steps=3000,

@@ -9,7 +9,7 @@ absent from it. ROC-AUC on a fifth of the molecules, held out.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
-from benchmarks.experiments.command import Case, Experiment, main
+from benchmarks.experiments.command import Case, Experiment, Problem, main
 from benchmarks.experiments.curves import COLOURS
 from benchmarks.experiments.records import Record, Records
 from lightning_gradnorm import (
@@ -34,6 +34,7 @@ from lightning_gradnorm import (
     UncertaintyWeighting,
 )
 from lightning_gradnorm.comparison import StepTimes
+from lightning_gradnorm.report.comparison import Better
 
 MIXED, APART = "mixed", "panels apart"
 MISSING = -1
@@ -44,7 +45,7 @@ BALANCERS: dict[str, Callable[[], LossBalancer]] = {
     "GradNorm, α = 0": lambda: GradNorm(alpha=0),
 }
 METHODS = (*BALANCERS, "GradNorm static")
-BETTER = {"mean ROC-AUC": "higher", "lowest ROC-AUC": "higher"}
+BETTER: Mapping[str, Better] = {"mean ROC-AUC": "higher", "lowest ROC-AUC": "higher"}
 Labelled = tuple[Tensor, Tensor]
 
 
@@ -145,19 +146,24 @@ class Assays(MultiTaskMixin, L.LightningModule):
 
 
 def fit(case: Case) -> Record:
-    """One fit; all methods start from one network and see the same batches."""
-    assert case.data is not None, "the experiment says that it needs them"
-    molecules = read(case.data / "tox21")
+    """One method, one seed."""
     if case.method == "GradNorm static":
         assert case.before is not None, "the experiment says that it follows GradNorm"
         balancer: LossBalancer = FixedWeights(case.before.mean_weights)
     else:
         balancer = BALANCERS[case.method]()
+    return fit_assays(case, balancer, apart=case.problem == APART)
+
+
+def fit_assays(case: Case, balancer: LossBalancer, *, apart: bool) -> Record:
+    """One fit; all methods start from one network and see the same batches."""
+    assert case.data is not None, "the experiment says that it needs them"
+    molecules = read(case.data / "tox21")
     torch.manual_seed(case.seed)
     module = Assays(molecules.tasks)
     balancing, times = LossBalancingCallback(balancer, summary=False), StepTimes()
     trainer = quiet_trainer([case.progress, balancing, times], max_steps=case.steps, max_epochs=-1)
-    trainer.fit(module, Batches(molecules, case.seed, case.problem == APART))
+    trainer.fit(module, Batches(molecules, case.seed, apart))
     areas = module.eval().areas(molecules.test)
     measures = {"mean ROC-AUC": sum(areas.values()) / len(areas), "lowest ROC-AUC": min(areas.values()), **areas}
     weights = balancing.weights, balancing.mean_weights
@@ -192,8 +198,7 @@ def draw(records: Records, path: Path) -> None:
 EXPERIMENT = Experiment(
     name="tox21",
     about=__doc__ or "",
-    problems={MIXED: METHODS, APART: METHODS},
-    better=BETTER,
+    problems=dict.fromkeys((MIXED, APART), Problem(METHODS, BETTER)),
     fit=fit,
     draw=draw,
     steps=1000,

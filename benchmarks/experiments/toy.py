@@ -9,14 +9,14 @@ The measure is Σ_i L_i(t) / L_i(0) on held-out inputs, T at the start; at the e
 
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from _common import draw_runs, figure_style, plt, quiet_trainer
 from toy import LAST, SIGMAS, Batch, Evaluation, Toy, ToyData
 
-from benchmarks.experiments.command import Case, Experiment, main
+from benchmarks.experiments.command import Case, Experiment, Problem, main
 from benchmarks.experiments.curves import COLOURS, draw_curve
 from benchmarks.experiments.records import Record, Records
 from lightning_gradnorm import (
@@ -29,6 +29,7 @@ from lightning_gradnorm import (
     UncertaintyWeighting,
 )
 from lightning_gradnorm.comparison import StepTimes
+from lightning_gradnorm.report.comparison import Better
 
 MEASURE = "Σ L(t)/L(0)"
 METHODS = ("equal", "uncertainty", "DWA", "GradNorm", "GradNorm static", "fixed 1/σ²")
@@ -36,8 +37,9 @@ ALPHAS = (0, 0.12, 0.5, 1, 1.5, 2, 3)
 ALL_SIGMAS = SIGMAS | {40: tuple(round(10 ** (2 * i / 39), 2) for i in range(40))}
 EPOCH = 50  # steps whose mean losses dynamic weight average compares
 OVER_ALPHA = ", over α"
-PROBLEMS = {f"T = {tasks}": METHODS for tasks in ALL_SIGMAS} | {
-    f"T = {tasks}{OVER_ALPHA}": ("equal", *(f"α = {alpha:g}" for alpha in ALPHAS)) for tasks in SIGMAS
+BETTER: Mapping[str, Better] = {MEASURE: "lower"}
+PROBLEMS = {f"T = {tasks}": Problem(METHODS, BETTER) for tasks in ALL_SIGMAS} | {
+    f"T = {tasks}{OVER_ALPHA}": Problem(("equal", *(f"α = {alpha:g}" for alpha in ALPHAS)), BETTER) for tasks in SIGMAS
 }
 
 
@@ -74,12 +76,17 @@ def balancer_of(case: Case, sigmas: tuple[float, ...]) -> LossBalancer:
 
 
 def fit(case: Case) -> Record:
-    """One method on one seed's functions; all methods start from one network and see the same batches."""
+    """One method on one seed's functions."""
     tasks = int(case.problem.removesuffix(OVER_ALPHA).removeprefix("T = "))
+    return fit_toy(case, tasks, balancer_of(case, ALL_SIGMAS[tasks]))
+
+
+def fit_toy(case: Case, tasks: int, balancer: LossBalancer) -> Record:
+    """One fit; all methods start from one network and see the same batches."""
     sigmas, data = ALL_SIGMAS[tasks], ToyData(tasks, case.seed, case.steps)
     torch.manual_seed(case.seed)
     module = Toy(sigmas, lr=2e-3)
-    balancing, times = LossBalancingCallback(balancer_of(case, sigmas), summary=False), StepTimes()
+    balancing, times = LossBalancingCallback(balancer, summary=False), StepTimes()
     evaluation = Evaluation(data.held_out, case.every, balancing)
     trainer = quiet_trainer([case.progress, balancing, evaluation, times], max_steps=case.steps, max_epochs=-1)
     trainer.fit(module, Epochs(iter(data), min(EPOCH, case.steps)))
@@ -137,7 +144,6 @@ EXPERIMENT = Experiment(
     name="toy",
     about=__doc__ or "",
     problems=PROBLEMS,
-    better={MEASURE: "lower"},
     fit=fit,
     draw=draw,
     steps=1500,

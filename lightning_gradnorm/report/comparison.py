@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from lightning_gradnorm.report.table import plain_rows, print_rows
+from lightning_gradnorm.report.table import markdown_rows, plain_rows, print_rows
 
 Better = Literal["lower", "higher"]
 _ARROWS = {"lower": "↓", "higher": "↑"}
@@ -99,7 +99,7 @@ class Comparison:
         return [
             (
                 method,
-                *(_mean_std(self.values(method, m)) for m in self.better),
+                *(mean_std(self.values(method, m)) for m in self.better),
                 f"{self.mean_rank(method):.2f}",
                 f"{self.time_ratio(method):.2f}",
             )
@@ -113,7 +113,7 @@ class Comparison:
     def difference_rows(self) -> list[tuple[str, ...]]:
         """Every method but the baseline, best first."""
         others = [method for method in self.methods if method != self.baseline]
-        return [(method, *(_mean_std(self.differences(method, m), "+") for m in self.better)) for method in others]
+        return [(method, *(mean_std(self.differences(method, m), "+") for m in self.better)) for method in others]
 
     @property
     def _tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]], str]]:
@@ -136,11 +136,7 @@ class Comparison:
 
     def markdown(self) -> str:
         """Both tables in Markdown."""
-        texts = []
-        for columns, rows, title in self._tables:
-            lines = [columns, ("---",) * len(columns), *rows]
-            texts.append("\n".join([f"{title}:", "", *("| " + " | ".join(line) + " |" for line in lines)]))
-        return "\n\n".join(texts) + "\n"
+        return "".join(f"{title}:\n\n{markdown_rows(columns, rows)}\n\n" for columns, rows, title in self._tables)
 
     def write(self, path: str | Path) -> None:
         """All runs as JSON."""
@@ -191,7 +187,8 @@ class Comparison:
         figure.savefig(path)
 
 
-def _mean_std(values: Sequence[float], sign: str = "") -> str:
+def mean_std(values: Sequence[float], sign: str = "") -> str:
+    """``mean ± standard deviation`` to three figures of the larger one; the mean alone of one value."""
     mean = statistics.fmean(values)
     if not math.isfinite(mean):
         return f"{mean}"

@@ -57,6 +57,11 @@ def plain_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
     return "\n".join([title, texts[0], "-" * len(texts[0]), *texts[1:]])
 
 
+def markdown_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Any table in Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ("---",) * len(columns), *rows])
+
+
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
     """Any table to the console, with rich where it is installed."""
     if importlib.util.find_spec("rich") is None:

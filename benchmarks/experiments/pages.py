@@ -1,0 +1,159 @@
+"""Writes docs/<page>.md from docs/<page>.md.jinja and the records under benchmarks/results: no number is typed by hand.
+
+python -m benchmarks.experiments.pages           # writes the pages, and the tables and figures beside the records
+python -m benchmarks.experiments.pages --check   # exits with 1 if a page is not what the records say
+"""
+
+import importlib
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from benchmarks.experiments.command import Experiment, write_report
+from benchmarks.experiments.records import Record, Records
+from lightning_gradnorm.report.comparison import mean_std
+from lightning_gradnorm.report.table import markdown_rows
+
+ROOT = Path(__file__).parents[2]
+DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
+NAMES = ("toy", "helmholtz", "helmholtz_settings", "klein_gordon", "cmapss", "rescue", "tox21", "no_harm")
+
+
+def experiment(name: str) -> Experiment:
+    """By its file's name."""
+    module = importlib.import_module(f"benchmarks.experiments.{name}")
+    assert isinstance(module.EXPERIMENT, Experiment)
+    return module.EXPERIMENT
+
+
+class Results:
+    """What a page can say of one experiment.
+
+    Args:
+        name: of the experiment.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.experiment, self.records = experiment(name), Records(RESULTS / name / "records.jsonl")
+
+    def __bool__(self) -> bool:
+        return bool(self.records.all())
+
+    def fits(self, problem: str, method: str) -> list[Record]:
+        """One per seed that all methods of the problem have."""
+        return self.records.of(problem)[method]
+
+    def seeds(self, problem: str) -> int:
+        """How many."""
+        return len(next(iter(self.records.of(problem).values())))
+
+    def steps(self, problem: str) -> int:
+        """Of every fit."""
+        return next(iter(self.records.of(problem).values()))[0].steps
+
+    def table(self, problem: str, measures: Sequence[str] = (), *, time: bool = False) -> str:
+        """Methods as they are listed: mean ± standard deviation over the seeds of every measure."""
+        comparison = self.experiment.comparison(self.records, problem)
+        assert comparison is not None, f"no records of {problem}"
+        better = self.experiment.problems[problem].better
+        measures = measures or tuple(better)
+        arrows = {"lower": "↓", "higher": "↑"}
+        columns = ["", *(f"{m} {arrows[better[m]]}" for m in measures), *(["step time"] if time else [])]
+        rows = []
+        for method in self.records.of(problem):
+            cells = [mean_std(comparison.values(method, measure)) for measure in measures]
+            rows.append([method, *cells, *([f"{comparison.time_ratio(method):.2f}"] if time else [])])
+        order = list(self.experiment.problems[problem].methods)
+        return markdown_rows(columns, sorted(rows, key=lambda row: order.index(row[0])))
+
+    def differences(self, problem: str, measures: Sequence[str] = (), baseline: str = "equal") -> str:
+        """Method minus baseline, seed by seed: mean ± standard deviation."""
+        comparison = self.experiment.comparison(self.records, problem, baseline)
+        assert comparison is not None, f"no records of {problem}"
+        measures = measures or tuple(self.experiment.problems[problem].better)
+        rows = [
+            [method, *(mean_std(comparison.differences(method, measure), "+") for measure in measures)]
+            for method in self.experiment.problems[problem].methods
+            if method != baseline and method in comparison.methods
+        ]
+        return markdown_rows([f"minus {baseline}", *measures], rows)
+
+    def seed_by_seed(self, problem: str, measure: str, digits: int = 3) -> str:
+        """Every fit's value: a row per method, a column per seed."""
+        found = self.records.of(problem)
+        order = [method for method in self.experiment.problems[problem].methods if method in found]
+        columns = ["", *(f"seed {fit.seed}" for fit in found[order[0]]), "mean ± std"]
+        rows = []
+        for method in order:
+            values = [fit.measures[measure] for fit in found[method]]
+            rows.append([method, *(f"{value:.{digits}g}" for value in values), mean_std(values)])
+        return markdown_rows(columns, rows)
+
+    def value(self, problem: str, method: str, measure: str) -> str:
+        """Mean ± standard deviation."""
+        return mean_std([fit.measures[measure] for fit in self.fits(problem, method)])
+
+    def mean(self, problem: str, method: str, measure: str) -> float:
+        """Over the seeds."""
+        return statistics.fmean(fit.measures[measure] for fit in self.fits(problem, method))
+
+    def geometric_mean(self, problem: str, method: str, measure: str) -> float:
+        """Over the seeds."""
+        return math.exp(statistics.fmean(math.log(fit.measures[measure]) for fit in self.fits(problem, method)))
+
+    def weight(self, problem: str, method: str, task: str) -> float:
+        """Geometric mean over the seeds of the weight at the end."""
+        return math.exp(statistics.fmean(math.log(fit.weights[task]) for fit in self.fits(problem, method)))
+
+    def better_on(self, problem: str, method: str, measure: str, than: str = "equal") -> int:
+        """On how many seeds the method is ahead of another."""
+        sign = 1 if self.experiment.problems[problem].better[measure] == "higher" else -1
+        pairs = zip(self.fits(problem, method), self.fits(problem, than), strict=True)
+        return sum(sign * (ours.measures[measure] - theirs.measures[measure]) > 0 for ours, theirs in pairs)
+
+    @property
+    def figure(self) -> str:
+        """Its path, as a page links it."""
+        return f"../benchmarks/results/{self.experiment.name}/{self.experiment.name}.png"
+
+    @property
+    def provenance(self) -> str:
+        """Commands, dates, versions, machine."""
+        return self.experiment.provenance(self.records)
+
+
+def page(template: Path) -> str:
+    """What the page says now."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template.name).render({name: Results(name) for name in NAMES})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write or check all pages; 0 if all is well."""
+    templates = sorted(DOCS.glob("*.md.jinja"))
+    if "--check" in arguments:
+        stale = [t.stem for t in templates if t.with_suffix("").read_text(encoding="utf-8") != page(t)]
+        print("\n".join(f"docs/{name} is not what the records say" for name in stale) or "The pages are what the records say.")
+        return int(bool(stale))
+    for name in NAMES:
+        records = Records(RESULTS / name / "records.jsonl")
+        if records.all():
+            write_report(experiment(name), records, RESULTS / name)
+    for template in templates:
+        template.with_suffix("").write_text(page(template), encoding="utf-8")
+        print(template.with_suffix(""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

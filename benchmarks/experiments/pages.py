@@ -20,7 +20,7 @@ from lightning_gradnorm.report.table import markdown_rows
 
 ROOT = Path(__file__).parents[2]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
-NAMES = ("toy", "helmholtz", "helmholtz_settings", "klein_gordon", "cmapss", "rescue", "tox21", "no_harm")
+NAMES = ("toy", "helmholtz", "helmholtz_settings", "klein_gordon", "cmapss", "rescue", "tox21", "no_harm", "defaults")
 
 
 def experiment(name: str) -> Experiment:

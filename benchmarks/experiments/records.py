@@ -79,8 +79,8 @@ class Records:
         """One more line, written in one piece."""
         values = asdict(record) | {"curves": rounded(record.curves), "extras": rounded(record.extras)}
         line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            line = b"\n" + line
+        if self.path.exists() and not (whole := self.path.read_bytes()).endswith(b"\n"):
+            os.truncate(self.path, whole.rfind(b"\n") + 1)  # an interruption cut the last line short
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(file, line)

@@ -44,8 +44,6 @@ def data(tmp_path):
     draws = np.random.default_rng(0)
     tasks = [*(f"NR-{i}" for i in range(7)), *(f"SR-{i}" for i in range(5))]
     labels = draws.integers(-1, 2, (60, 12)).astype(np.int8)
-    labels[:, 3] = -1
-    labels[[0, 1], 3] = [0, 1]
     bits = draws.integers(0, 256, (60, 128), dtype=np.uint8)
     np.savez(tmp_path / "data" / "tox21" / "tox21_ecfp4_1024.npz", x_packed=bits, y=labels, tasks=np.array(tasks))
     return tmp_path / "data"
@@ -245,7 +243,7 @@ def test_the_static_run_takes_the_mean_weights_of_its_own_seeds_gradnorm_run(tmp
     arguments = ["--quick", "--problems", "T = 2", "--methods", "GradNorm", "GradNorm static", "--out", str(tmp_path)]
     records = main(experiment("toy"), [*arguments, "--seeds", "2"])
     for seed in (0, 1):
-        first, static = (records.find("T = 2", method, seed, 30) for method in ("GradNorm", "GradNorm static"))
+        first, static = (records.find("T = 2", method, seed, 6) for method in ("GradNorm", "GradNorm static"))
         assert static.weights == pytest.approx(first.mean_weights)
         assert static.weights != pytest.approx(dict.fromkeys(static.weights, 1.0))
 

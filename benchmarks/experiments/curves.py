@@ -62,3 +62,9 @@ def draw_measures(records: Records, problems: Mapping[str, Sequence[str]], bette
             panels[0].set_yticks(range(len(order)), order, fontsize=8)
         figure.savefig(path)
         plt.close(figure)
+
+
+def add_legend(axes: Axes, **looks: object) -> None:
+    """If there is anything to tell apart: a figure may be of some of the methods only."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(**({"loc": "best", "fontsize": 8} | looks))

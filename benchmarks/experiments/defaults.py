@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from benchmarks.experiments.cmapss import BETTER as TURBOFANS
 from benchmarks.experiments.cmapss import fit_turbofan
 from benchmarks.experiments.command import Case, Experiment, Problem, main
-from benchmarks.experiments.curves import GREY, SKY, VERMILION
+from benchmarks.experiments.curves import GREY, SKY, VERMILION, add_legend
 from benchmarks.experiments.records import Record, Records
 from benchmarks.experiments.toy import BETTER as TOY
 from benchmarks.experiments.toy import fit_toy
@@ -35,8 +35,8 @@ def fit_digits(case: Case, balancer: LossBalancer) -> Record:
     torch.manual_seed(case.seed)
     module, order = Digits(), torch.Generator().manual_seed(case.seed)
     balancing, times = LossBalancingCallback(balancer, summary=False), StepTimes()
-    trainer = quiet_trainer([case.progress, balancing, times], max_steps=case.steps, max_epochs=-1)
-    trainer.fit(module, DataLoader(train, 64, shuffle=True, generator=order))
+    trainer = quiet_trainer([case.progress, balancing, times], max_steps=case.steps, max_epochs=-1, limit_val_batches=0)
+    trainer.fit(module, DataLoader(train, 64, shuffle=True, generator=order), DataLoader(test, len(test)))
     (scores, pixels, ink), (images, labels) = module.eval()(test.tensors[0]), test.tensors
     measures = {
         "accuracy": (scores.argmax(1) == labels).float().mean().item(),
@@ -92,7 +92,7 @@ def draw(records: Records, path: Path) -> None:
             axes.set_title(f"{name}: {measure} {'↓' if better[measure] == 'lower' else '↑'}", fontsize=8)
             axes.set_xticks(places, [f"{alpha:g}" for alpha in ALPHAS])
             axes.set_xlabel("α")
-        grid[0][0].legend(loc="best", fontsize=7)
+        add_legend(grid[0][0], loc="best", fontsize=7)
         figure.savefig(path)
         plt.close(figure)
 

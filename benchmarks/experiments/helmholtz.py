@@ -25,7 +25,7 @@ EXPERIMENT = Experiment(
     fit=fit,
     draw=partial(draw_problem, NAME, tuple(METHODS)),
     steps=40_000,
-    quick_steps=40,
+    quick_steps=10,
     seeds=3,
 )
 

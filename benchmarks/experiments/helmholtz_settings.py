@@ -59,7 +59,7 @@ EXPERIMENT = Experiment(
     fit=fit,
     draw=draw,
     steps=10_000,
-    quick_steps=20,
+    quick_steps=5,
     seeds=3,
 )
 

@@ -18,7 +18,7 @@ from _pinn import Draws, History, Pinn, draw_field, fit, gradient, grid, laplaci
 from torch import Tensor, nn
 
 from benchmarks.experiments.command import Case
-from benchmarks.experiments.curves import COLOURS, draw_curve
+from benchmarks.experiments.curves import COLOURS, add_legend, draw_curve
 from benchmarks.experiments.records import Record, Records
 from lightning_gradnorm import (
     EqualWeights,
@@ -260,7 +260,7 @@ def draw_problem(name: str, methods: Sequence[str], records: Records, path: Path
         for method in (method for method in methods if method in found):
             draw_curve(left, found[method], "error", color=COLOURS[method], label=method)
         left.set(title=f"{name}: relative L2 error ↓", xlabel="step", yscale="log")
-        left.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+        add_legend(left, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         tasks = [task for task in found[next(iter(found))][0].weights if task != "pde"]
         for method in (m for m in methods if m in found and m not in ("equal", "self-adaptive")):
             for task, style in zip(tasks, ("-", "--"), strict=False):
@@ -270,7 +270,7 @@ def draw_problem(name: str, methods: Sequence[str], records: Records, path: Path
                 ]
                 draw_curve(right, found[method], ratios, color=COLOURS[method], linestyle=style, label=f"{method}: {task}")
         right.set(title="weight of a term over the residual's", xlabel="step", yscale="log")
-        right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+        add_legend(right, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         axes = lower.subplots(2, columns, squeeze=False)
         for column in axes.T:
             for each in column:

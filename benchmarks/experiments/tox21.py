@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
 from benchmarks.experiments.command import Case, Experiment, Problem, main
-from benchmarks.experiments.curves import COLOURS
+from benchmarks.experiments.curves import COLOURS, add_legend
 from benchmarks.experiments.records import Record, Records
 from lightning_gradnorm import (
     EqualWeights,
@@ -190,7 +190,7 @@ def draw(records: Records, path: Path) -> None:
             axes.axvline(0, color=COLOURS["equal"], linewidth=1.2)
             axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
             axes.set(title=f"{problem}: ROC-AUC minus that of equal weights", xlabel="to the right is better")
-            axes.legend(loc="best", fontsize=8)
+            add_legend(axes, loc="best")
         figure.savefig(path)
         plt.close(figure)
 

@@ -17,7 +17,7 @@ from _common import draw_runs, figure_style, plt, quiet_trainer
 from toy import LAST, SIGMAS, Batch, Evaluation, Toy, ToyData
 
 from benchmarks.experiments.command import Case, Experiment, Problem, main
-from benchmarks.experiments.curves import COLOURS, draw_curve
+from benchmarks.experiments.curves import COLOURS, add_legend, draw_curve
 from benchmarks.experiments.records import Record, Records
 from lightning_gradnorm import (
     DynamicWeightAverage,
@@ -112,7 +112,7 @@ def draw(records: Records, path: Path) -> None:
             for method in (method for method in METHODS if method in found):
                 draw_curve(left, found[method], MEASURE, color=COLOURS[method], label=method)
             left.set(title=f"{problem}: {MEASURE} ↓", xlabel="step")
-            left.legend(loc="lower left", fontsize=8)
+            add_legend(left, loc="lower left")
             fits = found.get("GradNorm", [])
             curves = [name for name in (fits[0].curves if fits else ()) if name.startswith("weight ")]
             curves.sort(key=lambda name: float(name.partition("=")[2]))
@@ -121,7 +121,7 @@ def draw(records: Records, path: Path) -> None:
                 draw_curve(right, fits, name, color=plt.cm.viridis(0.9 * rank / (len(curves) - 1)), label=label)
             right.set(title="GradNorm's loss weights", xlabel="step", yscale="log")
             right.yaxis.set_major_formatter("{x:g}")
-            right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+            add_legend(right, loc="center left", bbox_to_anchor=(1, 0.5))
         if over_alpha:
             for axes in grid[-1]:
                 axes.set_visible(False)
@@ -135,7 +135,7 @@ def draw(records: Records, path: Path) -> None:
             equal = [[fit.measures[MEASURE]] * len(alphas) for fit in found["equal"]]
             draw_runs(axes, alphas, equal, color=COLOURS["equal"], label="equal")
             axes.set(title=f"{problem}: {MEASURE} at the end ↓", xlabel="α")
-            axes.legend(loc="best", fontsize=8)
+            add_legend(axes, loc="best")
         figure.savefig(path)
         plt.close(figure)
 
@@ -147,7 +147,7 @@ EXPERIMENT = Experiment(
     fit=fit,
     draw=draw,
     steps=1500,
-    quick_steps=30,
+    quick_steps=6,
     seeds=10,
     after={"GradNorm static": "GradNorm"},
     points=30,

@@ -53,13 +53,13 @@ RULES = {
     "min_weight": ((1.5, 0.0, -0.1, NAN), "above 0 and at most 1, or no weights could sum to the number of tasks"),
     "max_weight": ((0.5, NAN), "at least 1, or no weights could sum to the number of tasks; None for no bound"),
     "update": (("additive", None), "one of 'log', 'paper', 'closed_form'"),
-    "scale": (("mean", None), "one of 'sum', 'reference', 'gradient'"),
+    "scale": (("mean",), "one of 'sum', 'reference', 'gradient'"),
     "update_every": ((0, -2, True, 1.5, "2"), "a whole number of steps, 1 or more"),
     "initial_losses": ((0, -3, "mean", True, 2.5), "'first', a number of steps to average, or a dict of task name → L(0)"),
 }
 TOGETHER = [
     ({"scale": "reference"}, "go together: got scale='reference' with reference=None.*Name the task"),
-    ({"reference": "a"}, "go together: got scale='sum' with reference='a'.*choose another scale rule"),
+    ({"scale": "sum", "reference": "a"}, "go together: got scale='sum' with reference='a'.*choose another scale rule"),
     *(({"initial_losses": {"b": 1.0, "a": v}}, f"initial loss of task 'a' is {v!r}; .* finite one above 0.*initial_losses=")
       for v in (0, -0.5, NAN, INF, None, "1", True)),
     *(({"priorities": {"b": 1.0, "a": v}}, f"priority of task 'a' is above 0; 1 is the usual importance; got {v!r}")
@@ -85,6 +85,20 @@ def test_settings_at_the_edge_are_fine():
     GradNorm(max_weight=INF, scale="reference", reference="a")
 
 
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, "gradient"),
+        ({"update": "closed_form"}, "gradient"),
+        ({"update": "paper"}, "sum"),
+        ({"reference": "a"}, "reference"),
+    ],
+    ids=str,
+)
+def test_the_scale_rule_that_goes_without_saying(settings, scale):
+    assert GradNorm(**settings).settings()["scale"] == scale
+
+
 @pytest.mark.parametrize("tasks", ["depth", "ab"])
 def test_one_string_is_no_list_of_tasks(tasks):
     with pytest.raises(TypeError, match=rf"tasks is a list of names, got the string '{tasks}'\. Write tasks=\['{tasks}'\]"):
@@ -93,7 +107,7 @@ def test_one_string_is_no_list_of_tasks(tasks):
 
 @pytest.mark.parametrize("thing", [None, 1.5, "gradnorm", GradNorm, torch.nn.Linear(1, 1), GradNormCallback()])
 def test_what_is_no_balancer(thing):
-    with pytest.raises(TypeError, match=r"takes a balancer, got .*Write LossBalancingCallback\(GradNorm\(alpha=1\.5\)\), or"):
+    with pytest.raises(TypeError, match=r"takes a balancer, got .*Write LossBalancingCallback\(GradNorm\(\)\), or"):
         LossBalancingCallback(thing)
 
 
@@ -111,7 +125,7 @@ def test_an_unknown_way_of_measuring(kind, value):
 FIRST = [
     ({"initial_losses": {"a": 1.0, "z": 1.0}}, measured(), "_losses names 'z', which is no task: .* are 'a', 'b', 'c d'"),
     ({"priorities": {"y": 1.0, "z": 2.0}}, measured(), "priorities names 'y', 'z', which is no task: .*Correct the name"),
-    ({"scale": "reference", "reference": "z"}, measured(), "reference names 'z', which is no task: .*list all names with"),
+    ({"reference": "z"}, measured(), "reference names 'z', which is no task: .*list all names with"),
     ({"tasks": ["a", "b"]}, measured(), r"Unknown task 'c d': GradNorm was given tasks=\['a', 'b'\]\. Add the name there"),
     ({"tasks": ["x"]}, measured("ab"), "Unknown tasks 'a', 'b': "),
     ({}, measured(losses=[1.0, 0.0, 2.0]), r"initial loss of task 'b' is 0\.0; .*need a finite one above 0.*add a constant"),
@@ -163,7 +177,7 @@ def test_a_ratio_needs_only_its_first_loss_above_zero():
     balancer = live()
     balancer.update(measured(losses=[0.0, 1.0, 1.0]))
     assert balancer.skipped_updates == 0
-    assert sum(balancer.weights.values()) == pytest.approx(3)
+    assert all(0 < weight < 10 for weight in balancer.weights.values())
 
 
 # -- in a bare loop ------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def record(method: str, seed: int, error: float = 1.0, steps: int = 10) -> Recor
 
 def test_records_come_back_as_they_were_written(tmp_path):
     records = Records(tmp_path / "records.jsonl")
-    assert records.all() == [] and records.of("p") == {}
+    assert records.all() == [] and records.of("p", ["a"]) == {}
     whole = Record("p", "σ", 0, 10, {"error": 0.123456789}, 0.1, {"a": 1.0}, {"a": 2.0}, {"step": [1.23456789]}, {"x": ["y"]})
     records.add(whole)
     (back,) = records.all()
@@ -185,6 +185,7 @@ def test_methods_are_compared_on_the_seeds_that_all_have_and_the_longest_fits(tm
         records.add(record("a", seed, steps=5))
     for seed in (2, 0):
         records.add(record("b", seed, 20.0 + seed))
+    records.add(record("no longer a method", 0))
     comparison = records.comparison("p", {"error": "lower"}, ["b", "a"])
     assert comparison.baseline == "b" and comparison.seeds == (0, 2)
     assert comparison.values("a", "error") == [10, 12] and comparison.values("b", "error") == [20, 22]

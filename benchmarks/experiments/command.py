@@ -96,10 +96,10 @@ class Experiment:
     def tables(self, records: Records) -> str:
         """Of every problem with a seed that all its methods have, in Markdown."""
         parts = []
-        for problem in self.problems:
+        for problem, (methods, _) in self.problems.items():
             comparison = self.comparison(records, problem)
             if comparison is not None:
-                steps = records.of(problem)[comparison.baseline][0].steps
+                steps = records.of(problem, methods)[comparison.baseline][0].steps
                 parts.append(f"## {problem}, {steps:,} steps\n\n{comparison.markdown()}")
         return "\n".join(parts)
 

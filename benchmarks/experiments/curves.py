@@ -38,7 +38,7 @@ def draw_curve(axes: Axes, fits: Sequence[Record], values: str | Sequence[Sequen
 
 def draw_measures(records: Records, problems: Mapping[str, Sequence[str]], better: Mapping[str, Better], path: Path) -> None:
     """A row per problem and a panel per measure: each seed a dot, the mean a bar."""
-    rows = {problem: found for problem in problems if (found := records.of(problem))}
+    rows = {problem: found for problem, methods in problems.items() if (found := records.of(problem, methods))}
     if not rows:
         return
     with figure_style():

@@ -68,7 +68,7 @@ def fit(case: Case) -> Record:
 
 def draw(records: Records, path: Path) -> None:
     """Per problem and measure: each scale rule's mean over α, its seeds as dots; equal weights as a line."""
-    panels = [(name, measure) for name, (_, better) in FITS.items() if records.of(name) for measure in better]
+    panels = [(name, measure) for name, (_, better) in FITS.items() if records.of(name, METHODS) for measure in better]
     if not panels:
         return
     columns = 4
@@ -79,7 +79,7 @@ def draw(records: Records, path: Path) -> None:
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for axes, (name, measure) in zip(grid.flat, panels, strict=False):
-            found, better = records.of(name), FITS[name][1]
+            found, better = records.of(name, METHODS), FITS[name][1]
             for (scale, words), colour in zip(SCALES.items(), (VERMILION, SKY), strict=True):
                 settings = [f"{words}, α = {alpha:g}" for alpha in ALPHAS]
                 values = [[fit.measures[measure] for fit in found.get(setting, [])] for setting in settings]

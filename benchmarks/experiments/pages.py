@@ -43,17 +43,21 @@ class Results:
     def __bool__(self) -> bool:
         return bool(self.records.all())
 
+    def found(self, problem: str) -> dict[str, list[Record]]:
+        """Method → its fits, one per seed that all methods have."""
+        return self.records.of(problem, self.experiment.problems[problem].methods)
+
     def fits(self, problem: str, method: str) -> list[Record]:
         """One per seed that all methods of the problem have."""
-        return self.records.of(problem)[method]
+        return self.found(problem)[method]
 
     def seeds(self, problem: str) -> int:
         """How many."""
-        return len(next(iter(self.records.of(problem).values())))
+        return len(next(iter(self.found(problem).values())))
 
     def steps(self, problem: str) -> int:
         """Of every fit."""
-        return next(iter(self.records.of(problem).values()))[0].steps
+        return next(iter(self.found(problem).values()))[0].steps
 
     def table(self, problem: str, measures: Sequence[str] = (), *, time: bool = False) -> str:
         """Methods as they are listed: mean ± standard deviation over the seeds of every measure."""
@@ -64,7 +68,7 @@ class Results:
         arrows = {"lower": "↓", "higher": "↑"}
         columns = ["", *(f"{m} {arrows[better[m]]}" for m in measures), *(["step time"] if time else [])]
         rows = []
-        for method in self.records.of(problem):
+        for method in self.found(problem):
             cells = [mean_std(comparison.values(method, measure)) for measure in measures]
             rows.append([method, *cells, *([f"{comparison.time_ratio(method):.2f}"] if time else [])])
         order = list(self.experiment.problems[problem].methods)
@@ -84,7 +88,7 @@ class Results:
 
     def seed_by_seed(self, problem: str, measure: str, digits: int = 3) -> str:
         """Every fit's value: a row per method, a column per seed."""
-        found = self.records.of(problem)
+        found = self.found(problem)
         order = [method for method in self.experiment.problems[problem].methods if method in found]
         columns = ["", *(f"seed {fit.seed}" for fit in found[order[0]]), "mean ± std"]
         rows = []

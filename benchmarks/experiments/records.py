@@ -87,20 +87,23 @@ class Records:
         finally:
             os.close(file)
 
-    def of(self, problem: str) -> dict[str, list[Record]]:
-        """Method → its records of a problem, by seed: the seeds that every method has, of the longest fits."""
-        mine = [record for record in self.all() if record.problem == problem]
+    def of(self, problem: str, methods: Iterable[str]) -> dict[str, list[Record]]:
+        """Method → its records of a problem, by seed: the seeds that every one of the methods has, of the longest fits.
+
+        A method without any record is left out, and so is what the records hold of others.
+        """
+        methods = list(methods)
+        mine = [record for record in self.all() if record.problem == problem and record.method in methods]
         steps = max((record.steps for record in mine), default=0)
         latest = {(record.method, record.seed): record for record in mine if record.steps == steps}
-        methods = dict.fromkeys(method for method, _ in latest)
-        seeds = [seed for seed in sorted({seed for _, seed in latest}) if all((m, seed) in latest for m in methods)]
-        return {method: [latest[method, seed] for seed in seeds] for method in methods if seeds}
+        there = [method for method in methods if any(method == name for name, _ in latest)]
+        seeds = [seed for seed in sorted({seed for _, seed in latest}) if all((m, seed) in latest for m in there)]
+        return {method: [latest[method, seed] for seed in seeds] for method in there if seeds}
 
     def comparison(self, problem: str, better: Mapping[str, Better], methods: Iterable[str]) -> Comparison | None:
         """The methods on one problem, the first being the baseline; ``None`` if there is nothing to compare yet."""
-        found = self.of(problem)
-        order = [method for method in methods if method in found]
+        found = self.of(problem, methods)
         runs = [
-            Run(fit.method, fit.seed, fit.measures, fit.step_seconds, fit.weights) for method in order for fit in found[method]
+            Run(fit.method, fit.seed, fit.measures, fit.step_seconds, fit.weights) for fits in found.values() for fit in fits
         ]
-        return Comparison(dict(better), runs, order[0]) if runs else None
+        return Comparison(dict(better), runs, next(iter(found))) if runs else None

@@ -172,13 +172,13 @@ def fit_assays(case: Case, balancer: LossBalancer, *, apart: bool) -> Record:
 
 def draw(records: Records, path: Path) -> None:
     """Per assay: difference of the ROC-AUC to equal weights, a dot per seed."""
-    problems = [problem for problem in (MIXED, APART) if records.of(problem)]
+    problems = [problem for problem in (MIXED, APART) if records.of(problem, METHODS)]
     if not problems:
         return
     with figure_style():
         figure, grid = plt.subplots(1, len(problems), figsize=(5.6 * len(problems), 5), squeeze=False, sharey=True)
         for axes, problem in zip(grid[0], problems, strict=True):
-            found = records.of(problem)
+            found = records.of(problem, METHODS)
             tasks = [name for name in found["equal"][0].measures if name not in BETTER][::-1]
             for shift, method in zip((0.2, 0.0, -0.2), ("GradNorm", "GradNorm, α = 0", "uncertainty"), strict=True):
                 for place, task in enumerate(tasks):

@@ -100,15 +100,15 @@ def fit_toy(case: Case, tasks: int, balancer: LossBalancer) -> Record:
 
 def draw(records: Records, path: Path) -> None:
     """As in the paper: a row per T with the measure and GradNorm's weights over the steps; below, the measure over α."""
-    rows = [problem for problem in PROBLEMS if OVER_ALPHA not in problem and records.of(problem)]
-    over_alpha = [problem for problem in PROBLEMS if OVER_ALPHA in problem and records.of(problem)]
+    rows = [problem for problem in PROBLEMS if OVER_ALPHA not in problem and records.of(problem, PROBLEMS[problem].methods)]
+    over_alpha = [problem for problem in PROBLEMS if OVER_ALPHA in problem and records.of(problem, PROBLEMS[problem].methods)]
     height = len(rows) + bool(over_alpha)
     if not height:
         return
     with figure_style():
         figure, grid = plt.subplots(height, 2, figsize=(10.5, 3.5 * height), squeeze=False)
         for (left, right), problem in zip(grid, rows, strict=False):
-            found = records.of(problem)
+            found = records.of(problem, PROBLEMS[problem].methods)
             for method in (method for method in METHODS if method in found):
                 draw_curve(left, found[method], MEASURE, color=COLOURS[method], label=method)
             left.set(title=f"{problem}: {MEASURE} ↓", xlabel="step")
@@ -126,7 +126,7 @@ def draw(records: Records, path: Path) -> None:
             for axes in grid[-1]:
                 axes.set_visible(False)
         for axes, problem in zip(grid[-1], over_alpha, strict=False):
-            found = records.of(problem)
+            found = records.of(problem, PROBLEMS[problem].methods)
             axes.set_visible(True)
             alphas = [alpha for alpha in ALPHAS if f"α = {alpha:g}" in found]
             seeds = range(len(found["equal"]))

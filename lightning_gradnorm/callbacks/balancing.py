@@ -85,8 +85,8 @@ class LossBalancingCallback(Callback):
         super().__init__()
         if not isinstance(balancer, LossBalancer):
             raise TypeError(
-                f"LossBalancingCallback takes a balancer, got {balancer!r}. Write LossBalancingCallback(GradNorm(alpha=1.5)), "
-                "or GradNormCallback(alpha=1.5)."
+                f"LossBalancingCallback takes a balancer, got {balancer!r}. Write LossBalancingCallback(GradNorm()), "
+                "or GradNormCallback()."
             )
         check_choice("mode", mode, get_args(Mode))
         self.balancer, self._untested_strategies = balancer, untested_strategies

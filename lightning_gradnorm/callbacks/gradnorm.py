@@ -16,7 +16,7 @@ from lightning_gradnorm.pointwise import PointWeighting
 class GradNormCallback(LossBalancingCallback):
     """Balances a multi-task module's losses with GradNorm (Chen et al., ICML 2018)::
 
-        trainer = L.Trainer(callbacks=[GradNormCallback(alpha=1.5)])
+        trainer = L.Trainer(callbacks=[GradNormCallback()])
 
     It is ``LossBalancingCallback(GradNorm(…))`` with flat arguments; see ``GradNorm`` for the method's, and
     ``LossBalancingCallback`` for ``engine``, ``norm_of``, ``log_cosines``, ``progress_bar``, ``points``, ``mode``, ``summary``
@@ -25,17 +25,17 @@ class GradNormCallback(LossBalancingCallback):
 
     def __init__(
         self,
-        alpha: float = 1.5,
+        alpha: float = 0.12,
         lr: float = 0.025,
         *,
         update: Update = "log",
         optimizer: OptimizerFactory = torch.optim.Adam,
         initial_losses: InitialLosses = "first",
-        scale: ScaleRule = "sum",
+        scale: ScaleRule | None = None,
         reference: str | None = None,
         update_every: int = 1,
         min_weight: float = 1e-8,
-        max_weight: float | None = None,
+        max_weight: float | None = 1e8,
         priorities: Mapping[str, float] | None = None,
         ema_decay: float = 0.9,
         tasks: list[str] | None = None,

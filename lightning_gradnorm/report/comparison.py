@@ -188,7 +188,10 @@ class Comparison:
 
 
 def mean_std(values: Sequence[float], sign: str = "") -> str:
-    """``mean ± standard deviation`` to three figures of the larger one; the mean alone of one value."""
+    """``mean ± standard deviation``; the mean alone of one value.
+
+    To three figures of the larger one, or to two of the spread where that is finer, but to five of the mean at most.
+    """
     mean = statistics.fmean(values)
     if not math.isfinite(mean):
         return f"{mean}"
@@ -198,5 +201,9 @@ def mean_std(values: Sequence[float], sign: str = "") -> str:
     size = max(abs(mean), spread)
     if 0 < size < 1e-4:
         return f"{mean:{sign}.2e} ± {spread:.1e}"
-    digits = max(0, 2 - math.floor(math.log10(size))) if size else 0  # three figures of the larger one
+    digits = max(0, 2 - _decade(size), min(1 - _decade(spread), 4 - _decade(size)))
     return f"{mean:{sign}.{digits}f} ± {spread:.{digits}f}"
+
+
+def _decade(value: float) -> int:
+    return math.floor(math.log10(value)) if value > 0 else 0

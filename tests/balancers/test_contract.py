@@ -27,12 +27,15 @@ from tests.helpers import same_state
 FIXED = {"a": 0.25, "b": 2.0, "c": 1.5}
 
 BALANCERS = {
-    "GradNorm": lambda **settings: GradNorm(**settings),
-    "GradNorm paper": lambda **settings: GradNorm(update="paper", **settings),
-    "GradNorm closed form": lambda **settings: GradNorm(update="closed_form", **settings),
-    "GradNorm scale=gradient": lambda **settings: GradNorm(scale="gradient", **settings),
-    "GradNorm scale=reference": lambda **settings: GradNorm(scale="reference", reference="b", **settings),
-    "GradNorm every 3rd, mean of 2": lambda **settings: GradNorm(update_every=3, initial_losses=2, **settings),
+    "GradNorm": lambda **settings: GradNorm(1.5, scale="sum", **settings),
+    "GradNorm defaults": GradNorm,
+    "GradNorm paper": lambda **settings: GradNorm(1.5, update="paper", **settings),
+    "GradNorm closed form": lambda **settings: GradNorm(1.5, update="closed_form", scale="sum", **settings),
+    "GradNorm scale=gradient": lambda **settings: GradNorm(1.5, scale="gradient", **settings),
+    "GradNorm scale=reference": lambda **settings: GradNorm(1.5, reference="b", **settings),
+    "GradNorm every 3rd, mean of 2": lambda **settings: GradNorm(
+        1.5, scale="sum", update_every=3, initial_losses=2, **settings
+    ),
     "EqualWeights": EqualWeights,
     "FixedWeights": lambda tasks=None: FixedWeights(FIXED),
     "LossRatioBalancing": LossRatioBalancing,
@@ -60,7 +63,7 @@ FIRST = {
     "GeometricLoss": [6 ** (1 / 3) / 3, 6 ** (1 / 3) / 6, 6 ** (1 / 3) / 9],
 }
 UNBOUND = {
-    *FIRST, "GradNorm scale=gradient", "GradNorm scale=reference", "DynamicTaskPrioritization",
+    *FIRST, "GradNorm defaults", "GradNorm scale=gradient", "GradNorm scale=reference", "DynamicTaskPrioritization",
     "LearningRateAnnealing", "LearningRateAnnealing norm",
 }  # fmt: skip
 EPOCH = 5

@@ -13,10 +13,10 @@ TASKS = tuple(SCALES)
 MILD = {"small": 0.5, "middle": 0.4, "large": 0.3, "odd": 0.2}  # so that the additive rule needs no bound
 
 
-def algorithm_1(module, loader, *, alpha, lr, optimizer, network_optimizer, logarithmic):
+def algorithm_1(module, loader, *, alpha, lr, optimizer, network_optimizer, logarithmic, keeps_gradient):
     """Chen et al. 2018, Algorithm 1, with L_grad differentiated by autograd through a second-order graph.
 
-    ``logarithmic``: the variant on log w with the feasible target, of L_grad / Ḡ.
+    ``logarithmic``: the variant on log w with the feasible target, of L_grad / Ḡ; ``keeps_gradient``: with Σ w n = Σ n.
     """
     w = torch.ones(len(TASKS), requires_grad=True)
     v = torch.zeros(len(TASKS), requires_grad=True)  # log w
@@ -46,10 +46,10 @@ def algorithm_1(module, loader, *, alpha, lr, optimizer, network_optimizer, loga
         own.step()
         network.step()
         with torch.no_grad():
-            if logarithmic:
-                v.copy_((v.exp() * len(TASKS) / v.exp().sum()).log())
-            else:
-                w.mul_(len(TASKS) / w.sum())
+            new, n = (v.exp() if logarithmic else w), norms / applied
+            new = new * (n.sum() / (n * new).sum() if keeps_gradient else len(TASKS) / new.sum())
+            v.copy_(new.log())
+            w.copy_(new)
     return history
 
 
@@ -67,12 +67,12 @@ class Diagnostics(Recorder):
 @pytest.mark.parametrize("engine", ["joint", "per_task"])
 @pytest.mark.parametrize("network_optimizer", [torch.optim.SGD, torch.optim.Adam], ids=["net SGD", "net Adam"])
 @pytest.mark.parametrize(("optimizer", "lr"), [(torch.optim.SGD, 0.01), (torch.optim.Adam, 0.025)], ids=["SGD", "Adam"])
-@pytest.mark.parametrize("update", ["paper", "log"])
-def test_equals_algorithm_1_through_the_trainer(tmp_path, update, optimizer, lr, network_optimizer, engine):
+@pytest.mark.parametrize(("update", "scale"), [("paper", None), ("log", "sum"), ("log", None)])
+def test_equals_algorithm_1_through_the_trainer(tmp_path, update, scale, optimizer, lr, network_optimizer, engine):
     module = TrunkAndHeads(network_optimizer, lr=0.002, scales=MILD)
     by_hand = copy.deepcopy(module)
     callback = GradNormCallback(
-        alpha=1.5, lr=lr, update=update, optimizer=optimizer, min_weight=1e-12, engine=engine, summary=False
+        alpha=1.5, lr=lr, update=update, scale=scale, optimizer=optimizer, min_weight=1e-12, engine=engine, summary=False
     )
     seen = Diagnostics(callback)
     quiet_trainer(tmp_path, callbacks=[callback, seen], log_every_n_steps=1000, precision="64-true").fit(module, batches64())
@@ -84,6 +84,7 @@ def test_equals_algorithm_1_through_the_trainer(tmp_path, update, optimizer, lr,
         optimizer=optimizer,
         network_optimizer=network_optimizer,
         logarithmic=update == "log",
+        keeps_gradient=update == "log" and scale is None,
     )
     assert callback.engine_used == engine and len(seen.history) == STEPS
     signs = torch.stack([torch.sign(norms - targets) for _, norms, _, _, targets in expected])

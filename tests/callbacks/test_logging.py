@@ -56,7 +56,7 @@ def expected(steps):
 
 
 def test_every_logger_gets_the_values_of_the_step_itself(tmp_path):
-    callback = GradNormCallback(lr=0.1, summary=False)
+    callback = GradNormCallback(alpha=1.5, lr=0.1, summary=False)
     watcher = Watcher(callback)
     loggers = [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv"), MemoryLogger()]
     quiet_trainer(tmp_path, callbacks=[watcher, callback], logger=loggers).fit(TrunkAndHeads(), batches(8))

@@ -419,10 +419,10 @@ def test_an_exception_leaves_whole_state_and_no_graph(tmp_path, where, error):
     assert callback._link.noted == []
     assert not callback._measuring.window
     assert callback.balancer.steps == 2
-    assert sum(callback.weights.values()) == pytest.approx(4)
+    assert all(0.5 < weight < 5 for weight in callback.weights.values())
     setattr(module, where, original)
     quiet_trainer(tmp_path, callbacks=[callback]).fit(module, batches(3))
-    assert sum(callback.weights.values()) == pytest.approx(4)
+    assert all(0.5 < weight < 5 for weight in callback.weights.values())
 
 
 @pytest.mark.feature(

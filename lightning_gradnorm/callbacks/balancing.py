@@ -354,6 +354,8 @@ class LossBalancingCallback(Callback):
         weights, losses = applied.tolist(), measurement.losses.tolist()
         ratios = values_of(self.balancer.diagnostics, "loss_ratio", len(weights))
         found = list(self._concerns.of_step(self.balancer, measurement.tasks, weights, ratios, self.balancer.steps))
+        if measurement.gradient_norms is not None and not self.balancer.frozen:
+            found += self._concerns.of_scale(trainer, measurement.tasks, weights, measurement.gradient_norms.tolist())
         weighted = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
         for about, message in (*found, *self._concerns.of_monitors(trainer, weighted, sum(losses))):
             self._tell(about, message)

@@ -1,4 +1,4 @@
-"""What a person should hear of while training: weights that stick, climb in vain or never move, a yardstick that moves."""
+"""What a person should hear of while training: weights that stick, climb in vain, never move or slow it all, among others."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ from lightning_gradnorm.callbacks.lightning_api import Trainer, setting_of
 
 _LONG = 500  # optimiser steps after which a state of things is worth a word
 _FEW = 5  # observations that it takes at least
+_SHRUNK = 0.05  # of the largest share of the plain sum's gradient so far, below which Adam is slow to follow
 _WEIGHTED = "total_loss/weighted"
 
 
@@ -35,6 +36,7 @@ class Concerns:
         self._first_step: int | None = None
         self._observations = 0
         self._followed: dict[str, int] = {}
+        self._largest_share = 0.0
 
     def of_step(
         self, balancer: LossBalancer, tasks: Sequence[str], weights: Sequence[float], ratios: Sequence[float], step: int
@@ -95,6 +97,34 @@ class Concerns:
                 f"The weight of task {task!r} rose from {seen.low:.3g} to {weight:.3g} within {step - seen.step} steps "
                 f"while its loss stayed where it was ({seen.recent:.3g} of the first). GradNorm keeps raising the weight of a "
                 "task that cannot be learnt: check its labels and its head, lower alpha, or set max_weight.",
+            )
+
+    def of_scale(
+        self, trainer: Trainer, tasks: Sequence[str], weights: Sequence[float], norms: Sequence[float]
+    ) -> Iterator[tuple[str, str]]:
+        """Whether the weights have shrunk the whole gradient under an optimiser that remembers larger ones.
+
+        Args:
+            trainer: whose optimisers are looked at.
+            tasks: those of the step.
+            weights: that it applied.
+            norms: of the tasks' unweighted gradients on the shared layer.
+        """
+        whole = sum(norms)
+        if not 0 < whole < math.inf:
+            return
+        share = sum(weight * norm for weight, norm in zip(weights, norms, strict=True)) / whole
+        self._largest_share = max(self._largest_share, share)
+        remembering = [o for o in trainer.optimizers if any("betas" in group for group in o.param_groups)]
+        if share < _SHRUNK * self._largest_share and remembering:
+            weight, task = min(zip(weights, tasks, strict=True))
+            optimizer, beta = type(remembering[0]).__name__, remembering[0].param_groups[0]["betas"][1]
+            yield (
+                "shrunk",
+                f"The weight of task {task!r} has come to {weight:.2g}, and with it the gradients on the shared layer have "
+                f"shrunk to {share:.2g} of the plain sum's. {optimizer} (β₂ = {beta:g}) divides by the larger ones that it "
+                "remembers, so training nearly stops until it has forgotten them. Keep the gradient's size: GradNorm does by default, "
+                "or with reference='task'; scale='sum' does not.",
             )
 
     def of_monitors(self, trainer: Trainer, weighted: float, unweighted: float) -> Iterator[tuple[str, str]]:

@@ -199,3 +199,52 @@ def test_uncertainty_weighting_is_watched_too(tmp_path):
     trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=11, log_every_n_steps=50)
     with pytest.warns(UserWarning, match="have not moved"):
         trainer.fit(TrunkAndHeads(lr=1e-4), batches(60))
+
+
+# -- weights that shrink the whole gradient ----------------------------------------------------------------------------
+
+
+class Lopsided(TrunkAndHeads):
+    """One loss 1,000 times the others."""
+
+    def training_step(self, batch, batch_idx):
+        losses = self.losses(batch[0])
+        return self.total_loss({"huge": 1000 * losses["large"], "small": losses["small"]})
+
+
+SHRUNK = r"weight of task 'huge' has come to .*shrunk to .* of the plain sum's\. Adam \(β₂ = 0\.999\).*scale='sum' does not"
+
+
+def said_of_scale(tmp_path, optimizer, **settings):
+    callback = GradNormCallback(alpha=0, lr=0.1, summary=False, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_trainer(tmp_path, callbacks=[callback], logger=MemoryLogger()).fit(Lopsided(optimizer, lr=1e-6), batches(80))
+    return [str(warning.message) for warning in caught if "shrunk" in str(warning.message)]
+
+
+def test_a_gradient_that_the_weights_have_shrunk_under_adam_is_told_once(tmp_path):
+    (said,) = said_of_scale(tmp_path, torch.optim.Adam, scale="sum")
+    assert re.search(SHRUNK, said)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [(torch.optim.SGD, {"scale": "sum"}), (torch.optim.Adam, {}), (torch.optim.Adam, {"reference": "huge"})],
+    ids=["SGD remembers nothing", "its size is kept", "the large one keeps its weight"],
+)
+def test_other_gradients_are_left_alone(tmp_path, optimizer, settings):
+    assert said_of_scale(tmp_path, optimizer, **settings) == []
+
+
+def test_a_gradient_that_was_small_from_the_start_is_nobodys_concern(tmp_path):
+    concerns = Concerns()
+    trainer = quiet_trainer(tmp_path)
+    trainer.strategy.optimizers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)])]
+
+    def say(share):
+        return list(concerns.of_scale(trainer, ("a", "b"), (share, share), (1.0, 3.0)))
+
+    assert say(1e-3) == say(2e-3) == say(1e-4) == [], "a twentieth of the largest is the limit"
+    assert len(say(0.9e-4)) == 1
+    assert list(concerns.of_scale(trainer, ("a",), (1e-9,), (0.0,))) == []

@@ -123,8 +123,8 @@ class Concerns:
                 "shrunk",
                 f"The weight of task {task!r} has come to {weight:.2g}, and with it the gradients on the shared layer have "
                 f"shrunk to {share:.2g} of the plain sum's. {optimizer} (β₂ = {beta:g}) divides by the larger ones that it "
-                "remembers, so training nearly stops until it has forgotten them. Keep the gradient's size: GradNorm does by default, "
-                "or with reference='task'; scale='sum' does not.",
+                "remembers, so training nearly stops until it has forgotten them. Keep the gradient's size: GradNorm does by "
+                "default, or with reference='task'; scale='sum' does not.",
             )
 
     def of_monitors(self, trainer: Trainer, weighted: float, unweighted: float) -> Iterator[tuple[str, str]]:

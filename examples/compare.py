@@ -21,7 +21,7 @@ from lightning_gradnorm import GradNorm, compare
 from lightning_gradnorm.comparison import METHODS
 
 MEASURES = {"held_out/digit": "higher", "held_out/pixels": "lower", "held_out/ink": "lower"}
-CHOICES = METHODS | {"GradNorm α=0.25": lambda: GradNorm(alpha=0.25)}  # what digits.py uses
+CHOICES = METHODS | {"GradNorm Σw=T": lambda: GradNorm(scale="sum")}  # the paper's scale rule
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,7 +19,6 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
     exec(compile(block, "README.md", "exec"), names)
     weights = names["gradnorm"].weights if "gradnorm" in names else names["trainer"].callbacks[0].weights
     assert len(weights) == 2
-    assert sum(weights.values()) == pytest.approx(2)
     small, large = (weights[task] for task in (("a", "b") if "a" in weights else ("sold", "price")))
     assert small > 1 > large, "the loss with the larger gradient has the smaller weight"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.experiments import physics, tox21, turbofans
+from benchmarks.experiments import pages, physics, tox21, turbofans
 from benchmarks.experiments.command import main
 from benchmarks.experiments.pages import NAMES, experiment
 from benchmarks.experiments.records import Record, Records
@@ -254,3 +254,31 @@ def test_lines_are_json(tmp_path):
     records.add(record("a", 0, math.nan))
     assert math.isnan(json.loads(records.path.read_text())["measures"]["error"])
     assert math.isnan(records.all()[0].measures["error"])
+
+
+# -- the pages -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_say_what_the_records_say(capsys):
+    assert pages.main(["--check"]) == 0, f"run python -m benchmarks.experiments.pages: {capsys.readouterr().out}"
+
+
+def test_a_page_that_says_something_else_is_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pages, "DOCS", tmp_path)
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    (tmp_path / "no_harm").mkdir()
+    records = Records(tmp_path / "no_harm" / "records.jsonl")
+    for seed, accuracy in ((0, 0.5), (1, 0.7)):
+        for method, more in (("equal", 0.0), ("GradNorm", 0.1)):
+            values = {"left accuracy": accuracy + more, "right accuracy": 1.0}
+            made = dict.fromkeys(("command", "versions", "machine", "date"), "x")
+            records.add(Record("pairs of digits", method, seed, 10, values, 0.1, made=made))
+    (tmp_path / "page.md.jinja").write_text('{{ no_harm.differences("pairs of digits", ["left accuracy"]) }}\n')
+    monkeypatch.setattr(pages, "write_report", lambda *args: None)
+    assert pages.main([]) == 0
+    text = (tmp_path / "page.md").read_text()
+    assert text == "| minus equal | left accuracy |\n| --- | --- |\n| GradNorm | +0.100 ± 0.000 |\n"
+    assert pages.main(["--check"]) == 0
+    (tmp_path / "page.md").write_text(text.replace("100", "200"))
+    assert pages.main(["--check"]) == 1
+    assert "page.md is not what the records say" in capsys.readouterr().out

@@ -51,6 +51,10 @@ class Results:
         """One per seed that all methods of the problem have."""
         return self.found(problem)[method]
 
+    def has(self, problem: str) -> bool:
+        """Whether there is a seed that all of at least two methods have."""
+        return len(self.found(problem)) > 1
+
     def seeds(self, problem: str) -> int:
         """How many."""
         return len(next(iter(self.found(problem).values())))
@@ -96,6 +100,22 @@ class Results:
             values = [fit.measures[measure] for fit in found[method]]
             rows.append([method, *(f"{value:.{digits}g}" for value in values), mean_std(values)])
         return markdown_rows(columns, rows)
+
+    def by_measure(self, problem: str) -> str:
+        """Those measures that the other tables leave out: a row each, a column per method."""
+        found, shown = self.found(problem), self.experiment.problems[problem].better
+        first = next(iter(found.values()))[0]
+        rows = [
+            [measure, *(mean_std([fit.measures[measure] for fit in fits]) for fits in found.values())]
+            for measure in first.measures
+            if measure not in shown
+        ]
+        return markdown_rows(["", *found], rows)
+
+    def said(self, problem: str, extra: str) -> str:
+        """The different values of an extra, each with the number of fits that have it."""
+        values = [fit.extras[extra] for fits in self.found(problem).values() for fit in fits if extra in fit.extras]
+        return ", ".join(f"“{value}” on {values.count(value)} of {len(values)} seeds" for value in dict.fromkeys(values))
 
     def value(self, problem: str, method: str, measure: str) -> str:
         """Mean ± standard deviation."""

@@ -58,16 +58,19 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._read: tuple[int, list[Record]] = (0, [])  # how long the file was, and what it held: it only grows
 
     def all(self) -> list[Record]:
         """In the order in which they were made; a line that an interruption cut short is left out."""
-        if not self.path.exists():
-            return []
+        length = self.path.stat().st_size if self.path.exists() else 0
+        if length == self._read[0]:
+            return list(self._read[1])
         found = []
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n") and line.strip():
                 found.append(Record(**json.loads(line)))
-        return found
+        self._read = length, found
+        return list(found)
 
     def find(self, problem: str, method: str, seed: int, steps: int) -> Record | None:
         """The last one of these, if there is one."""

@@ -15,7 +15,7 @@ from lightning_gradnorm.balancers.base import LossBalancer
 from lightning_gradnorm.balancers.checks import check_choice, check_that
 from lightning_gradnorm.balancers.initial_losses import InitialLosses, InitialLossTracker
 from lightning_gradnorm.balancers.optimizer import OptimizerFactory, VectorOptimizer
-from lightning_gradnorm.balancers.scale import ScaleRule, scale_to_reference, scale_to_sum
+from lightning_gradnorm.balancers.scale import ScaleRule, scale_to_reference, scale_to_sum, scale_towards_gradient
 from lightning_gradnorm.measurement import Measurement
 
 Update = Literal["log", "paper", "closed_form"]
@@ -105,14 +105,16 @@ class GradNorm(LossBalancer):
         initial_losses: L_i(0): ``"first"`` measurement, the mean of the first N (an int; weights stay at 1 until then),
             or given per task, in the loss's units.
         scale: the common factor of the weights. ``"gradient"``, the default: Σ w_i n_i = Σ n_i, so the size of the shared
-            gradient stays that of the plain sum. ``"sum"``: Σ w_i = T, the paper's, and the default of
-            ``update="paper"``. ``"reference"``: the task named by ``reference`` keeps weight 1.
+            gradient stays that of the plain sum; approached with ``ema_decay``, or the factor would jump from batch to batch.
+            ``"sum"``: Σ w_i = T, the paper's, and the default of ``update="paper"``. ``"reference"``: the task named by
+            ``reference`` keeps weight 1.
         reference: the task whose weight stays 1; it implies ``scale="reference"``.
         update_every: the weights are updated on the first and every so-manieth optimiser step; the others cost nothing.
         min_weight: least weight, above 0 and at most 1.
         max_weight: greatest weight, at least 1; ``None`` for no bound.
         priorities: relative importance per task, above 0, a factor of the targets; 1 for tasks not named.
-        ema_decay: β of the average of ``"closed_form"``: log w ← β log w + (1 − β) log ŵ.
+        ema_decay: β of the averages: of ``"closed_form"``, log w ← β log w + (1 − β) log ŵ, and of ``scale="gradient"``,
+            w ← w (Σ n_i / Σ w_i n_i)^{1 − β}.
         tasks: all tasks' names, if they are to be fixed from the start.
 
     Raises:
@@ -269,7 +271,7 @@ class GradNorm(LossBalancer):
         """The weights on the scale rule's set, within the bounds."""
         bounds = self.min_weight, self.max_weight
         if self.scale == "gradient":
-            return scale_to_sum(weights, norms.sum(), *bounds, coefficients=norms)
+            return scale_towards_gradient(weights, norms, 1 - self.ema_decay, *bounds)
         if self.scale == "reference" and self.reference in tasks:
             return scale_to_reference(weights, tasks.index(self.reference), *bounds)
         if self.scale == "reference":  # it is absent: the others share what they had

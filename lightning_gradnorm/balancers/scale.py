@@ -13,46 +13,54 @@ from torch import Tensor
 ScaleRule = Literal["sum", "reference", "gradient"]
 
 
-def scale_to_sum(
-    weights: Tensor,
-    total: Tensor | float,
-    lower: float = 0.0,
-    upper: float = float("inf"),
-    *,
-    coefficients: Tensor | None = None,
-) -> Tensor:
-    """The multiple of ``weights``, cut off at the bounds, for which Σ_i a_i w_i = ``total``: clamp(c·w, lower, upper).
+def scale_to_sum(weights: Tensor, total: Tensor | float, lower: float = 0.0, upper: float = float("inf")) -> Tensor:
+    """The multiple of ``weights``, cut off at the bounds, for which Σ w_i = ``total``: clamp(c·w, lower, upper).
 
     It is the projection in the Kullback-Leibler sense onto the sum and the bounds at once; where no bound binds, it is
     the paper's renormalisation w · T / Σ w.
 
     Args:
         weights: positive, shape ``[T]``.
-        total: what the weighted sum comes to, a number or shape ``[]``; attainable within the bounds.
+        total: what they come to, a number or shape ``[]``; attainable within the bounds.
         lower: least weight.
         upper: greatest weight.
-        coefficients: a, non-negative, shape ``[T]``; ones by default (Σ w = T).
     """
-    scaled = weights * (total / (weights if coefficients is None else coefficients * weights).sum())
+    scaled = weights * (total / weights.sum())
     if weights.device.type == "cpu" and all(lower <= weight <= upper for weight in scaled.tolist()):
         return scaled  # the usual case; elsewhere than on the CPU, asking would make the host wait
-    a = torch.ones_like(weights) if coefficients is None else coefficients
-    # Σ a clamp(c·w) grows with c, linearly between the values of c at which a weight leaves or meets a bound.
+    # Σ clamp(c·w) grows with c, linearly between the values of c at which a weight leaves or meets a bound.
     leaves, meets = lower / weights, upper / weights
     knots = torch.cat([leaves, meets]).sort().values
-    at_knots = (a * (knots.unsqueeze(1) * weights).clamp(lower, upper)).nan_to_num(posinf=torch.finfo(weights.dtype).max).sum(1)
+    at_knots = (knots.unsqueeze(1) * weights).clamp(lower, upper).nan_to_num(posinf=torch.finfo(weights.dtype).max).sum(1)
     index = (at_knots < total).sum().clamp(1, len(knots) - 1)
     left, right = knots.gather(0, index - 1), knots.gather(0, index)
     at_upper, at_lower = meets <= left, leaves >= right
     free = ~(at_upper | at_lower)
-    fixed = torch.where(at_lower, a * lower, 0.0).sum() + torch.where(at_upper, a * upper, 0.0).sum()
-    c = (total - fixed) / torch.where(free, a * weights, 0.0).sum()
+    at_bounds = torch.where(at_lower, torch.full_like(weights, lower), torch.full_like(weights, upper))
+    fixed = torch.where(free, 0.0, at_bounds).sum()
+    c = (total - fixed) / torch.where(free, weights, 0.0).sum()
     return (torch.where(free.any(), c, left) * weights).clamp(lower, upper)
 
 
 def scale_to_reference(weights: Tensor, reference: int, lower: float = 0.0, upper: float = float("inf")) -> Tensor:
     """The multiple of ``weights``, shape ``[T]``, for which the reference task's weight is 1, cut off at the bounds."""
     return (weights / weights[reference]).clamp(lower, upper)
+
+
+def scale_towards_gradient(
+    weights: Tensor, norms: Tensor, rate: float, lower: float = 0.0, upper: float = float("inf")
+) -> Tensor:
+    """Towards Σ w_i n_i = Σ n_i, at once with a rate of 1: w (Σ n / Σ w n)^rate, cut off at the bounds.
+
+    Args:
+        weights: positive, shape ``[T]``.
+        norms: n, non-negative, shape ``[T]``.
+        rate: above 0, at most 1. The norms are those of one batch, and so is their noise.
+        lower: least weight.
+        upper: greatest weight.
+    """
+    factor = norms.sum() / (weights * norms).sum()
+    return (weights * factor**rate).clamp(lower, upper)
 
 
 LEAST = 1e-8  # a weight of exactly 0 would have its task forgotten

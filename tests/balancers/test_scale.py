@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradnorm.balancers.scale import scale_to_reference, scale_to_sum
+from lightning_gradnorm.balancers.scale import scale_to_reference, scale_to_sum, scale_towards_gradient
 
 
 def vector(*values):
@@ -31,28 +31,19 @@ def test_by_hand(weights, total, bounds, expected):
     torch.testing.assert_close(scale_to_sum(vector(*weights), total, *bounds), vector(*expected))
 
 
-def test_with_coefficients_by_hand():
-    """Σ a w = 1·w0 + 3·w1 = 4, w1 at most 1.1."""
-    scaled = scale_to_sum(vector(1.0, 4.0), 4.0, 0.1, 1.1, coefficients=vector(1.0, 3.0))
-    torch.testing.assert_close(scaled, vector(0.7, 1.1))
-
-
 positive = st.floats(1e-9, 1e9)
 
 
 @given(
-    st.lists(st.tuples(positive, positive), min_size=1, max_size=12),
+    st.lists(positive, min_size=1, max_size=12),
     st.floats(1e-8, 1.0),
     st.one_of(st.just(math.inf), st.floats(1.0, 1e3)),
-    st.booleans(),
 )
-def test_it_meets_the_sum_and_the_bounds_and_keeps_free_ratios(rows, low, high, with_coefficients):
-    w, a = (vector(*column) for column in zip(*rows, strict=True))
-    a = a if with_coefficients else torch.ones_like(w)
-    total = a.sum()
-    v = scale_to_sum(w, total, low, high, coefficients=a if with_coefficients else None)
+def test_it_meets_the_sum_and_the_bounds_and_keeps_free_ratios(weights, low, high):
+    w = vector(*weights)
+    v = scale_to_sum(w, float(len(w)), low, high)
     assert (v >= low * (1 - 1e-12)).all() and (v <= high * (1 + 1e-12)).all()
-    torch.testing.assert_close((a * v).sum(), total, rtol=1e-9, atol=0)
+    torch.testing.assert_close(v.sum(), vector(len(w))[0], rtol=1e-9, atol=0)
     # v = clamp(c w): c is the same wherever no bound binds, and consistent where one does
     c = v / w
     free = (v > low * (1 + 1e-9)) & (v < high * (1 - 1e-9))
@@ -64,3 +55,20 @@ def test_it_meets_the_sum_and_the_bounds_and_keeps_free_ratios(rows, low, high, 
 
 def test_reference():
     assert scale_to_reference(vector(2.0, 4.0, 0.001), 0, 0.01, 1.5).tolist() == [1.0, 1.5, 0.01]
+
+
+def test_towards_the_gradients_size_by_hand():
+    """Σ n = 12, Σ w n = 6: a factor of 2, of which a rate of ½ takes the root."""
+    weights, norms = vector(1.0, 0.25), vector(4.0, 8.0)
+    torch.testing.assert_close(scale_towards_gradient(weights, norms, 1.0), vector(2.0, 0.5))
+    torch.testing.assert_close(scale_towards_gradient(weights, norms, 0.5), vector(2**0.5, 2**0.5 / 4))
+    torch.testing.assert_close(scale_towards_gradient(weights, norms, 1.0, 0.6, 1.9), vector(1.9, 0.6))
+
+
+@given(st.lists(st.tuples(st.floats(1e-3, 1e3), st.floats(1e-6, 1e6)), min_size=1, max_size=12), st.floats(0.01, 1.0))
+def test_every_step_closes_the_same_part_of_the_gap(rows, rate):
+    w, n = (vector(*column) for column in zip(*rows, strict=True))
+    gap = ((w * n).sum() / n.sum()).log()
+    v = scale_towards_gradient(w, n, rate)
+    torch.testing.assert_close(((v * n).sum() / n.sum()).log(), (1 - rate) * gap, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(v / w, (v / w)[0].expand(len(w)), rtol=1e-12, atol=0)

@@ -16,7 +16,7 @@ MILD = {"small": 0.5, "middle": 0.4, "large": 0.3, "odd": 0.2}  # so that the ad
 def algorithm_1(module, loader, *, alpha, lr, optimizer, network_optimizer, logarithmic, keeps_gradient):
     """Chen et al. 2018, Algorithm 1, with L_grad differentiated by autograd through a second-order graph.
 
-    ``logarithmic``: the variant on log w with the feasible target, of L_grad / Ḡ; ``keeps_gradient``: with Σ w n = Σ n.
+    ``logarithmic``: the variant on log w with the feasible target, of L_grad / Ḡ; ``keeps_gradient``: w (Σ n / Σ w n)^0.1.
     """
     w = torch.ones(len(TASKS), requires_grad=True)
     v = torch.zeros(len(TASKS), requires_grad=True)  # log w
@@ -47,7 +47,7 @@ def algorithm_1(module, loader, *, alpha, lr, optimizer, network_optimizer, loga
         network.step()
         with torch.no_grad():
             new, n = (v.exp() if logarithmic else w), norms / applied
-            new = new * (n.sum() / (n * new).sum() if keeps_gradient else len(TASKS) / new.sum())
+            new = new * ((n.sum() / (n * new).sum()) ** 0.1 if keeps_gradient else len(TASKS) / new.sum())
             v.copy_(new.log())
             w.copy_(new)
     return history

@@ -66,7 +66,7 @@ def test_every_logger_gets_the_values_of_the_step_itself(tmp_path):
     for step, values in enumerate(expected(watcher.steps)):
         at, logged = loggers[2].logged[step]
         assert at == step
-        assert {tag: logged[tag] for tag in TAGS} == pytest.approx(values, rel=1e-5), step
+        assert {tag: logged[tag] for tag in TAGS} == pytest.approx(values, rel=1e-5, abs=1e-6), step
         for tag in TAGS:
             event = events.Scalars(tag)[step]
             assert event.step == step

@@ -55,6 +55,10 @@ class Results:
         """Whether there is a seed that all of at least two methods have."""
         return len(self.found(problem)) > 1
 
+    def complete(self, problem: str) -> bool:
+        """Whether there is a seed that every method has."""
+        return len(self.found(problem)) == len(self.experiment.problems[problem].methods)
+
     def seeds(self, problem: str) -> int:
         """How many."""
         return len(next(iter(self.found(problem).values())))

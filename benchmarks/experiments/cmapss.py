@@ -37,7 +37,8 @@ BALANCERS: dict[str, Callable[[], LossBalancer]] = {
     "DWA": DynamicWeightAverage,
     "AMNL": AdaptiveNormalizedLoss,
     "GradNorm": GradNorm,
-    "GradNorm, gradient kept": lambda: GradNorm(scale="gradient"),
+    "GradNorm, every 10th step": lambda: GradNorm(update_every=10),
+    "GradNorm, Σw = T": lambda: GradNorm(scale="sum"),
 }
 METHODS = (*BALANCERS, "GradNorm static")
 SUBSETS = ("FD001", "FD002")

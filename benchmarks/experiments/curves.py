@@ -24,7 +24,7 @@ COLOURS = {
     "uncertainty": GREEN,
     "DWA": VERMILION,
     "AMNL": GREY,
-    "GradNorm, gradient kept": SKY,
+    "GradNorm, every 10th step": SKY,
     "fixed 1/σ²": BLACK,
     "hand-scaled": BLACK,
 }

@@ -37,7 +37,7 @@ METHODS: dict[str, Callable[[], LossBalancer]] = {
     "equal": EqualWeights,
     "GradNorm": GradNorm,
     "GradNorm, α = 0": lambda: GradNorm(alpha=0),
-    "GradNorm, gradient kept": lambda: GradNorm(scale="gradient"),
+    "GradNorm, Σw = T": lambda: GradNorm(scale="sum"),
     "uncertainty": UncertaintyWeighting,
 }
 BETTER: Mapping[str, Better] = {"left accuracy": "higher", "right accuracy": "higher"}

@@ -28,7 +28,7 @@ PROBLEMS: dict[str, dict[str, float]] = {
 METHODS: dict[str, Callable[[], LossBalancer]] = {
     "equal": EqualWeights,
     "GradNorm": GradNorm,
-    "GradNorm, gradient kept": lambda: GradNorm(scale="gradient"),
+    "GradNorm, Σw = T": lambda: GradNorm(scale="sum"),
 }
 
 

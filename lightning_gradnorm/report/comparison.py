@@ -184,6 +184,7 @@ class Comparison:
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_yticks(range(len(methods)), methods)
+        panels[0].set_ylim(-0.7, len(methods) - 0.3)
         figure.savefig(path)
 
 

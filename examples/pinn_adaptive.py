@@ -10,9 +10,9 @@ only, of which even ones put about two into the front:
 
 All with GradNorm (α = 0, the shared gradient keeps its size), which has to follow a residual loss that jumps at every redraw.
 
-Measured with three seeds, 2500 steps, relative L2 error: ``fixed`` 27 %, 34 % and 16 %; ``even`` 5 %, 14 % and 21 %; ``by
-residual`` 4 %, 14 % and 14 %. Most of the gain is in drawing anew at all; drawing by residual was better on one seed of
-three, and level on two. Until the network has a front at all, its residual is not there, and the points are spread widely.
+Measured with three seeds, 2500 steps, relative L2 error: ``fixed`` 27 %, 34 % and 15 %; ``even`` 4 %, 14 % and 21 %; ``by
+residual`` 6 %, 9 % and 5 %. Half of the gain is in drawing anew at all; drawing by residual was better on two seeds of three,
+and a little worse on one. Until the network has a front at all, its residual is not there, and the points are spread widely.
 
     python examples/pinn_adaptive.py     # three seeds, about three minutes
     python examples/pinn_adaptive.py --help

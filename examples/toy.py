@@ -148,6 +148,12 @@ class Evaluation(L.Callback):
             self._evaluate(pl_module)
 
 
+def inverse_squares(sigmas: Sequence[float]) -> dict[str, float]:
+    """Task → weight ∝ 1/σ², T in all."""
+    whole = sum(sigma**-2 for sigma in sigmas)
+    return {f"σ={sigma}": len(sigmas) * sigma**-2 / whole for sigma in sigmas}
+
+
 def balancing_of(method: str, sigmas: Sequence[float], average: dict[str, float]) -> LossBalancingCallback | None:
     """The method's callback; ``average`` is of the weights of the GradNorm run on the same seed."""
     if method == "GradNorm":
@@ -155,9 +161,7 @@ def balancing_of(method: str, sigmas: Sequence[float], average: dict[str, float]
     if method == "GradNorm static":
         return LossBalancingCallback(FixedWeights(average), summary=False)
     if method == "fixed 1/σ²":
-        whole = sum(sigma**-2 for sigma in sigmas)
-        fixed = {f"σ={sigma}": len(sigmas) * sigma**-2 / whole for sigma in sigmas}
-        return LossBalancingCallback(FixedWeights(fixed), summary=False)
+        return LossBalancingCallback(FixedWeights(inverse_squares(sigmas)), summary=False)
     return None
 
 

@@ -8,26 +8,21 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
-from _common import quiet_trainer
 
-from benchmarks.experiments.command import Case, Experiment, Problem, main
-from benchmarks.experiments.curves import draw_measures
-from benchmarks.experiments.records import Record, Records
-from benchmarks.experiments.turbofans import CAP, Batches, Engines, Turbofan
+from benchmarks.experiments.command import Case, Experiment, main
+from benchmarks.experiments.fits import STATIC, Fit, Shuffled, balancer_of
+from benchmarks.experiments.records import Problem, Record
+from benchmarks.experiments.turbofans import CAP, Engines, Turbofan
 from lightning_gradnorm import (
     AdaptiveNormalizedLoss,
     DynamicWeightAverage,
     EqualWeights,
-    FixedWeights,
     GradNorm,
     LossBalancer,
-    LossBalancingCallback,
     UncertaintyWeighting,
 )
-from lightning_gradnorm.comparison import StepTimes
 from lightning_gradnorm.report.comparison import Better
 
 BALANCERS: dict[str, Callable[[], LossBalancer]] = {
@@ -40,7 +35,7 @@ BALANCERS: dict[str, Callable[[], LossBalancer]] = {
     "GradNorm, every 10th step": lambda: GradNorm(update_every=10),
     "GradNorm, Σw = T": lambda: GradNorm(scale="sum"),
 }
-METHODS = (*BALANCERS, "GradNorm static")
+METHODS = (*BALANCERS, STATIC)
 SUBSETS = ("FD001", "FD002")
 BETTER: Mapping[str, Better] = {"RMSE": "lower", "NASA score": "lower", "accuracy": "higher"}
 
@@ -52,28 +47,14 @@ def fit_turbofan(case: Case, subset: str, balancer: LossBalancer, unit: float, f
     assert case.data is not None, "the experiment says that it needs them"
     engines = read(case.data / "cmapss", subset)
     torch.manual_seed(case.seed)
-    module = Turbofan(case.steps, unit, factors)
-    balancing, times = LossBalancingCallback(balancer, summary=False), StepTimes()
-    trainer = quiet_trainer([case.progress, balancing, times], max_steps=case.steps, max_epochs=-1)
-    trainer.fit(module, Batches(engines.train, 128, case.seed))
-    measures = module.eval().measures(engines.test)
-    weights = balancing.weights, balancing.mean_weights
-    return Record(case.problem, case.method, case.seed, case.steps, measures, times.median(), *weights)
+    module, fit = Turbofan(case.steps, unit, factors), Fit(case, balancer)
+    fit.run(module, Shuffled(engines.train, 128, case.seed))
+    return fit.record(module.eval().measures(engines.test))
 
 
 def fit(case: Case) -> Record:
     """One method, one seed, one subset."""
-    if case.method == "GradNorm static":
-        assert case.before is not None, "the experiment says that it follows GradNorm"
-        balancer: LossBalancer = FixedWeights(case.before.mean_weights)
-    else:
-        balancer = BALANCERS[case.method]()
-    return fit_turbofan(case, case.problem, balancer, CAP if case.method == "hand-scaled" else 1, {})
-
-
-def draw(records: Records, path: Path) -> None:
-    """A row per subset: each measure, a dot per seed."""
-    draw_measures(records, dict.fromkeys(SUBSETS, METHODS), BETTER, path)
+    return fit_turbofan(case, case.problem, balancer_of(case, BALANCERS), CAP if case.method == "hand-scaled" else 1, {})
 
 
 EXPERIMENT = Experiment(
@@ -81,11 +62,10 @@ EXPERIMENT = Experiment(
     about=__doc__ or "",
     problems=dict.fromkeys(SUBSETS, Problem(METHODS, BETTER)),
     fit=fit,
-    draw=draw,
     steps=3000,
     quick_steps=20,
     seeds=5,
-    after={"GradNorm static": "GradNorm"},
+    after={STATIC: "GradNorm"},
     needs_data="cmapss",
 )
 

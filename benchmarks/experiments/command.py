@@ -7,15 +7,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import lightning
 import torch
 from _common import Progress, quiet_lightning
 
 import lightning_gradnorm
-from benchmarks.experiments.records import Record, Records
-from lightning_gradnorm.report.comparison import Better, Comparison
+from benchmarks.experiments.curves import draw_measures
+from benchmarks.experiments.records import Problem, Record, Records
+from lightning_gradnorm.report.comparison import Comparison
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,6 @@ class Case:
     before: Record | None
 
 
-class Problem(NamedTuple):
-    """What is compared on one problem.
-
-    Attributes:
-        methods: the baseline first.
-        better: measure → which way is better.
-    """
-
-    methods: Sequence[str]
-    better: Mapping[str, Better]
-
-
 @dataclass(frozen=True)
 class Experiment:
     """What one file says of itself.
@@ -61,11 +49,11 @@ class Experiment:
         about: first line of the help.
         problems: name → what is compared on it.
         fit: makes one fit; gives the record without ``made``.
-        draw: the figure, from records that hold a seed at least of every problem asked for.
         steps, quick_steps: optimiser steps of a fit.
         seeds: how many.
         after: method → the method whose record it starts from.
         needs_data: the folder under ``--data`` that it reads, if any.
+        draw: the figure; by default a row per problem and a panel per measure.
         points: of a curve.
     """
 
@@ -73,12 +61,12 @@ class Experiment:
     about: str
     problems: Mapping[str, Problem]
     fit: Callable[[Case], Record]
-    draw: Callable[[Records, Path], None]
     steps: int
     quick_steps: int
     seeds: int
     after: Mapping[str, str] = field(default_factory=dict)
     needs_data: str | None = None
+    draw: Callable[[Records, Path], None] | None = None
     points: int = 50
 
     def comparison(self, records: Records, problem: str, baseline: str | None = None) -> Comparison | None:
@@ -187,7 +175,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> Reco
         for problem, method, seed in wanted:
             progress.name(f"{problem}, seed {seed}, {method}")
             first = experiment.after.get(method)
-            before = first and records.find(problem, first, seed, options.steps)
+            before = records.find(problem, first, seed, options.steps) if first else None
             if first and before is None:
                 raise SystemExit(f"{method!r} starts from the weights of {first!r}: add it to --methods.")
             case = Case(
@@ -198,7 +186,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> Reco
                 max(options.steps // experiment.points, 1),
                 progress,
                 options.data,
-                before or None,
+                before,
             )
             record = experiment.fit(case)
             records.add(Record(**(vars(record) | {"made": made})))
@@ -222,5 +210,8 @@ def write_report(experiment: Experiment, records: Records, out: Path) -> tuple[P
     table, figure = out / "table.md", out / f"{experiment.name}.png"
     title = experiment.about.splitlines()[0]
     table.write_text(f"# {title}\n\n{experiment.tables(records)}{experiment.provenance(records)}", encoding="utf-8")
-    experiment.draw(records, figure)
+    if experiment.draw is None:
+        draw_measures(records, experiment.problems, figure)
+    else:
+        experiment.draw(records, figure)
     return table, figure

@@ -7,8 +7,8 @@ from pathlib import Path
 from _common import BLACK, BLUE, GREEN, ORANGE, PURPLE, draw_runs, figure_style, plt
 from matplotlib.axes import Axes
 
-from benchmarks.experiments.records import Record, Records
-from lightning_gradnorm.report.comparison import Better
+from benchmarks.experiments.records import Problem, Record, Records
+from lightning_gradnorm.report.comparison import ARROWS
 
 SKY, VERMILION, GREY = "#56B4E9", "#D55E00", "#777777"
 COLOURS = {
@@ -36,18 +36,19 @@ def draw_curve(axes: Axes, fits: Sequence[Record], values: str | Sequence[Sequen
     draw_runs(axes, fits[0].curves["step"], runs, **line)
 
 
-def draw_measures(records: Records, problems: Mapping[str, Sequence[str]], better: Mapping[str, Better], path: Path) -> None:
-    """A row per problem and a panel per measure: each seed a dot, the mean a bar."""
-    rows = {problem: found for problem, methods in problems.items() if (found := records.of(problem, methods))}
+def draw_measures(records: Records, problems: Mapping[str, Problem], path: Path) -> None:
+    """A row per problem and a panel per measure, which all have in common: each seed a dot, the mean a bar."""
+    rows = {problem: found for problem, (methods, _) in problems.items() if (found := records.of(problem, methods))}
     if not rows:
         return
+    better = next(iter(problems.values())).better
     with figure_style():
         height = sum(0.8 + 0.25 * len(found) for found in rows.values())
         figure, grid = plt.subplots(
             len(rows), len(better), figsize=(2.4 + 2.9 * len(better), height), squeeze=False, sharex="col", sharey="row"
         )
         for panels, (problem, found) in zip(grid, rows.items(), strict=True):
-            order = [method for method in problems[problem] if method in found][::-1]
+            order = [method for method in problems[problem].methods if method in found][::-1]
             for axes, (measure, way) in zip(panels, better.items(), strict=True):
                 for place, method in enumerate(order):
                     values = [fit.measures[measure] for fit in found[method]]
@@ -57,7 +58,7 @@ def draw_measures(records: Records, problems: Mapping[str, Sequence[str]], bette
                 every = [fit.measures[measure] for fits in found.values() for fit in fits]
                 if min(every) > 0 and max(every) > 20 * min(every):
                     axes.set_xscale("log")
-                axes.set_title(f"{problem}: {measure} {'↓' if way == 'lower' else '↑'}", fontsize=9)
+                axes.set_title(f"{problem}: {measure} {ARROWS[way]}", fontsize=9)
                 axes.grid(axis="y", visible=False)
             panels[0].set_yticks(range(len(order)), order, fontsize=8)
         figure.savefig(path)

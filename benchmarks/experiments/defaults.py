@@ -9,20 +9,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from _common import figure_style, plt, quiet_trainer
+from _common import figure_style, plt
 from digits_problem import Digits, load
 from torch.utils.data import DataLoader
 
 from benchmarks.experiments.cmapss import BETTER as TURBOFANS
 from benchmarks.experiments.cmapss import fit_turbofan
-from benchmarks.experiments.command import Case, Experiment, Problem, main
+from benchmarks.experiments.command import Case, Experiment, main
 from benchmarks.experiments.curves import GREY, SKY, VERMILION, add_legend
-from benchmarks.experiments.records import Record, Records
+from benchmarks.experiments.fits import Fit
+from benchmarks.experiments.records import Problem, Record, Records
 from benchmarks.experiments.toy import BETTER as TOY
 from benchmarks.experiments.toy import fit_toy
-from lightning_gradnorm import EqualWeights, GradNorm, LossBalancer, LossBalancingCallback
-from lightning_gradnorm.comparison import StepTimes
-from lightning_gradnorm.report.comparison import Better
+from lightning_gradnorm import EqualWeights, GradNorm, LossBalancer
+from lightning_gradnorm.report.comparison import ARROWS, Better
 
 SCALES = {"sum": "Σw = T", "gradient": "gradient kept"}
 ALPHAS = (0.0, 0.5, 1.5)
@@ -34,17 +34,15 @@ def fit_digits(case: Case, balancer: LossBalancer) -> Record:
     train, test = load()
     torch.manual_seed(case.seed)
     module, order = Digits(), torch.Generator().manual_seed(case.seed)
-    balancing, times = LossBalancingCallback(balancer, summary=False), StepTimes()
-    trainer = quiet_trainer([case.progress, balancing, times], max_steps=case.steps, max_epochs=-1, limit_val_batches=0)
-    trainer.fit(module, DataLoader(train, 64, shuffle=True, generator=order), DataLoader(test, len(test)))
+    fit = Fit(case, balancer)
+    fit.run(module, DataLoader(train, 64, shuffle=True, generator=order), DataLoader(test, len(test)), limit_val_batches=0)
     (scores, pixels, ink), (images, labels) = module.eval()(test.tensors[0]), test.tensors
     measures = {
         "accuracy": (scores.argmax(1) == labels).float().mean().item(),
         "pixels RMSE": (pixels - images).square().mean().sqrt().item(),
         "ink RMSE": (ink - images.sum(1)).square().mean().sqrt().item(),
     }
-    weights = balancing.weights, balancing.mean_weights
-    return Record(case.problem, case.method, case.seed, case.steps, measures, times.median(), *weights)
+    return fit.record(measures)
 
 
 FITS: dict[str, tuple[Callable[[Case, LossBalancer], Record], Mapping[str, Better]]] = {
@@ -89,7 +87,7 @@ def draw(records: Records, path: Path) -> None:
                     axes.plot([place] * len(seeds), seeds, "o", color=colour, alpha=0.5, markersize=3)
             equal = [fit.measures[measure] for fit in found["equal"]]
             axes.axhline(sum(equal) / len(equal), color=GREY, linewidth=1.2, label="equal")
-            axes.set_title(f"{name}: {measure} {'↓' if better[measure] == 'lower' else '↑'}", fontsize=8)
+            axes.set_title(f"{name}: {measure} {ARROWS[better[measure]]}", fontsize=8)
             axes.set_xticks(places, [f"{alpha:g}" for alpha in ALPHAS])
             axes.set_xlabel("α")
         add_legend(grid[0][0], loc="best", fontsize=7)

@@ -4,30 +4,10 @@ python -m benchmarks.experiments.helmholtz                 # three seeds, 40,000
 python -m benchmarks.experiments.helmholtz --quick
 """
 
-from functools import partial
+from benchmarks.experiments.command import main
+from benchmarks.experiments.physics import published
 
-from benchmarks.experiments.command import Case, Experiment, Problem, main
-from benchmarks.experiments.physics import ERROR, METHODS, PROBLEMS, draw_problem, fit_once
-from benchmarks.experiments.records import Record
-
-NAME = "Helmholtz"
-
-
-def fit(case: Case) -> Record:
-    """One method, one seed."""
-    return fit_once(case, PROBLEMS[NAME], METHODS[case.method])
-
-
-EXPERIMENT = Experiment(
-    name="helmholtz",
-    about=__doc__ or "",
-    problems={NAME: Problem(tuple(METHODS), ERROR)},
-    fit=fit,
-    draw=partial(draw_problem, NAME, tuple(METHODS)),
-    steps=40_000,
-    quick_steps=10,
-    seeds=3,
-)
+EXPERIMENT = published("helmholtz", "Helmholtz", __doc__ or "")
 
 if __name__ == "__main__":
     main(EXPERIMENT)

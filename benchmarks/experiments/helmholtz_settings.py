@@ -11,9 +11,9 @@ from pathlib import Path
 
 from _common import figure_style, plt
 
-from benchmarks.experiments.command import Case, Experiment, Problem, main
+from benchmarks.experiments.command import Case, Experiment, main
 from benchmarks.experiments.physics import ERROR, METHODS, PROBLEMS, Method, fit_once, gradnorm
-from benchmarks.experiments.records import Record, Records
+from benchmarks.experiments.records import Problem, Record, Records
 
 NAME = "Helmholtz"
 SCALES = {"sum": "Σw = T", "reference": "residual 1", "gradient": "gradient kept"}
@@ -27,7 +27,7 @@ def name_of(update: str, scale: str, alpha: float, everywhere: bool) -> str:
 
 
 GRID = {
-    name_of(update, scale, alpha, everywhere): Method(gradnorm(scale, alpha, update), everywhere)
+    name_of(update, scale, alpha, everywhere): Method(gradnorm(scale, alpha, update), "all" if everywhere else "last")
     for update, alpha, everywhere, scale in itertools.product(("log", "closed_form"), ALPHAS, (False, True), SCALES)
 }
 PAPER = {
@@ -45,7 +45,7 @@ def fit(case: Case) -> Record:
 
 
 def draw(records: Records, path: Path) -> None:
-    """Each setting's errors, a dot per seed; annealing's mean as a line."""
+    """Each setting's errors, a dot per seed; the mean of equal weights as a line."""
     comparison = records.comparison(NAME, ERROR, ALL)
     if comparison is not None:
         with figure_style(), plt.rc_context({"axes.grid.axis": "x"}):

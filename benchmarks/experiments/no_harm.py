@@ -8,28 +8,24 @@ question is whether GradNorm does harm. What ``diagnose`` says beforehand is kep
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import lightning as L
 import torch
-from _common import quiet_trainer
 from digits_problem import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.experiments.command import Case, Experiment, Problem, main
-from benchmarks.experiments.curves import draw_measures
-from benchmarks.experiments.records import Record, Records
+from benchmarks.experiments.command import Case, Experiment, main
+from benchmarks.experiments.fits import Fit
+from benchmarks.experiments.records import Problem, Record
 from lightning_gradnorm import (
     EqualWeights,
     GradNorm,
     LossBalancer,
-    LossBalancingCallback,
     MultiTaskMixin,
     UncertaintyWeighting,
     diagnose,
 )
-from lightning_gradnorm.comparison import StepTimes
 from lightning_gradnorm.report.comparison import Better
 
 NAME = "pairs of digits"
@@ -107,8 +103,12 @@ class TwoDigits(MultiTaskMixin, L.LightningModule):
 
 
 def fit(case: Case) -> Record:
-    """One method, one seed; the baseline's record keeps what the diagnosis says."""
-    record = fit_pairs(case, METHODS[case.method]())
+    """One fit; all methods start from one network and see the same pairs. The baseline's record has the diagnosis."""
+    torch.manual_seed(case.seed)
+    module, fit = TwoDigits(), Fit(case, METHODS[case.method]())
+    fit.run(module, Batches(case.seed))
+    test = pairs_of(*load()[1].tensors, 5000, torch.Generator().manual_seed(0))
+    record = fit.record(module.accuracies(test))
     if case.method == "equal":
         torch.manual_seed(case.seed)
         found = diagnose(TwoDigits(), Batches(case.seed))
@@ -116,29 +116,11 @@ def fit(case: Case) -> Record:
     return record
 
 
-def fit_pairs(case: Case, balancer: LossBalancer) -> Record:
-    """One fit; all methods start from one network and see the same pairs."""
-    torch.manual_seed(case.seed)
-    module = TwoDigits()
-    balancing, times = LossBalancingCallback(balancer, summary=False), StepTimes()
-    trainer = quiet_trainer([case.progress, balancing, times], max_steps=case.steps, max_epochs=-1)
-    trainer.fit(module, Batches(case.seed))
-    test = pairs_of(*load()[1].tensors, 5000, torch.Generator().manual_seed(0))
-    measures, weights = module.accuracies(test), (balancing.weights, balancing.mean_weights)
-    return Record(case.problem, case.method, case.seed, case.steps, measures, times.median(), *weights)
-
-
-def draw(records: Records, path: Path) -> None:
-    """Both accuracies, a dot per seed."""
-    draw_measures(records, {NAME: tuple(METHODS)}, BETTER, path)
-
-
 EXPERIMENT = Experiment(
     name="no_harm",
     about=__doc__ or "",
     problems={NAME: Problem(tuple(METHODS), BETTER)},
     fit=fit,
-    draw=draw,
     steps=1500,
     quick_steps=20,
     seeds=10,

@@ -5,7 +5,6 @@ python -m benchmarks.experiments.pages --check   # exits with 1 if a page is not
 """
 
 import importlib
-import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import jinja2
 
 from benchmarks.experiments.command import Experiment, write_report
 from benchmarks.experiments.records import Record, Records
-from lightning_gradnorm.report.comparison import mean_std
+from lightning_gradnorm.report.comparison import ARROWS, mean_std
 from lightning_gradnorm.report.table import markdown_rows
 
 ROOT = Path(__file__).parents[2]
@@ -63,18 +62,13 @@ class Results:
         """How many."""
         return len(next(iter(self.found(problem).values())))
 
-    def steps(self, problem: str) -> int:
-        """Of every fit."""
-        return next(iter(self.found(problem).values()))[0].steps
-
     def table(self, problem: str, measures: Sequence[str] = (), *, time: bool = False) -> str:
         """Methods as they are listed: mean ± standard deviation over the seeds of every measure."""
         comparison = self.experiment.comparison(self.records, problem)
         assert comparison is not None, f"no records of {problem}"
         better = self.experiment.problems[problem].better
         measures = measures or tuple(better)
-        arrows = {"lower": "↓", "higher": "↑"}
-        columns = ["", *(f"{m} {arrows[better[m]]}" for m in measures), *(["step time"] if time else [])]
+        columns = ["", *(f"{m} {ARROWS[better[m]]}" for m in measures), *(["step time"] if time else [])]
         rows = []
         for method in self.found(problem):
             cells = [mean_std(comparison.values(method, measure)) for measure in measures]
@@ -121,21 +115,9 @@ class Results:
         values = [fit.extras[extra] for fits in self.found(problem).values() for fit in fits if extra in fit.extras]
         return ", ".join(f"“{value}” on {values.count(value)} of {len(values)} seeds" for value in dict.fromkeys(values))
 
-    def value(self, problem: str, method: str, measure: str) -> str:
-        """Mean ± standard deviation."""
-        return mean_std([fit.measures[measure] for fit in self.fits(problem, method)])
-
     def mean(self, problem: str, method: str, measure: str) -> float:
         """Over the seeds."""
         return statistics.fmean(fit.measures[measure] for fit in self.fits(problem, method))
-
-    def geometric_mean(self, problem: str, method: str, measure: str) -> float:
-        """Over the seeds."""
-        return math.exp(statistics.fmean(math.log(fit.measures[measure]) for fit in self.fits(problem, method)))
-
-    def weight(self, problem: str, method: str, task: str) -> float:
-        """Geometric mean over the seeds of the weight at the end."""
-        return math.exp(statistics.fmean(math.log(fit.weights[task]) for fit in self.fits(problem, method)))
 
     def better_on(self, problem: str, method: str, measure: str, than: str = "equal") -> int:
         """On how many seeds the method is ahead of another."""

@@ -8,8 +8,9 @@ coordinates scaled to mean 0 and standard deviation 1, Glorot's initial weights,
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -17,9 +18,9 @@ from _common import figure_style, plt
 from _pinn import Draws, History, Pinn, draw_field, fit, gradient, grid, laplacian, square_edges, tanh_network, uniform
 from torch import Tensor, nn
 
-from benchmarks.experiments.command import Case
+from benchmarks.experiments.command import Case, Experiment
 from benchmarks.experiments.curves import COLOURS, add_legend, draw_curve
-from benchmarks.experiments.records import Record, Records
+from benchmarks.experiments.records import Problem, Record, Records
 from lightning_gradnorm import (
     EqualWeights,
     GradNorm,
@@ -43,13 +44,13 @@ class Method:
 
     Attributes:
         balancer: makes the method.
-        everywhere: whether the norms are of all parameters, or of the last hidden layer's weight.
+        norms_on: the last hidden layer's weight, all parameters, or all weight matrices without the biases.
         beta2: of the network's Adam.
         masks: whether the points are fixed, and weighed by self-adaptive masks.
     """
 
     balancer: Callable[[], LossBalancer]
-    everywhere: bool = False
+    norms_on: Literal["last", "all", "matrices"] = "last"
     beta2: float = 0.999
     masks: bool = False
 
@@ -62,16 +63,16 @@ def gradnorm(scale: str = "reference", alpha: float = 0.0, update: str = "log", 
 
 METHODS = {
     "equal": Method(EqualWeights),
-    "annealing": Method(lambda: LearningRateAnnealing("pde"), everywhere=True),
+    "annealing": Method(lambda: LearningRateAnnealing("pde"), "matrices"),
     "GradNorm": Method(gradnorm()),
-    "GradNorm, all W": Method(gradnorm(), everywhere=True),
+    "GradNorm, all W": Method(gradnorm(), "all"),
     "GradNorm, Σw = T": Method(gradnorm("sum")),
     "GradNorm, Σw = T, β₂ = 0.99": Method(gradnorm("sum"), beta2=0.99),
     "self-adaptive": Method(EqualWeights, masks=True),
 }
 
 
-class Problem(Pinn):
+class PhysicsProblem(Pinn):
     """A network for u on a box, and the losses.
 
     Args:
@@ -94,10 +95,9 @@ class Problem(Pinn):
         return super().forward(math.sqrt(12) * (x - (low + high) / 2) / (high - low))
 
     def shared_layer(self) -> nn.Parameter | list[nn.Parameter]:
-        weights = [parameter for parameter in self.network.parameters() if parameter.ndim == 2]
-        if isinstance(self.method.balancer(), LearningRateAnnealing):
-            return weights  # as its authors have it: the matrices, no biases
-        return list(self.network.parameters()) if self.method.everywhere else weights[-2]
+        everything = list(self.network.parameters())
+        matrices = [parameter for parameter in everything if parameter.ndim == 2]
+        return {"last": matrices[-2], "all": everything, "matrices": matrices}[self.method.norms_on]
 
     def configure_optimizers(self) -> dict[str, object]:
         adam = torch.optim.Adam(self.parameters(), lr=1e-3, betas=(0.9, self.method.beta2), fused=True)
@@ -130,7 +130,7 @@ class Problem(Pinn):
         return self.total_loss({task: loss.mean() for task, loss in losses.items()})
 
 
-class Helmholtz(Problem):
+class Helmholtz(PhysicsProblem):
     """Δu + u = q on (−1, 1)², u = sin(πx) sin(4πy): zero on the border."""
 
     hidden, low, high = 3, (-1.0, -1.0), (1.0, 1.0)
@@ -151,7 +151,7 @@ class Helmholtz(Problem):
         return {"boundary": 4 * self(edges).square()}  # the source adds the four edges' means
 
 
-class KleinGordon(Problem):
+class KleinGordon(PhysicsProblem):
     """u_tt − u_xx + u³ = f on (0, 1)², of (t, x), u = x cos(5πt) + (tx)³; u and u_t given at t = 0, u at both ends."""
 
     hidden, low, high = 5, (0.0, 0.0), (1.0, 1.0)
@@ -188,10 +188,10 @@ class KleinGordon(Problem):
         return {"initial": at_start, "boundary": 2 * (self(ends) - self.solution(ends)).square()}  # both ends' means, added
 
 
-PROBLEMS: Mapping[str, type[Problem]] = {"Helmholtz": Helmholtz, "Klein–Gordon": KleinGordon}
+PROBLEMS: Mapping[str, type[PhysicsProblem]] = {"Helmholtz": Helmholtz, "Klein–Gordon": KleinGordon}
 
 
-def batches(problem: type[Problem], seed: int, steps: int, *, fixed: bool) -> Iterable[tuple[Tensor, ...]]:
+def batches(problem: type[PhysicsProblem], seed: int, steps: int, *, fixed: bool) -> Iterable[tuple[Tensor, ...]]:
     """Points inside with their index, and the border's; fresh ones in every step, or out of fixed ones."""
     first = torch.Generator().manual_seed(seed + 2_000_000)
     pool, border = uniform(problem.low, problem.high, POOL, first), problem.border(POINTS, first)
@@ -207,7 +207,7 @@ def batches(problem: type[Problem], seed: int, steps: int, *, fixed: bool) -> It
     return Draws(chosen if fixed else fresh, seed, steps)
 
 
-def balancing(method: Method, problem: type[Problem]) -> LossBalancingCallback:
+def balancing(method: Method, problem: type[PhysicsProblem]) -> LossBalancingCallback:
     """The method's callback."""
     masks = {}
     if method.masks:
@@ -216,7 +216,7 @@ def balancing(method: Method, problem: type[Problem]) -> LossBalancingCallback:
     return LossBalancingCallback(method.balancer(), points=masks, summary=False)
 
 
-def fit_once(case: Case, problem: type[Problem], method: Method) -> Record:
+def fit_once(case: Case, problem: type[PhysicsProblem], method: Method) -> Record:
     """One fit; all methods start from one network and, but for the masks, see the same points."""
     torch.manual_seed(case.seed)
     module, history, callback, times = problem(method), History(case.every), balancing(method, problem), StepTimes()
@@ -286,3 +286,17 @@ def draw_problem(name: str, methods: Sequence[str], records: Records, path: Path
                 each.title.set_fontsize(8)
         figure.savefig(path)
         plt.close(figure)
+
+
+def published(file: str, name: str, about: str) -> Experiment:
+    """One of the problems by all methods, as long as published."""
+    return Experiment(
+        name=file,
+        about=about,
+        problems={name: Problem(tuple(METHODS), ERROR)},
+        fit=lambda case: fit_once(case, PROBLEMS[name], METHODS[case.method]),
+        draw=partial(draw_problem, name, tuple(METHODS)),
+        steps=40_000,
+        quick_steps=10,
+        seeds=3,
+    )

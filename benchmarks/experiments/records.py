@@ -5,11 +5,23 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_gradnorm.report.comparison import Better, Comparison, Run
 
 FIGURES = 5  # significant figures that curves keep
+
+
+class Problem(NamedTuple):
+    """What is compared on one problem.
+
+    Attributes:
+        methods: the baseline first.
+        better: measure → which way is better.
+    """
+
+    methods: Sequence[str]
+    better: Mapping[str, Better]
 
 
 @dataclass(frozen=True)

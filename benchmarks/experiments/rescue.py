@@ -8,12 +8,10 @@ balances gives what it gave without the factor.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 from benchmarks.experiments.cmapss import BETTER, fit_turbofan
-from benchmarks.experiments.command import Case, Experiment, Problem, main
-from benchmarks.experiments.curves import draw_measures
-from benchmarks.experiments.records import Record, Records
+from benchmarks.experiments.command import Case, Experiment, main
+from benchmarks.experiments.records import Problem, Record
 from benchmarks.experiments.turbofans import CAP
 from lightning_gradnorm import EqualWeights, GradNorm, LossBalancer
 
@@ -37,17 +35,11 @@ def fit(case: Case) -> Record:
     return fit_turbofan(case, SUBSET, METHODS[case.method](), CAP, PROBLEMS[case.problem])
 
 
-def draw(records: Records, path: Path) -> None:
-    """A row per factor: each measure, a dot per seed."""
-    draw_measures(records, dict.fromkeys(PROBLEMS, tuple(METHODS)), BETTER, path)
-
-
 EXPERIMENT = Experiment(
     name="rescue",
     about=__doc__ or "",
     problems=dict.fromkeys(PROBLEMS, Problem(tuple(METHODS), BETTER)),
     fit=fit,
-    draw=draw,
     steps=3000,
     quick_steps=20,
     seeds=5,

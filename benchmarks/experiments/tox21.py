@@ -16,24 +16,22 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from _common import figure_style, plt, quiet_trainer
+from _common import figure_style, plt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
-from benchmarks.experiments.command import Case, Experiment, Problem, main
+from benchmarks.experiments.command import Case, Experiment, main
 from benchmarks.experiments.curves import COLOURS, add_legend
-from benchmarks.experiments.records import Record, Records
+from benchmarks.experiments.fits import STATIC, Fit, Shuffled, balancer_of
+from benchmarks.experiments.records import Problem, Record, Records
 from lightning_gradnorm import (
     EqualWeights,
-    FixedWeights,
     GradNorm,
     LossBalancer,
-    LossBalancingCallback,
     MultiTaskMixin,
     UncertaintyWeighting,
 )
-from lightning_gradnorm.comparison import StepTimes
 from lightning_gradnorm.report.comparison import Better
 
 MIXED, APART = "mixed", "panels apart"
@@ -44,7 +42,7 @@ BALANCERS: dict[str, Callable[[], LossBalancer]] = {
     "GradNorm": GradNorm,
     "GradNorm, α = 0": lambda: GradNorm(alpha=0),
 }
-METHODS = (*BALANCERS, "GradNorm static")
+METHODS = (*BALANCERS, STATIC)
 BETTER: Mapping[str, Better] = {"mean ROC-AUC": "higher", "lowest ROC-AUC": "higher"}
 Labelled = tuple[Tensor, Tensor]
 
@@ -76,8 +74,8 @@ class Molecules:
 read = functools.cache(Molecules.read)
 
 
-class Batches:
-    """The molecules in a new order in every epoch; the same orders for the same seed.
+class Batches(Shuffled):
+    """The molecules, shuffled, in batches of 128.
 
     Args:
         molecules: whose training part it is.
@@ -86,21 +84,16 @@ class Batches:
     """
 
     def __init__(self, molecules: Molecules, seed: int, apart: bool) -> None:
-        self.data, self.apart, self.size = molecules.train, apart, min(128, len(molecules.train[1]))
+        super().__init__(molecules.train, 128, seed)
+        self.apart = apart
         self.receptors = torch.tensor([task.startswith("NR") for task in molecules.tasks])
-        self.draws = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.data[1]) // self.size
 
     def __iter__(self) -> Iterator[Labelled]:
-        order = torch.randperm(len(self.data[1]), generator=self.draws)
-        for chosen in order[: len(self) * self.size].split(self.size):
-            labels = self.data[1][chosen]
+        for bits, labels in super().__iter__():
             if self.apart:
                 kept = self.receptors if torch.rand((), generator=self.draws) < 0.5 else ~self.receptors
                 labels = torch.where(kept, labels, float(MISSING))
-            yield self.data[0][chosen], labels
+            yield bits, labels
 
 
 class Assays(MultiTaskMixin, L.LightningModule):
@@ -146,28 +139,14 @@ class Assays(MultiTaskMixin, L.LightningModule):
 
 
 def fit(case: Case) -> Record:
-    """One method, one seed."""
-    if case.method == "GradNorm static":
-        assert case.before is not None, "the experiment says that it follows GradNorm"
-        balancer: LossBalancer = FixedWeights(case.before.mean_weights)
-    else:
-        balancer = BALANCERS[case.method]()
-    return fit_assays(case, balancer, apart=case.problem == APART)
-
-
-def fit_assays(case: Case, balancer: LossBalancer, *, apart: bool) -> Record:
     """One fit; all methods start from one network and see the same batches."""
     assert case.data is not None, "the experiment says that it needs them"
     molecules = read(case.data / "tox21")
     torch.manual_seed(case.seed)
-    module = Assays(molecules.tasks)
-    balancing, times = LossBalancingCallback(balancer, summary=False), StepTimes()
-    trainer = quiet_trainer([case.progress, balancing, times], max_steps=case.steps, max_epochs=-1)
-    trainer.fit(module, Batches(molecules, case.seed, apart))
+    module, fit = Assays(molecules.tasks), Fit(case, balancer_of(case, BALANCERS))
+    fit.run(module, Batches(molecules, case.seed, case.problem == APART))
     areas = module.eval().areas(molecules.test)
-    measures = {"mean ROC-AUC": sum(areas.values()) / len(areas), "lowest ROC-AUC": min(areas.values()), **areas}
-    weights = balancing.weights, balancing.mean_weights
-    return Record(case.problem, case.method, case.seed, case.steps, measures, times.median(), *weights)
+    return fit.record({"mean ROC-AUC": sum(areas.values()) / len(areas), "lowest ROC-AUC": min(areas.values()), **areas})
 
 
 def draw(records: Records, path: Path) -> None:
@@ -204,7 +183,7 @@ EXPERIMENT = Experiment(
     steps=1000,
     quick_steps=20,
     seeds=5,
-    after={"GradNorm static": "GradNorm"},
+    after={STATIC: "GradNorm"},
     needs_data="tox21",
 )
 

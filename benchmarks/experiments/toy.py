@@ -9,30 +9,29 @@ The measure is Σ_i L_i(t) / L_i(0) on held-out inputs, T at the start; at the e
 
 import itertools
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from _common import draw_runs, figure_style, plt, quiet_trainer
-from toy import LAST, SIGMAS, Batch, Evaluation, Toy, ToyData
+from _common import draw_runs, figure_style, plt
+from toy import LAST, SIGMAS, Batch, Evaluation, Toy, ToyData, inverse_squares
 
-from benchmarks.experiments.command import Case, Experiment, Problem, main
+from benchmarks.experiments.command import Case, Experiment, main
 from benchmarks.experiments.curves import COLOURS, add_legend, draw_curve
-from benchmarks.experiments.records import Record, Records
+from benchmarks.experiments.fits import STATIC, Fit, balancer_of
+from benchmarks.experiments.records import Problem, Record, Records
 from lightning_gradnorm import (
     DynamicWeightAverage,
     EqualWeights,
     FixedWeights,
     GradNorm,
     LossBalancer,
-    LossBalancingCallback,
     UncertaintyWeighting,
 )
-from lightning_gradnorm.comparison import StepTimes
 from lightning_gradnorm.report.comparison import Better
 
 MEASURE = "Σ L(t)/L(0)"
-METHODS = ("equal", "uncertainty", "DWA", "GradNorm", "GradNorm static", "fixed 1/σ²")
+METHODS = ("equal", "uncertainty", "DWA", "GradNorm", STATIC, "fixed 1/σ²")
 ALPHAS = (0, 0.12, 0.5, 1, 1.5, 2, 3)
 ALL_SIGMAS = SIGMAS | {40: tuple(round(10 ** (2 * i / 39), 2) for i in range(40))}
 EPOCH = 50  # steps whose mean losses dynamic weight average compares
@@ -61,24 +60,24 @@ class Epochs:
         return itertools.islice(self.batches, self.length)
 
 
-def balancer_of(case: Case, sigmas: tuple[float, ...]) -> LossBalancer:
+def method_of(case: Case, sigmas: tuple[float, ...]) -> LossBalancer:
     """The method; GradNorm at the paper's α, where none is named."""
     if case.method.startswith("α = "):
         return GradNorm(alpha=float(case.method.removeprefix("α = ")), lr=0.025)
-    if case.method == "GradNorm static":
-        assert case.before is not None, "the experiment says that it follows GradNorm"
-        return FixedWeights(case.before.mean_weights)
-    if case.method == "fixed 1/σ²":
-        whole = sum(sigma**-2 for sigma in sigmas)
-        return FixedWeights({f"σ={sigma}": len(sigmas) * sigma**-2 / whole for sigma in sigmas})
-    makes = {"equal": EqualWeights, "uncertainty": UncertaintyWeighting, "DWA": DynamicWeightAverage}
-    return makes[case.method]() if case.method in makes else GradNorm(alpha=0.12, lr=0.025)
+    makes: dict[str, Callable[[], LossBalancer]] = {
+        "equal": EqualWeights,
+        "uncertainty": UncertaintyWeighting,
+        "DWA": DynamicWeightAverage,
+        "GradNorm": lambda: GradNorm(alpha=0.12, lr=0.025),
+        "fixed 1/σ²": lambda: FixedWeights(inverse_squares(sigmas)),
+    }
+    return balancer_of(case, makes)
 
 
 def fit(case: Case) -> Record:
     """One method on one seed's functions."""
     tasks = int(case.problem.removesuffix(OVER_ALPHA).removeprefix("T = "))
-    return fit_toy(case, tasks, balancer_of(case, ALL_SIGMAS[tasks]))
+    return fit_toy(case, tasks, method_of(case, ALL_SIGMAS[tasks]))
 
 
 def fit_toy(case: Case, tasks: int, balancer: LossBalancer) -> Record:
@@ -86,16 +85,13 @@ def fit_toy(case: Case, tasks: int, balancer: LossBalancer) -> Record:
     sigmas, data = ALL_SIGMAS[tasks], ToyData(tasks, case.seed, case.steps)
     torch.manual_seed(case.seed)
     module = Toy(sigmas, lr=2e-3)
-    balancing, times = LossBalancingCallback(balancer, summary=False), StepTimes()
-    evaluation = Evaluation(data.held_out, case.every, balancing)
-    trainer = quiet_trainer([case.progress, balancing, evaluation, times], max_steps=case.steps, max_epochs=-1)
-    trainer.fit(module, Epochs(iter(data), min(EPOCH, case.steps)))
+    fit = Fit(case, balancer)
+    evaluation = Evaluation(data.held_out, case.every, fit.balancing)
+    fit.run(module, Epochs(iter(data), min(EPOCH, case.steps)), callbacks=[evaluation])
     curves = {"step": [float(case.every * i) for i in range(len(evaluation.measures))], MEASURE: evaluation.measures}
     if case.method == "GradNorm":
         curves |= {f"weight {task}": [step[task] for step in evaluation.weights] for task in evaluation.weights[-1]}
-    at_end = statistics.fmean(evaluation.measures[-LAST:])
-    weights = balancing.weights, balancing.mean_weights
-    return Record(case.problem, case.method, case.seed, case.steps, {MEASURE: at_end}, times.median(), *weights, curves)
+    return fit.record({MEASURE: statistics.fmean(evaluation.measures[-LAST:])}, curves)
 
 
 def draw(records: Records, path: Path) -> None:
@@ -149,7 +145,7 @@ EXPERIMENT = Experiment(
     steps=1500,
     quick_steps=6,
     seeds=10,
-    after={"GradNorm static": "GradNorm"},
+    after={STATIC: "GradNorm"},
     points=30,
 )
 

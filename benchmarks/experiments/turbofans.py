@@ -5,7 +5,6 @@ capped at 125 cycles (the test engines' too), tested on the last window of each 
 record are padded with their first reading. Three classes of health: over 80 cycles, 30 to 80, 30 or less.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,27 +105,6 @@ def nasa_score(predicted: Tensor, true: Tensor) -> float:
     """Σ exp(−d/13) − 1 where the prediction is early, exp(d/10) − 1 where it is late (Saxena et al. 2008)."""
     late = (predicted - true).double()
     return torch.where(late < 0, torch.expm1(-late / 13), torch.expm1(late / 10)).sum().item()
-
-
-class Batches:
-    """The training windows in a new order in every epoch; the same orders for the same seed.
-
-    Args:
-        data: windows and lives.
-        size: of a batch; the windows left over wait for the next epoch.
-        seed: of the orders.
-    """
-
-    def __init__(self, data: Windows, size: int, seed: int) -> None:
-        self.data, self.size, self.draws = data, min(size, len(data[1])), torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.data[1]) // self.size
-
-    def __iter__(self) -> Iterator[Windows]:
-        order = torch.randperm(len(self.data[1]), generator=self.draws)
-        for chosen in order[: len(self) * self.size].split(self.size):
-            yield self.data[0][chosen], self.data[1][chosen]
 
 
 class Turbofan(MultiTaskMixin, L.LightningModule):

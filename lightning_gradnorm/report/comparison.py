@@ -11,7 +11,7 @@ from typing import Literal
 from lightning_gradnorm.report.table import markdown_rows, plain_rows, print_rows
 
 Better = Literal["lower", "higher"]
-_ARROWS = {"lower": "↓", "higher": "↑"}
+ARROWS = {"lower": "↓", "higher": "↑"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Comparison:
 
     def columns(self) -> tuple[str, ...]:
         """Of the table of values."""
-        return ("method", *(f"{name} {_ARROWS[way]}" for name, way in self.better.items()), "mean rank", "step time")
+        return ("method", *(f"{name} {ARROWS[way]}" for name, way in self.better.items()), "mean rank", "step time")
 
     def rows(self) -> list[tuple[str, ...]]:
         """Best method first: mean and spread per measure, mean rank, time of a step to the baseline's."""
@@ -108,7 +108,7 @@ class Comparison:
 
     def difference_columns(self) -> tuple[str, ...]:
         """Of the table of paired differences."""
-        return (f"minus {self.baseline}", *(f"{name} {_ARROWS[way]}" for name, way in self.better.items()))
+        return (f"minus {self.baseline}", *(f"{name} {ARROWS[way]}" for name, way in self.better.items()))
 
     def difference_rows(self) -> list[tuple[str, ...]]:
         """Every method but the baseline, best first."""

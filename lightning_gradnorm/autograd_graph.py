@@ -1,6 +1,6 @@
 """Walks over the autograd graph: which nodes lead to W, and which task each of them belongs to."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ MERGED = -2  # several: the engine sums their gradients before the node runs
 _COMPILED = "CompiledFunctionBackward"
 
 Edge = tuple[int, Node, int]  # output of the parent, child node, input of the child
+_Ways = tuple[tuple[Node | None, int], ...]  # of a node's outputs: child and the child's input
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,16 @@ class TaskGraph:
         targets: (node, its input) → the number of the tensor of W whose gradient arrives there.
         edges: node → its edges that lead to W; nodes in order, children before parents.
         owners: node → the task whose loss alone reaches it, ``REST`` or ``MERGED``; of those in ``edges`` and their children.
+        leaving: a node that is a task's own → the edges on which that task's gradient leaves what is its own: into W, or into
+            a merged node. Only nodes that have such edges.
         met: numbers of the tasks whose tapped loss the root was built from.
     """
 
     targets: dict[tuple[Node, int], int]
     edges: dict[Node, list[Edge]]
     owners: dict[Node, int]
+    leaving: dict[Node, list[Edge]]
     met: set[int]
-
-    def leaving(self, node: Node) -> list[Edge]:
-        """The edges on which a task's own gradient leaves the nodes that are its own: into W, or into a merged node."""
-        owner = self.owners[node]
-        return [edge for edge in self.edges[node] if edge[1:] in self.targets or self.owners[edge[1]] != owner]
 
     def compiled(self, *, merged_only: bool) -> bool:
         """Whether a node that leads to W is the whole backward of a ``torch.compile``d region.
@@ -57,51 +56,63 @@ class TaskGraph:
         return node in self.edges and self.owners[node] == MERGED
 
 
-def task_graph(root: Node, taps: Mapping[Node, int], w: Iterable[Tensor]) -> TaskGraph:
+def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[GradientEdge]) -> TaskGraph:
     """Walk the graph once.
 
     Args:
         root: node of the tensor that ``backward()`` will be called on.
         taps: node of each task's tapped loss → the task's number.
-        w: the tensors whose gradients are wanted: parameters, or features with a graph.
+        w: where the gradients arrive that are wanted: those of parameters, or of features with a graph.
     """
-    edges_of_w = [get_gradient_edge(tensor) for tensor in w]
-    targets = {(edge.node, edge.output_nr): k for k, edge in enumerate(edges_of_w)}
-    edges, met = _edges_that_lead_to(edges_of_w, targets, root, taps)
-    return TaskGraph(targets, edges, _owners(edges, taps), met)
-
-
-def _edges_that_lead_to(
-    edges_of_w: list[GradientEdge], targets: Mapping[tuple[Node, int], int], root: Node, taps: Mapping[Node, int]
-) -> tuple[dict[Node, list[Edge]], set[int]]:
-    """Depth-first from ``root``: the edges that lead to W, children before parents, and the taps that were met."""
-    # Nodes are numbered as the forward pass makes them, so a node older than all of W cannot lead there. (A parameter's
-    # own node has the greatest number of all, and says nothing of its users.)
-    inner = [edge.node._sequence_nr() for edge in edges_of_w if edge.node.next_functions]
-    oldest = min(inner) if len(inner) == len(edges_of_w) else 0
+    targets = {(edge.node, edge.output_nr): k for k, edge in enumerate(w)}
+    nodes_of_w = {edge.node for edge in w}
+    # Nothing below the only node of W leads to it. (The nodes' sequence numbers say no more about what leads where: threads
+    # count on their own, and so a graph made by a backward on a GPU has other numbers than the forward's.)
+    lowest = w[0].node if len(nodes_of_w) == 1 else None
     edges: dict[Node, list[Edge]] = {}
-    met: set[int] = set()
-    children: dict[Node, tuple[tuple[Node | None, int], ...] | None] = {}
+    seen: dict[Node, _Ways | None] = {}
+    for node, ways in _children_first(root, seen, lowest):
+        leading = [
+            (i, child, nr)
+            for i, (child, nr) in enumerate(ways)
+            if child in edges or (child in nodes_of_w and (child, nr) in targets)
+        ]
+        if leading:
+            edges[node] = leading
+    owners = _owners(edges, taps)
+    leaving: dict[Node, list[Edge]] = {}
+    for node, leading in edges.items():
+        owner = owners[node]
+        if owner >= 0:
+            out = [edge for edge in leading if owners[edge[1]] != owner or edge[1:] in targets]
+            if out:
+                leaving[node] = out
+    return TaskGraph(targets, edges, owners, leaving, {task for tap, task in taps.items() if tap in seen})
+
+
+def _children_first(root: Node, seen: dict[Node, _Ways | None], lowest: Node | None = None) -> Iterator[tuple[Node, _Ways]]:
+    """Depth-first: every node that is no leaf, with the ways down from it, after all that it leads to.
+
+    Args:
+        root: where to begin.
+        seen: filled with all nodes that were met, leaves included.
+        lowest: a node below which the walk does not go.
+    """
     stack = [root]
     while stack:
         node = stack[-1]
-        if node not in children:
-            found = children[node] = node.next_functions
-            if node in taps:
-                met.add(taps[node])
-            for child, _ in found:
-                if child is not None and child not in children and (not oldest or child._sequence_nr() >= oldest):
+        if node not in seen:
+            ways = () if node is lowest else node.next_functions
+            seen[node] = ways or None
+            for child, _ in ways:
+                if child is not None and child not in seen:
                     stack.append(child)
             continue
         stack.pop()
-        below = children[node]
-        if not below:
-            continue  # a leaf, or done before
-        children[node] = None
-        leading = [(i, c, nr) for i, (c, nr) in enumerate(below) if c is not None and (c in edges or (c, nr) in targets)]
-        if leading:
-            edges[node] = leading
-    return edges, met
+        below = seen[node]
+        if below is not None:  # neither a leaf nor done before
+            seen[node] = None
+            yield node, below
 
 
 def _owners(edges: dict[Node, list[Edge]], taps: Mapping[Node, int]) -> dict[Node, int]:
@@ -128,36 +139,55 @@ def is_built_from(root: Tensor, losses: Mapping[str, Tensor]) -> bool:
     return False
 
 
-def count_uses(root: Node, parameters: Iterable[Tensor]) -> list[int]:
-    """How many edges of the graph lead into each parameter: how often the forward pass used it."""
-    nodes = [get_gradient_edge(parameter).node for parameter in parameters]
-    uses = dict.fromkeys(nodes, 0)
-    stack, seen = [root], {root}
-    while stack:
-        for child, _ in stack.pop().next_functions:
-            if child in uses:
-                uses[child] += 1
-            elif child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return [uses[node] for node in nodes]
+def _uses(root: Node, ends: Collection[Node], seen: dict[Node, _Ways | None]) -> Iterator[tuple[Node, Node, Node]]:
+    """(leaf, what is made of it alone, node that uses that): a transposed weight, say, stands for the weight.
+
+    Args:
+        root: where the walk begins.
+        ends: nodes that are a use, whatever they are made of.
+        seen: filled with all nodes that were met.
+    """
+    made_of: dict[Node, Node | None] = {}  # what is no leaf → the one leaf that it is made of, if there is one
+    for node, ways in _children_first(root, seen):
+        through = {made_of.get(child, child): child for child, _ in ways if child is not None}
+        alone = len(through) == 1 and node not in ends
+        made_of[node] = next(iter(through)) if alone else None
+        if not alone:
+            yield from ((leaf, child, node) for leaf, child in through.items() if leaf is not None)
 
 
-def first_uses(root: Node | None) -> dict[nn.Parameter, int]:
-    """Every parameter that the graph reaches → the number of the node that used it first in the forward pass."""
-    uses: dict[nn.Parameter, int] = {}
-    seen: set[Node] = set()
-    stack = [root] if root is not None else []
-    while stack:
-        node = stack.pop()
-        for child, _ in node.next_functions:
-            if child is None:
-                continue
-            parameter = getattr(child, "variable", None)
-            if isinstance(parameter, nn.Parameter):
-                order = node._sequence_nr()
-                uses[parameter] = min(order, uses.get(parameter, order))
-            elif child not in seen:
-                seen.add(child)
-                stack.append(child)
+def are_used_in_calls_only(parameters: Iterable[Tensor], outputs: Collection[Node], root: Node) -> bool:
+    """Whether the graph uses the parameters of a layer in some calls of it alone, once in each.
+
+    A penalty on a weight uses it too, and so does a derivative with respect to the network's input.
+
+    Args:
+        parameters: those of the layer.
+        outputs: the nodes of the calls' outputs; they need not all be in the graph.
+        root: where the graph begins.
+    """
+    uses = dict.fromkeys([get_gradient_edge(parameter).node for parameter in parameters], 0)
+    seen: dict[Node, _Ways | None] = {}
+    for leaf, _, _ in _uses(root, outputs, seen):
+        if leaf in uses:
+            uses[leaf] += 1
+    calls = sum(output in seen for output in outputs)
+    return all(count == calls for count in uses.values())
+
+
+def first_uses(root: Node | None) -> dict[nn.Parameter, tuple[int, int]]:
+    """Every parameter that the graph reaches → when the forward pass used it first; greater is later.
+
+    That goes by the nodes' sequence numbers; a node that another thread has numbered counts as later than all that it is made
+    of. Where two parameters meet in one node, that one is later which was taken up later.
+    """
+    uses: dict[nn.Parameter, tuple[int, int]] = {}
+    numbers: dict[Node, int] = {}
+    for node, ways in _children_first(root, {}) if root is not None else ():
+        numbers[node] = max([node._sequence_nr(), *(numbers[child] + 1 for child, _ in ways if child in numbers)])
+    for leaf, child, node in _uses(root, [root], {}) if root is not None else ():
+        parameter = getattr(leaf, "variable", None)
+        if isinstance(parameter, nn.Parameter):
+            order = numbers[node], numbers.get(child, numbers[node])
+            uses[parameter] = min(order, uses.get(parameter, order))
     return uses

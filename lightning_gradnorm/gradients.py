@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradnorm.autograd_graph import MERGED, REST, Edge, TaskGraph, task_graph
+from lightning_gradnorm.autograd_graph import MERGED, REST, task_graph
 from lightning_gradnorm.losses import check_losses
 from lightning_gradnorm.measurement import Measurement, stack_scalars
 from lightning_gradnorm.task_gradients import TaskGradients
@@ -86,6 +86,9 @@ class GradientReader(ABC):
         root: scalar that ``backward()`` will be called on: the total, scaled or with further terms as the case may be.
         losses: the tapped losses (see ``tap_losses``) that ``root`` was built from.
         parameters: the tensors of W: shared parameters, or features with a graph (for the norms of their gradients).
+        edges: where in the graph their gradients arrive; by default at each tensor as it is now. A feature that is changed in
+            place once the layer has returned it, as by ``nn.ReLU(inplace=True)``, stands for something else from then on: take
+            its ``torch.autograd.graph.get_gradient_edge`` before.
 
     Raises:
         UnreachedSharedLayerError: if a task's loss does not reach any of the parameters.
@@ -94,9 +97,16 @@ class GradientReader(ABC):
 
     engine: ClassVar[str]
 
-    def __init__(self, root: Tensor, losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> None:
+    def __init__(
+        self,
+        root: Tensor,
+        losses: Mapping[str, Tensor],
+        parameters: Iterable[Tensor],
+        edges: Iterable[GradientEdge] | None = None,
+    ) -> None:
         self.tasks = tuple(losses)
         self._parameters = list(parameters)
+        self._edges = [get_gradient_edge(tensor) for tensor in self._parameters] if edges is None else list(edges)
         self._losses = [loss.detach() for loss in losses.values()]
 
     @abstractmethod
@@ -120,20 +130,27 @@ class PerTaskBackward(GradientReader):
 
     engine: ClassVar[str] = "per_task"
 
-    def __init__(self, root: Tensor, losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> None:
-        super().__init__(root, losses, parameters)
+    def __init__(
+        self,
+        root: Tensor,
+        losses: Mapping[str, Tensor],
+        parameters: Iterable[Tensor],
+        edges: Iterable[GradientEdge] | None = None,
+    ) -> None:
+        super().__init__(root, losses, parameters, edges)
         taps = {loss.grad_fn: task for task, loss in enumerate(losses.values()) if loss.grad_fn is not None}
-        if root.grad_fn is not None and task_graph(root.grad_fn, taps, self._parameters).compiled(merged_only=False):
+        if root.grad_fn is not None and task_graph(root.grad_fn, taps, self._edges).compiled(merged_only=False):
             raise CompiledSharedLayerError("The way from the losses to the shared layer leads")
         # With the joint backward's own cotangents as seeds, half precision under- and overflows no more than it does.
         seeds = torch.autograd.grad(root, list(losses.values()), retain_graph=True)
         gradients: list[list[Tensor | None]] = [
-            list(torch.autograd.grad(loss, self._parameters, seed, retain_graph=True, allow_unused=True))
+            list(torch.autograd.grad(loss, self._edges, seed, retain_graph=True, allow_unused=True))
             for loss, seed in zip(losses.values(), seeds, strict=True)
         ]
         unreached = [task for task, row in zip(self.tasks, gradients, strict=True) if all(g is None for g in row)]
         if unreached:
             raise UnreachedSharedLayerError(unreached)
+        self._edges.clear()
         self._gradients = TaskGradients(self.tasks, gradients, stack_scalars(seeds), self._parameters)
 
     def gradients(self) -> TaskGradients:
@@ -175,8 +192,14 @@ class JointBackward(GradientReader):
 
     engine: ClassVar[str] = "joint"
 
-    def __init__(self, root: Tensor, losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> None:
-        super().__init__(root, losses, parameters)
+    def __init__(
+        self,
+        root: Tensor,
+        losses: Mapping[str, Tensor],
+        parameters: Iterable[Tensor],
+        edges: Iterable[GradientEdge] | None = None,
+    ) -> None:
+        super().__init__(root, losses, parameters, edges)
         self._cotangents: list[Tensor | None] = [None] * len(self.tasks)
         self._gradients: list[list[Tensor | None]] = [[None] * len(self._parameters) for _ in self.tasks]
         self._arrived: dict[Node, dict[int, dict[int, Tensor]]] = {}  # merged node → task → input → cotangent
@@ -215,12 +238,13 @@ class JointBackward(GradientReader):
             handle.remove()
         self._handles.clear()
         self._arrived.clear()
+        self._edges.clear()
 
     def _lay_hooks(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
         taps = {loss.grad_fn: task for task, loss in enumerate(losses.values()) if loss.grad_fn is not None}
         if len(taps) < len(self.tasks) or root.grad_fn is None:
             raise ValueError("Every loss needs an autograd node of its own: pass the losses through tap_losses() first.")
-        graph = task_graph(root.grad_fn, taps, self._parameters)
+        graph = task_graph(root.grad_fn, taps, self._edges)
         if len(graph.met) < len(taps):
             missing = [task for i, task in enumerate(self.tasks) if i not in graph.met]
             raise ValueError(
@@ -233,14 +257,13 @@ class JointBackward(GradientReader):
         if graph.compiled(merged_only=True):
             raise CompiledSharedLayerError("The tasks' gradients meet above the shared layer")
         self.is_merged = all(graph.owners.get(node, REST) == MERGED for node, _ in graph.targets)
+        self._awaited = len(graph.leaving)
         pushed: dict[Node, None] = {}
-        for node in graph.edges:
-            owner = graph.owners[node]
-            leaving = graph.leaving(node) if owner >= 0 else []
-            if leaving:
-                self._awaited += 1
-                self._handles.append(node.register_hook(self._read(owner, leaving, graph)))
-                pushed.update((child, None) for _, child, _ in leaving if graph.is_pushed(child))
+        for node, leaving in graph.leaving.items():
+            # Where it leaves to: a tensor of W, or a merged node whose prehook takes it on.
+            ways = [(i, child, nr, None if graph.is_pushed(child) else graph.targets[child, nr]) for i, child, nr in leaving]
+            pushed |= {child: None for _, child, _, k in ways if k is None}
+            self._handles.append(node.register_hook(self._read(graph.owners[node], ways)))
         if graph.has_reentrant_checkpoint():  # then count how often W takes in a gradient: once is all that we can see
             leaves: list[Any] = [tensor for tensor in self._parameters if tensor.is_leaf]
             self._handles += [leaf.register_post_accumulate_grad_hook(self._count) for leaf in leaves]
@@ -256,10 +279,7 @@ class JointBackward(GradientReader):
 
         return prehook
 
-    def _read(self, task: int, leaving: list[Edge], graph: TaskGraph) -> Callable[..., None]:
-        # Where it leaves to: a tensor of W, or a merged node whose prehook takes it on.
-        ways = [(i, child, nr, None if graph.is_pushed(child) else graph.targets[child, nr]) for i, child, nr in leaving]
-
+    def _read(self, task: int, ways: list[tuple[int, Node, int, int | None]]) -> Callable[..., None]:
         def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
             self._awaited -= 1
             for output, child, number, k in ways:
@@ -282,7 +302,7 @@ class JointBackward(GradientReader):
                 task, held = arrived.popitem()
                 gradients = torch.autograd.grad(
                     [GradientEdge(node, number) for number in held],
-                    self._parameters,
+                    self._edges,
                     list(held.values()),
                     retain_graph=True,
                     allow_unused=True,

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradnorm.autograd_graph import count_uses
+from lightning_gradnorm.autograd_graph import are_used_in_calls_only
 from lightning_gradnorm.gradients import GradientReader, JointBackward
 from lightning_gradnorm.measurement import widest_float
 from lightning_gradnorm.task_gradients import TaskGradients
@@ -25,10 +26,17 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class LayerCall(NamedTuple):
-    """One call of the layer: its input, and its output with the graph."""
+    """One call of the layer.
+
+    Attributes:
+        input: what it was given.
+        output: what it returned, with its graph.
+        edge: where the output's gradient arrives, also if the output was changed in place since.
+    """
 
     input: Tensor
     output: Tensor
+    edge: GradientEdge
 
 
 class LayerGradients(TaskGradients):
@@ -209,7 +217,8 @@ class LayerBackward(GradientReader):
     ) -> None:
         super().__init__(root, losses, parameters)
         self._layer, self._calls = layer, list(calls)
-        self._at_outputs = JointBackward(root, losses, [call.output for call in self._calls])
+        outputs, edges = [call.output for call in self._calls], [call.edge for call in self._calls]
+        self._at_outputs = JointBackward(root, losses, outputs, edges)
 
     @property
     def is_merged(self) -> bool:
@@ -294,7 +303,7 @@ class LayerWatch:
         given = inputs[0] if len(inputs) == 1 else None
         alone = len(layer._forward_hooks) == 1  # another hook may give another output
         if alone and isinstance(given, Tensor) and isinstance(output, Tensor) and output.requires_grad:
-            self._calls.append(LayerCall(given, output))
+            self._calls.append(LayerCall(given, output, get_gradient_edge(output)))
         else:
             self._calls = None  # this step is read in the general way
 
@@ -314,6 +323,6 @@ class LayerWatch:
         return JointBackward(root, losses, self.parameters)
 
     def _are_all(self, root: Tensor, calls: list[LayerCall]) -> bool:
-        """Whether W is used in these calls, once in each, and nowhere else in the graph."""
+        """Whether W is used in these calls, and nowhere else in the graph."""
         assert root.grad_fn is not None
-        return all(count == len(calls) for count in count_uses(root.grad_fn, self.parameters))
+        return are_used_in_calls_only(self.parameters, {call.edge.node for call in calls}, root.grad_fn)

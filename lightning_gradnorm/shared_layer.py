@@ -212,10 +212,10 @@ def detect_shared_layer(losses: Mapping[str, Tensor], network: nn.Module) -> Sha
     return SharedLayer(tuple(names[parameter] for parameter in chosen), tuple(chosen), reason)
 
 
-def _nothing_shared(reached: Mapping[str, Mapping[nn.Parameter, int]], names: Mapping[nn.Parameter, str]) -> str:
+def _nothing_shared(reached: Mapping[str, Mapping[nn.Parameter, tuple[int, int]]], names: Mapping[nn.Parameter, str]) -> str:
     lines = []
     for task, uses in reached.items():
-        own = [names[parameter] for parameter in uses]
+        own = [names[parameter] for parameter in sorted(uses, key=lambda parameter: uses[parameter], reverse=True)]
         what = (
             ", ".join(own[:3]) + (f" and {len(own) - 3} more" if len(own) > 3 else "") if own else "no trainable weight at all"
         )

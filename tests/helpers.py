@@ -1,7 +1,8 @@
 """Small modules, graphs and Trainers that several tests use."""
 
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -10,6 +11,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradnorm import MultiTaskMixin
+
+_T = TypeVar("_T")
+
+
+def in_another_thread(make: Callable[[], _T]) -> _T:
+    """What ``make`` returns, run where autograd's nodes are numbered anew, as they are by a backward on a GPU."""
+    made: list[_T] = []
+    thread = threading.Thread(target=lambda: made.append(make()))
+    thread.start()
+    thread.join()
+    return made[0]
 
 
 def quiet_trainer(tmp_path: Any, **settings: Any) -> L.Trainer:

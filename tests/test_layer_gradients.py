@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from benchmarks.overhead import flops
 from lightning_gradnorm import JointBackward, LayerWatch, tap_losses
 from lightning_gradnorm.layer_gradients import LayerBackward, LayerGradients
+from tests.helpers import in_another_thread
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -119,6 +120,49 @@ def test_a_layer_called_several_times_adds_up():
     found, reader = read(LayerWatch(layer), losses)
     assert isinstance(reader, LayerBackward)
     assert len(reader._at_outputs._parameters) == 3
+    assert_equal(found, oracle(losses(), list(layer.parameters())))
+
+
+@pytest.mark.usefixtures("always_gram")
+def test_an_output_that_is_changed_in_place_is_read_as_the_layer_gave_it():
+    layer, x = nn.Linear(6, 6), torch.randn(4, 6)
+    found, reader = read(LayerWatch(layer), lambda: tasks(F.relu(layer(x), inplace=True) + 1))
+    assert isinstance(reader, LayerBackward)
+    assert_equal(found, oracle(tasks(layer(x).relu() + 1), list(layer.parameters())))
+
+
+@pytest.mark.usefixtures("always_gram")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("with_respect_to", ["input", "output"])
+def test_a_derivative_uses_the_weight_too(with_respect_to, bias):
+    layer, head, x = nn.Linear(6, 6, bias=bias), nn.Linear(6, 1), torch.randn(4, 6, requires_grad=True)
+
+    def losses():
+        y = layer(x)
+        u = head(y.tanh())
+        slopes = torch.autograd.grad(u.sum(), x if with_respect_to == "input" else y, create_graph=True)[0]
+        return {"slopes": slopes.square().mean(), "u": (u - 1).square().mean()}
+
+    found, reader = read(LayerWatch(layer), losses)
+    assert isinstance(reader, JointBackward if with_respect_to == "input" else LayerBackward)
+    assert_equal(found, oracle(losses(), list(layer.parameters())))
+
+
+@pytest.mark.usefixtures("always_gram")
+def test_nodes_that_another_thread_has_numbered_are_found():
+    for _ in range(100):
+        torch.ones(1, requires_grad=True).exp()  # so that the thread's numbers are the smaller ones
+    layer, head, x = nn.Linear(6, 6), nn.Linear(6, 1), torch.randn(4, 6)
+
+    def losses():
+        features = layer(x)
+        u = head(features.tanh())
+        slopes = in_another_thread(lambda: torch.autograd.grad(u.sum(), features, create_graph=True)[0])
+        assert slopes.grad_fn._sequence_nr() < features.grad_fn._sequence_nr()
+        return {"slopes": slopes.square().mean() + u.square().mean(), "u": (u - 1).square().mean()}
+
+    found, reader = read(LayerWatch(layer), losses)
+    assert isinstance(reader, LayerBackward)
     assert_equal(found, oracle(losses(), list(layer.parameters())))
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_gradnorm import GradNormCallback, JointBackward, PerTaskBackward, tap_losses
 from lightning_gradnorm.gradients import UnreachedSharedLayerError
 from lightning_gradnorm.shared_layer import detect_shared_layer, feature_modules, resolve_shared_layer
-from tests.helpers import TrunkAndHeads, batches, quiet_trainer
+from tests.helpers import TrunkAndHeads, batches, in_another_thread, quiet_trainer
 
 OVERRIDE = r"Override shared_layer\(\) in your LightningModule to return the layer that all tasks share"
 
@@ -169,6 +169,30 @@ def physics_informed(wrap=lambda layer: layer, hidden=2):
     return net, {"residual": (gg[:, 0] + g[:, 1]).pow(2).mean(), "boundary": net(torch.rand(5, 2)).pow(2).mean()}
 
 
+class Matrices(nn.Module):
+    """tanh layers whose weights are plain matrices: a derivative uses them in nodes of its own."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(a, b) for a, b in itertools.pairwise(sizes))
+
+    def forward(self, x):
+        *hidden, last = self.weights
+        for weight in hidden:
+            x = (x @ weight).tanh()
+        return x @ last
+
+
+def derivative_numbered_by_another_thread():
+    for _ in range(100):
+        torch.ones(1, requires_grad=True).exp()  # so that the thread's numbers are the smaller ones
+    net, x = Matrices(2, 8, 8, 8, 1), torch.rand(9, 2, requires_grad=True)
+    u = net(x)
+    slopes = in_another_thread(lambda: torch.autograd.grad(u.sum(), x, create_graph=True)[0])
+    assert slopes.grad_fn._sequence_nr() < u.grad_fn._sequence_nr()
+    return net, {"residual": slopes.square().mean(), "boundary": net(torch.rand(5, 2)).square().mean()}
+
+
 def split_output(*layers: nn.Module):
     net = nn.Sequential(*layers)
     y = net(torch.randn(5, 4))
@@ -196,6 +220,7 @@ FOUND = {
     "one task": (one_task, "a.weight"),
     "physics-informed": (physics_informed, "2.weight"),
     "physics-informed, deep": (lambda: physics_informed(hidden=4), "6.weight"),
+    "derivative numbered by another thread": (derivative_numbered_by_another_thread, "weights.2"),
     "split output": (lambda: split_output(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), "0.weight"),
     "one linear": (lambda: split_output(nn.Linear(4, 2)), "0.weight"),
     "bfloat16": (half_precision, "trunk.2.weight"),

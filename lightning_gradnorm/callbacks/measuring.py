@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradnorm.balancers.checks import check_choice
@@ -59,7 +60,7 @@ class Measuring:
         self._reader: GradientReader | None = None
         self._watch: LayerWatch | None = None
         self.known_names: list[str] = []  # of W in the run that a checkpoint is from
-        self._features: list[Tensor] = []
+        self._features: list[tuple[Tensor, GradientEdge]] = []
         self._hooks: list[RemovableHandle] = []
         self.restart()
 
@@ -100,7 +101,7 @@ class Measuring:
     def _keep_output(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         features = output[0] if isinstance(output, tuple) else output
         if isinstance(features, Tensor) and features.requires_grad:
-            self._features.append(features)
+            self._features.append((features, get_gradient_edge(features)))  # before anything changes them in place
 
     def stop_watching(self) -> None:
         """The batch is over."""
@@ -146,16 +147,16 @@ class Measuring:
             UnreachedSharedLayerError: if a task's loss does not reach W.
         """
         assert self.shared is not None, "find_layer comes first"
+        tensors: list[Tensor] = [parameter for parameter in self.shared.parameters if parameter.requires_grad]
+        edges = None
         if self.norm_of == "features":
-            tensors: list[Tensor] = list(self._features)
-        else:
-            tensors = [parameter for parameter in self.shared.parameters if parameter.requires_grad]
+            tensors, edges = [tensor for tensor, _ in self._features], [edge for _, edge in self._features]
         if not tensors:
             return False
         if self._watch is not None and self.reader_type is JointBackward and tensors == list(self._watch.parameters):
             self._reader = self._watch.reader(root, noted.losses)
         else:
-            self._reader = self.reader_type(root, noted.losses, tensors)
+            self._reader = self.reader_type(root, noted.losses, tensors, edges)
         return True
 
     def after_backward(self) -> None:

@@ -125,6 +125,28 @@ def test_features_accumulate_as_one_batch_too(tmp_path):
     torch.testing.assert_close(large.norms[0].float(), expected)
 
 
+@pytest.mark.feature(
+    "`nn.ReLU(inplace=True)` right after the shared layer",
+    "supported",
+    "what is read is the gradient at the layer's own output",
+)
+@pytest.mark.parametrize("norm_of", ["parameters", "features"])
+def test_an_activation_in_place_changes_no_norm(tmp_path, norm_of):
+    class Rectified(OnTensors):
+        def __init__(self, inplace):
+            super().__init__()
+            self.trunk[3] = nn.ReLU(inplace=inplace)
+
+        def shared_layer(self):
+            return self.trunk[2]
+
+    x, module = torch.randn(6, 2, 6), Rectified(inplace=False)
+    in_place = Rectified(inplace=True)
+    in_place.load_state_dict(module.state_dict())
+    expected = train(tmp_path, module, loader(x), Watch(norm_of=norm_of))
+    assert_same_history(train(tmp_path, in_place, loader(x), Watch(norm_of=norm_of)), expected)
+
+
 # -- precision ---------------------------------------------------------------------------------------------------------
 
 

@@ -21,8 +21,8 @@ class TaskGraph:
     """The part of a backward graph that leads from the tasks' losses to W.
 
     Attributes:
-        targets: (node, its input) → the number of the tensor of W whose gradient arrives there.
-        edges: node → its edges that lead to W; nodes in order, children before parents.
+        targets: (node, its input) → the number of the tensor of W whose gradient arrives there; of those in the graph.
+        edges: node → its children that lead to W; nodes in order, children before parents.
         owners: node → the task whose loss alone reaches it, ``REST`` or ``MERGED``; of those in ``edges`` and their children.
         leaving: a node that is a task's own → the edges on which that task's gradient leaves what is its own: into W, or into
             a merged node. Only nodes that have such edges.
@@ -30,7 +30,7 @@ class TaskGraph:
     """
 
     targets: dict[tuple[Node, int], int]
-    edges: dict[Node, list[Edge]]
+    edges: dict[Node, list[Node]]
     owners: dict[Node, int]
     leaving: dict[Node, list[Edge]]
     met: set[int]
@@ -56,42 +56,52 @@ class TaskGraph:
         return node in self.edges and self.owners[node] == MERGED
 
 
-def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[GradientEdge]) -> TaskGraph:
+def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | GradientEdge]) -> TaskGraph:
     """Walk the graph once.
 
     Args:
         root: node of the tensor that ``backward()`` will be called on.
         taps: node of each task's tapped loss → the task's number.
-        w: where the gradients arrive that are wanted: those of parameters, or of features with a graph.
+        w: the tensors whose gradients are wanted, or the edges on which those arrive.
     """
-    targets = {(edge.node, edge.output_nr): k for k, edge in enumerate(w)}
-    nodes_of_w = {edge.node for edge in w}
+    targets: dict[tuple[Node, int], int] = {}
+    leaves: dict[int, int] = {}  # identity of a tensor that is a leaf → its number
+    for k, wanted in enumerate(w):
+        if isinstance(wanted, GradientEdge):
+            targets[wanted.node, wanted.output_nr] = k
+        elif wanted.grad_fn is None:
+            leaves[id(wanted)] = k
+        else:
+            targets[wanted.grad_fn, wanted.output_nr] = k
+    nodes_of_w = {node for node, _ in targets}
     # Nothing below the only node of W leads to it. (The nodes' sequence numbers say no more about what leads where: threads
     # count on their own, and so a graph made by a backward on a GPU has other numbers than the forward's.)
-    lowest = w[0].node if len(nodes_of_w) == 1 else None
-    edges: dict[Node, list[Edge]] = {}
+    lowest = next(iter(nodes_of_w)) if len(nodes_of_w) == 1 and not leaves else None
+    edges: dict[Node, list[Node]] = {}
     seen: dict[Node, _Ways | None] = {}
     for node, ways in _children_first(root, seen, lowest):
-        leading = [
-            (i, child, nr)
-            for i, (child, nr) in enumerate(ways)
-            if child in edges or (child in nodes_of_w and (child, nr) in targets)
-        ]
+        if not ways:
+            if leaves and (number := leaves.get(id(getattr(node, "variable", None)))) is not None:
+                targets[node, 0] = number
+                nodes_of_w.add(node)
+            continue
+        leading = [child for child, nr in ways if child in edges or (child in nodes_of_w and (child, nr) in targets)]
         if leading:
             edges[node] = leading
     owners = _owners(edges, taps)
     leaving: dict[Node, list[Edge]] = {}
-    for node, leading in edges.items():
+    for node, below in edges.items():
         owner = owners[node]
-        if owner >= 0:
-            out = [edge for edge in leading if owners[edge[1]] != owner or edge[1:] in targets]
+        if owner >= 0 and any(child in nodes_of_w or owners[child] != owner for child in below):
+            out = [(i, child, nr) for i, (child, nr) in enumerate(node.next_functions) if child is not None]
+            out = [edge for edge in out if edge[1:] in targets or owners.get(edge[1], owner) != owner]
             if out:
                 leaving[node] = out
     return TaskGraph(targets, edges, owners, leaving, {task for tap, task in taps.items() if tap in seen})
 
 
 def _children_first(root: Node, seen: dict[Node, _Ways | None], lowest: Node | None = None) -> Iterator[tuple[Node, _Ways]]:
-    """Depth-first: every node that is no leaf, with the ways down from it, after all that it leads to.
+    """Depth-first: every node, with the ways down from it, after all that it leads to; a leaf has none.
 
     Args:
         root: where to begin.
@@ -102,26 +112,27 @@ def _children_first(root: Node, seen: dict[Node, _Ways | None], lowest: Node | N
     while stack:
         node = stack[-1]
         if node not in seen:
-            ways = () if node is lowest else node.next_functions
-            seen[node] = ways or None
+            ways = seen[node] = () if node is lowest else node.next_functions
             for child, _ in ways:
                 if child is not None and child not in seen:
                     stack.append(child)
-            continue
+            if ways:
+                continue  # it comes up again
         stack.pop()
         below = seen[node]
-        if below is not None:  # neither a leaf nor done before
+        if below is not None:  # not done before
             seen[node] = None
             yield node, below
 
 
-def _owners(edges: dict[Node, list[Edge]], taps: Mapping[Node, int]) -> dict[Node, int]:
+def _owners(edges: dict[Node, list[Node]], taps: Mapping[Node, int]) -> dict[Node, int]:
     owners: dict[Node, int] = {}
     for node in reversed(edges):
         owner = taps[node] if node in taps else owners.get(node, REST)
         owners[node] = owner
-        for _, child, _ in edges[node]:
-            owners[child] = owner if owners.get(child, owner) == owner else MERGED
+        for child in edges[node]:
+            if owners.setdefault(child, owner) != owner:
+                owners[child] = MERGED
     return owners
 
 
@@ -149,6 +160,8 @@ def _uses(root: Node, ends: Collection[Node], seen: dict[Node, _Ways | None]) ->
     """
     made_of: dict[Node, Node | None] = {}  # what is no leaf → the one leaf that it is made of, if there is one
     for node, ways in _children_first(root, seen):
+        if not ways:
+            continue
         through = {made_of.get(child, child): child for child, _ in ways if child is not None}
         alone = len(through) == 1 and node not in ends
         made_of[node] = next(iter(through)) if alone else None
@@ -184,7 +197,8 @@ def first_uses(root: Node | None) -> dict[nn.Parameter, tuple[int, int]]:
     uses: dict[nn.Parameter, tuple[int, int]] = {}
     numbers: dict[Node, int] = {}
     for node, ways in _children_first(root, {}) if root is not None else ():
-        numbers[node] = max([node._sequence_nr(), *(numbers[child] + 1 for child, _ in ways if child in numbers)])
+        if ways:
+            numbers[node] = max([node._sequence_nr(), *(numbers[child] + 1 for child, _ in ways if child in numbers)])
     for leaf, child, node in _uses(root, [root], {}) if root is not None else ():
         parameter = getattr(leaf, "variable", None)
         if isinstance(parameter, nn.Parameter):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradnorm.autograd_graph import MERGED, REST, task_graph
@@ -106,7 +106,9 @@ class GradientReader(ABC):
     ) -> None:
         self.tasks = tuple(losses)
         self._parameters = list(parameters)
-        self._edges = [get_gradient_edge(tensor) for tensor in self._parameters] if edges is None else list(edges)
+        self._wanted: list[Tensor] | list[GradientEdge] = list(self._parameters)
+        if edges is not None:
+            self._wanted = list(edges)
         self._losses = [loss.detach() for loss in losses.values()]
 
     @abstractmethod
@@ -139,18 +141,18 @@ class PerTaskBackward(GradientReader):
     ) -> None:
         super().__init__(root, losses, parameters, edges)
         taps = {loss.grad_fn: task for task, loss in enumerate(losses.values()) if loss.grad_fn is not None}
-        if root.grad_fn is not None and task_graph(root.grad_fn, taps, self._edges).compiled(merged_only=False):
+        if root.grad_fn is not None and task_graph(root.grad_fn, taps, self._wanted).compiled(merged_only=False):
             raise CompiledSharedLayerError("The way from the losses to the shared layer leads")
         # With the joint backward's own cotangents as seeds, half precision under- and overflows no more than it does.
         seeds = torch.autograd.grad(root, list(losses.values()), retain_graph=True)
         gradients: list[list[Tensor | None]] = [
-            list(torch.autograd.grad(loss, self._edges, seed, retain_graph=True, allow_unused=True))
+            list(torch.autograd.grad(loss, self._wanted, seed, retain_graph=True, allow_unused=True))
             for loss, seed in zip(losses.values(), seeds, strict=True)
         ]
         unreached = [task for task, row in zip(self.tasks, gradients, strict=True) if all(g is None for g in row)]
         if unreached:
             raise UnreachedSharedLayerError(unreached)
-        self._edges.clear()
+        self._wanted.clear()
         self._gradients = TaskGradients(self.tasks, gradients, stack_scalars(seeds), self._parameters)
 
     def gradients(self) -> TaskGradients:
@@ -238,13 +240,13 @@ class JointBackward(GradientReader):
             handle.remove()
         self._handles.clear()
         self._arrived.clear()
-        self._edges.clear()
+        self._wanted.clear()
 
     def _lay_hooks(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
         taps = {loss.grad_fn: task for task, loss in enumerate(losses.values()) if loss.grad_fn is not None}
         if len(taps) < len(self.tasks) or root.grad_fn is None:
             raise ValueError("Every loss needs an autograd node of its own: pass the losses through tap_losses() first.")
-        graph = task_graph(root.grad_fn, taps, self._edges)
+        graph = task_graph(root.grad_fn, taps, self._wanted)
         if len(graph.met) < len(taps):
             missing = [task for i, task in enumerate(self.tasks) if i not in graph.met]
             raise ValueError(
@@ -302,7 +304,7 @@ class JointBackward(GradientReader):
                 task, held = arrived.popitem()
                 gradients = torch.autograd.grad(
                     [GradientEdge(node, number) for number in held],
-                    self._edges,
+                    self._wanted,
                     list(held.values()),
                     retain_graph=True,
                     allow_unused=True,

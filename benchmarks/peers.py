@@ -244,11 +244,12 @@ def draw(rows: Sequence[dict[str, object]], path: Path) -> None:
 
 
 def growing() -> dict[str, Callable[[], Workload]]:
-    """The MLP with more tasks, wider, and smaller batches."""
+    """The MLP with more tasks, other widths, batches and depths."""
     tasks = {f"mlp, {count} tasks": functools.partial(workloads.mlp, tasks=count) for count in (2, 5, 10, 20, 40)}
     width = {f"mlp, width {width}": functools.partial(workloads.mlp, width=width) for width in (128, 256, 1024)}
     rows = {f"mlp, batch {batch}": functools.partial(workloads.mlp, batch=batch) for batch in (32, 64, 1024)}
-    return tasks | width | rows
+    depth = {f"mlp, {layers} layers": functools.partial(workloads.mlp, layers=layers) for layers in (2, 8, 16)}
+    return tasks | width | rows | depth
 
 
 def main(argv: Sequence[str]) -> None:
@@ -258,7 +259,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--repeats", type=int, default=20, help="pairs of timed blocks for each; default %(default)s")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--grow", action="store_true", help="growth with tasks, width and batch instead")
+    parser.add_argument("--grow", action="store_true", help="growth with tasks, width, batch and depth instead")
     parser.add_argument("--figure", type=Path, metavar="PATH", help="draw the times")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers to this file")
     options = parser.parse_args(argv)

@@ -155,12 +155,11 @@ def transformer(batch: int = 16, length: int = 64, width: int = 256, layers: int
 
 
 class ManyHeads(nn.Module):
-    """Four equal layers and a linear head per task: the worst case, for W is a quarter of the trunk."""
+    """Equal layers and a linear head per task: with four layers the worst case, for W is a quarter of the trunk."""
 
-    def __init__(self, width: int, tasks: int) -> None:
+    def __init__(self, width: int, tasks: int, layers: int) -> None:
         super().__init__()
-        layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())]
-        self.trunk = nn.Sequential(*layers)
+        self.trunk = nn.Sequential(*(layer for _ in range(layers) for layer in (nn.Linear(width, width), nn.ReLU())))
         self.heads = nn.ModuleList([nn.Linear(width, 8) for _ in range(tasks)])
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -173,9 +172,9 @@ def mlp_losses(network: nn.Module, batch: Batch) -> Losses:
     return {f"task{i}": F.mse_loss(y, target) for i, (y, target) in enumerate(zip(outputs, batch["y"].unbind(), strict=True))}
 
 
-def mlp(batch: int = 256, width: int = 512, tasks: int = 10) -> Workload:
+def mlp(batch: int = 256, width: int = 512, tasks: int = 10, layers: int = 4) -> Workload:
     """MLP, 10 tasks, W = the last weight of the trunk."""
-    network = ManyHeads(width, tasks)
+    network = ManyHeads(width, tasks, layers)
     data = {"x": torch.randn(batch, width), "y": torch.randn(tasks, batch, 8)}
     return Workload(network, mlp_losses, [network.trunk[-2].weight], data)
 

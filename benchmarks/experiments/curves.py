@@ -37,19 +37,24 @@ def draw_curve(axes: Axes, fits: Sequence[Record], values: str | Sequence[Sequen
 
 
 def draw_measures(records: Records, problems: Mapping[str, Problem], path: Path) -> None:
-    """A row per problem and a panel per measure, which all have in common: each seed a dot, the mean a bar."""
+    """A row per problem and a panel per measure, on one scale down the rows: each seed a dot, the mean a bar."""
     rows = {problem: found for problem, (methods, _) in problems.items() if (found := records.of(problem, methods))}
     if not rows:
         return
-    better = next(iter(problems.values())).better
+    columns = max(len(problems[problem].better) for problem in rows)
+    lowest: dict[str, Axes] = {}  # measure → the panel that has the numbers of its scale
     with figure_style():
         height = sum(0.8 + 0.25 * len(found) for found in rows.values())
-        figure, grid = plt.subplots(
-            len(rows), len(better), figsize=(2.4 + 2.9 * len(better), height), squeeze=False, sharex="col", sharey="row"
-        )
+        figure, grid = plt.subplots(len(rows), columns, figsize=(2.4 + 2.9 * columns, height), squeeze=False, sharey="row")
         for panels, (problem, found) in zip(grid, rows.items(), strict=True):
             order = [method for method in problems[problem].methods if method in found][::-1]
-            for axes, (measure, way) in zip(panels, better.items(), strict=True):
+            for axes in panels[len(problems[problem].better) :]:
+                axes.set_visible(False)
+            for axes, (measure, way) in zip(panels, problems[problem].better.items(), strict=False):
+                if measure in lowest:
+                    axes.sharex(lowest[measure])
+                    lowest[measure].tick_params(labelbottom=False)
+                lowest[measure] = axes
                 for place, method in enumerate(order):
                     values = [fit.measures[measure] for fit in found[method]]
                     colour = COLOURS.get(method, GREY)

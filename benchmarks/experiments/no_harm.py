@@ -66,10 +66,15 @@ class Batches:
 
 
 class TwoDigits(MultiTaskMixin, L.LightningModule):
-    """Two convolutions and a dense layer that both tasks share, two heads."""
+    """Two convolutions and a dense layer that both tasks share, two heads.
 
-    def __init__(self) -> None:
+    Args:
+        factors: task → factor of its loss.
+    """
+
+    def __init__(self, factors: Mapping[str, float] | None = None) -> None:
         super().__init__()
+        self.factors = factors or {}
         self.trunk = nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1),
             nn.ReLU(),
@@ -89,8 +94,8 @@ class TwoDigits(MultiTaskMixin, L.LightningModule):
 
     def task_losses(self, batch: Pairs, batch_idx: int) -> dict[str, Tensor]:
         images, labels = batch
-        scores = self(images).items()
-        return {task: F.cross_entropy(score, label) for (task, score), label in zip(scores, labels.T, strict=True)}
+        pairs = zip(self(images).items(), labels.T, strict=True)
+        return {task: self.factors.get(task, 1.0) * F.cross_entropy(score, label) for (task, score), label in pairs}
 
     @torch.no_grad()
     def accuracies(self, test: Pairs) -> dict[str, float]:
@@ -102,13 +107,18 @@ class TwoDigits(MultiTaskMixin, L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-3, fused=True)
 
 
-def fit(case: Case) -> Record:
-    """One fit; all methods start from one network and see the same pairs. The baseline's record has the diagnosis."""
+def fit_pairs(case: Case, balancer: LossBalancer, factors: Mapping[str, float]) -> Record:
+    """One fit; all methods start from one network and see the same pairs."""
     torch.manual_seed(case.seed)
-    module, fit = TwoDigits(), Fit(case, METHODS[case.method]())
+    module, fit = TwoDigits(factors), Fit(case, balancer)
     fit.run(module, Batches(case.seed))
     test = pairs_of(*load()[1].tensors, 5000, torch.Generator().manual_seed(0))
-    record = fit.record(module.accuracies(test))
+    return fit.record(module.accuracies(test))
+
+
+def fit(case: Case) -> Record:
+    """One method, one seed. The baseline's record has the diagnosis."""
+    record = fit_pairs(case, METHODS[case.method](), {})
     if case.method == "equal":
         torch.manual_seed(case.seed)
         found = diagnose(TwoDigits(), Batches(case.seed))

@@ -29,16 +29,14 @@ class MeasurementWindow:
 
     def __init__(self, *, of_features: bool = False, with_kpis: bool = False) -> None:
         self._of_features, self._with_kpis = of_features, with_kpis
-        self.applied: dict[str, Tensor] = {}  # the weights that this rank's micro-batches applied, on average
+        self._noted: list[tuple[Mapping[str, Tensor], Tensor, Mapping[str, Tensor]]] = []  # micro-batches not added up yet
+        self._applied: dict[str, Tensor] = {}
         self._losses: dict[str, Tensor] = {}
         self._kpis: dict[str, Tensor] = {}
         self._counts: dict[str, int | Tensor] = {}
         self._only: TaskGradients | None = None  # while there is one micro-batch, its gradients as they came: no copy
         self._sums: dict[str, Tensor] = {}
         self._measured = False
-
-    def __bool__(self) -> bool:
-        return bool(self._losses)
 
     @property
     def entries(self) -> int:
@@ -52,7 +50,14 @@ class MeasurementWindow:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that took part."""
+        self._add_up()
         return tuple(self._losses)
+
+    @property
+    def applied(self) -> dict[str, Tensor]:
+        """Task → the weight that this rank's micro-batches applied, on average."""
+        self._add_up()
+        return self._applied
 
     def add_losses(self, losses: Mapping[str, Tensor], weights: Tensor, kpis: Mapping[str, Tensor] | None = None) -> None:
         """Take one micro-batch.
@@ -62,14 +67,19 @@ class MeasurementWindow:
             weights: those that its total applied, shape ``[T]``.
             kpis: task name → scalar indicator, of all these tasks.
         """
-        for task, weight in zip(losses, weights.unbind(), strict=True):
-            wide = widest_float(losses[task].device)
-            self._losses[task] = _summed(self._losses.get(task), losses[task].to(wide))
-            if self._with_kpis and kpis is not None:
-                self._kpis[task] = _summed(self._kpis.get(task), kpis[task].to(wide))
-            count = self._counts[task] = self._counts.get(task, 0) + 1
-            before = self.applied.get(task, weight)
-            self.applied[task] = before + (weight - before) / count  # exact where all are the same
+        self._noted.append((losses, weights, kpis or {}))  # most steps are neither measured nor logged: no sum then
+
+    def _add_up(self) -> None:
+        for losses, weights, kpis in self._noted:
+            for task, weight in zip(losses, weights.unbind(), strict=True):
+                wide = widest_float(losses[task].device)
+                self._losses[task] = _summed(self._losses.get(task), losses[task].to(wide))
+                if self._with_kpis and kpis:
+                    self._kpis[task] = _summed(self._kpis.get(task), kpis[task].to(wide))
+                count = self._counts[task] = self._counts.get(task, 0) + 1
+                before = self._applied.get(task, weight)
+                self._applied[task] = before + (weight - before) / count  # exact where all are the same
+        self._noted.clear()
 
     def add_gradients(self, gradients: TaskGradients) -> None:
         """Take the gradients of the micro-batch whose losses were added last."""
@@ -98,6 +108,7 @@ class MeasurementWindow:
             entries: |W|, or 0 where no gradients are measured.
             device: where the collective works.
         """
+        self._add_up()
         self._spread_out()
         dtype = torch.promote_types(torch.float32, next(iter(self._sums.values())).dtype) if self._sums else torch.float32
         scalars = 3 if self._with_kpis else 2
@@ -127,6 +138,7 @@ class MeasurementWindow:
         Args:
             magnitudes: whether the largest and the mean size of the gradients' entries are wanted too.
         """
+        self._add_up()
         if not self._losses:
             return None
         losses = stack_scalars(loss / self._counts[task] for task, loss in self._losses.items())

@@ -1,13 +1,18 @@
 """What a balanced step may cost, counted: no timing, no tolerance."""
 
 import functools
+from collections import Counter
 
+import lightning as L
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import workloads
 from benchmarks.methods import DoubleBackward, JointEngine, PerTaskEngine, PlainSum
 from benchmarks.overhead import flops
+from lightning_gradnorm import GradNormCallback
+from tests.helpers import SCALES, TrunkAndHeads, batches, quiet_trainer
 
 BATCH, LENGTH, WIDTH, TASKS = 6, 8, 32, 10
 SMALL = {
@@ -64,3 +69,40 @@ def test_the_counter_sees_products_that_a_hook_starts_inside_the_backward():
 
     hooked.grad_fn.register_prehook(product)
     assert flops(hooked.backward) - flops(plain.backward) == 2 * 4 * 5 * 6
+
+
+class CountOperations(L.Callback, TorchDispatchMode):
+    """Operation → how often, per training batch from its start to the callbacks' end."""
+
+    def __init__(self):
+        super().__init__()
+        TorchDispatchMode.__init__(self)
+        self.batches = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.batches[-1][operation._schema.name] += 1
+        return operation(*args, **(kwargs or {}))
+
+    def on_train_batch_start(self, *args):
+        self.batches.append(Counter())
+        self.__enter__()
+
+    def on_train_batch_end(self, *args):
+        self.__exit__(None, None, None)
+
+
+def operations(tmp_path, *callbacks):
+    counted = CountOperations()
+    quiet_trainer(tmp_path, callbacks=[*callbacks, counted], log_every_n_steps=50).fit(TrunkAndHeads(), batches(8))
+    return counted.batches
+
+
+def test_a_step_that_is_not_due_is_the_weighted_sum_and_nothing_else(tmp_path):
+    plain = operations(tmp_path)
+    balanced = operations(tmp_path, GradNormCallback(update_every=3, summary=False))
+    of_each, of_all = {"mul": 2, "detach": 1}, {"clone", "promote_types", "_to_copy", "unbind"}
+    for step in (3, 4, 6, 7):  # from 0; the third, sixth, … are measured
+        more = {name.partition("::")[2]: count for name, count in (balanced[step] - plain[step]).items()}
+        assert {name: more.pop(name) for name in of_each} == {name: count * len(SCALES) for name, count in of_each.items()}
+        assert more == dict.fromkeys(of_all, 1), "the weights, cast and taken apart"
+    assert sum((balanced[5] - plain[5]).values()) > 100, "a step that is due"

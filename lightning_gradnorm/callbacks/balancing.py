@@ -307,7 +307,8 @@ class LossBalancingCallback(Callback):
         window, due = self._measuring.finish(), self.balancer.due
         if trainer.world_size > 1 and due:
             self._measuring.reduce(window, self.balancer.known_tasks, trainer.strategy.root_device)
-        measurement = window.measurement(magnitudes=self._measuring.magnitudes and due)
+        logged = self._log.is_written(trainer)
+        measurement = window.measurement(magnitudes=self._measuring.magnitudes and due) if due or logged else None
         self._update_points(trainer)
         if measurement is None:
             self.balancer.update(None)
@@ -316,7 +317,7 @@ class LossBalancingCallback(Callback):
         self.balancer.update(measurement if due else None)
         if due:
             self._reporting.add(applied, measurement, trainer.current_epoch)
-        if self._log.is_written(trainer):
+        if logged:
             self._log.write(pl_module, applied, measurement, self.balancer.diagnostics, window)
             self._tell_skipped()
             self._tell_concerns(trainer, applied, measurement)

@@ -15,6 +15,10 @@ def _summed(held: Tensor | None, value: Tensor) -> Tensor:
     return value if held is None else held + value
 
 
+def _mean(total: Tensor, count: int | Tensor) -> Tensor:
+    return total if isinstance(count, int) and count == 1 else total / count
+
+
 class MeasurementWindow:
     """Adds up the micro-batches of one optimiser step, and then the ranks.
 
@@ -37,6 +41,9 @@ class MeasurementWindow:
         self._only: TaskGradients | None = None  # while there is one micro-batch, its gradients as they came: no copy
         self._sums: dict[str, Tensor] = {}
         self._measured = False
+
+    def __bool__(self) -> bool:
+        return bool(self._noted or self._losses)
 
     @property
     def entries(self) -> int:
@@ -77,8 +84,9 @@ class MeasurementWindow:
                 if self._with_kpis and kpis:
                     self._kpis[task] = _summed(self._kpis.get(task), kpis[task].to(wide))
                 count = self._counts[task] = self._counts.get(task, 0) + 1
-                before = self._applied.get(task, weight)
-                self._applied[task] = before + (weight - before) / count  # exact where all are the same
+                before = self._applied.get(task)
+                # This form of the mean is exact where all are the same.
+                self._applied[task] = weight if before is None else before + (weight - before) / count
         self._noted.clear()
 
     def add_gradients(self, gradients: TaskGradients) -> None:
@@ -141,8 +149,8 @@ class MeasurementWindow:
         self._add_up()
         if not self._losses:
             return None
-        losses = stack_scalars(loss / self._counts[task] for task, loss in self._losses.items())
-        kpis = stack_scalars(kpi / self._counts[task] for task, kpi in self._kpis.items()) if self._kpis else None
+        losses = stack_scalars(_mean(loss, self._counts[task]) for task, loss in self._losses.items())
+        kpis = stack_scalars(_mean(kpi, self._counts[task]) for task, kpi in self._kpis.items()) if self._kpis else None
         maxima, means = self._magnitudes() if magnitudes and self._measured else (None, None)
         return Measurement(self.tasks, losses, self._norms() if self._measured else None, maxima, means, kpis)
 

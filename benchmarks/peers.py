@@ -243,13 +243,13 @@ def draw(rows: Sequence[dict[str, object]], path: Path) -> None:
     figure.savefig(path)
 
 
-def growing() -> dict[str, Callable[[], Workload]]:
-    """The MLP with more tasks, other widths, batches and depths."""
-    tasks = {f"mlp, {count} tasks": functools.partial(workloads.mlp, tasks=count) for count in (2, 5, 10, 20, 40)}
-    width = {f"mlp, width {width}": functools.partial(workloads.mlp, width=width) for width in (128, 256, 1024)}
-    rows = {f"mlp, batch {batch}": functools.partial(workloads.mlp, batch=batch) for batch in (32, 64, 1024)}
-    depth = {f"mlp, {layers} layers": functools.partial(workloads.mlp, layers=layers) for layers in (2, 8, 16)}
-    return tasks | width | rows | depth
+# Of the MLP: what is changed, and to what.
+GROWTH: dict[str, dict[str, Callable[[], Workload]]] = {
+    "tasks": {f"mlp, {count} tasks": functools.partial(workloads.mlp, tasks=count) for count in (2, 5, 10, 20, 40)},
+    "width": {f"mlp, width {width}": functools.partial(workloads.mlp, width=width) for width in (128, 256, 1024)},
+    "batch": {f"mlp, batch {batch}": functools.partial(workloads.mlp, batch=batch) for batch in (32, 64, 1024)},
+    "depth": {f"mlp, {layers} layers": functools.partial(workloads.mlp, layers=layers) for layers in (2, 4, 8, 16)},
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -259,13 +259,21 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--repeats", type=int, default=20, help="pairs of timed blocks for each; default %(default)s")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--grow", action="store_true", help="growth with tasks, width, batch and depth instead")
+    parser.add_argument(
+        "--grow",
+        nargs="*",
+        choices=GROWTH,
+        metavar="WITH",
+        help=f"growth of the MLP's cost instead: {', '.join(GROWTH)}; or all",
+    )
     parser.add_argument("--figure", type=Path, metavar="PATH", help="draw the times")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers to this file")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
-    made = growing() if options.grow else {name: WORKLOADS[name] for name in options.workloads}
+    made = {name: WORKLOADS[name] for name in options.workloads}
+    if options.grow is not None:
+        made = {name: make for kind in options.grow or GROWTH for name, make in GROWTH[kind].items()}
     print(f"{machine(options.threads, options.clock)}. Command: `{shlex.join(['python', 'benchmarks/peers.py', *argv])}`\n")
     rows: list[dict[str, object]] = []
     for name, make in made.items():

@@ -1,7 +1,7 @@
 """What GradNorm adds to a training step inside the Trainer, beside the same fit without the callback.
 
-The networks of the experiments, on random data of the same shapes: fits with and without the callback alternate in one process, and
-each round gives a ratio of median step times.
+The networks of the experiments, on random data of the same shapes: fits with and without the callback alternate in one
+process, and each round gives a ratio of median step times.
 
     python benchmarks/fit_time.py
 """

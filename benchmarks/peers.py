@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/peers.txt
     python benchmarks/peers.py                 # all peers, about fifteen minutes on one core
-    python benchmarks/peers.py --grow          # how the cost grows with tasks, width and depth, ours and theirs
+    python benchmarks/peers.py --grow          # how the cost grows with tasks, width, batch and depth, ours and theirs
 
 Every peer does its own update, as its documentation has it, on the workloads of ``overhead.py``; each is timed in blocks that
 alternate with blocks of the plain step, in one process, after a warm-up.

@@ -1,6 +1,7 @@
 """Remaining useful life and state of health of C-MAPSS turbofans (FD001, FD002), the life in cycles as it comes.
 
-``hand-scaled`` has the life divided by 125, which makes the two losses alike: the one to reach. All others see cycles.
+``hand-scaled`` has the life divided by 125, which makes the two losses alike: the one to reach. All others see cycles; ``fixed
+1/125²`` is the control, which has the hand-scaled one's loss and a head that counts in cycles.
 
     python -m benchmarks.experiments.cmapss --data DATA        # five seeds: an hour
     python -m benchmarks.experiments.cmapss --data DATA --quick
@@ -19,6 +20,7 @@ from lightning_gradnorm import (
     AdaptiveNormalizedLoss,
     DynamicWeightAverage,
     EqualWeights,
+    FixedWeights,
     GradNorm,
     LossBalancer,
     UncertaintyWeighting,
@@ -34,6 +36,7 @@ BALANCERS: dict[str, Callable[[], LossBalancer]] = {
     "GradNorm": GradNorm,
     "GradNorm, every 10th step": lambda: GradNorm(update_every=10),
     "GradNorm, Σw = T": lambda: GradNorm(scale="sum"),
+    "fixed 1/125²": lambda: FixedWeights({"life": CAP**-2, "health": 1}),
 }
 METHODS = (*BALANCERS, STATIC)
 SUBSETS = ("FD001", "FD002")

@@ -27,6 +27,7 @@ COLOURS = {
     "GradNorm, every 10th step": SKY,
     "fixed 1/σ²": BLACK,
     "hand-scaled": BLACK,
+    "fixed 1/125²": BLACK,
 }
 
 

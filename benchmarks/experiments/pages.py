@@ -88,6 +88,15 @@ class Results:
         ]
         return markdown_rows([f"minus {baseline}", *measures], rows)
 
+    def changes(self, reference: str, problems: Sequence[str], measures: Sequence[str]) -> str:
+        """Of every method's means, from the reference problem's to the others', in per cent."""
+        rows = []
+        for problem in problems:
+            for method in self.found(problem):
+                means = [(self.mean(problem, method, m), self.mean(reference, method, m)) for m in measures]
+                rows.append([problem, method, *(f"{100 * (mean / before - 1):+.1f} %" for mean, before in means)])
+        return markdown_rows(["", "", *measures], rows)
+
     def seed_by_seed(self, problem: str, measure: str, digits: int = 3) -> str:
         """Every fit's value: a row per method, a column per seed."""
         found = self.found(problem)

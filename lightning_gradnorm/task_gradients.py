@@ -32,8 +32,8 @@ class TaskGradients:
 
     @property
     def entries(self) -> int:
-        """|W|: entries of one task's gradient."""
-        return sum(parameter.numel() for parameter in self.parameters)
+        """|W|: entries of one task's gradient; a complex number is two."""
+        return sum(parameter.numel() * (1 + parameter.is_complex()) for parameter in self.parameters)
 
     def cosines(self) -> Tensor:
         """Cosine of the angle between every two tasks' gradients, ``[T, T]``; NaN beside one of zeros."""
@@ -45,7 +45,7 @@ class TaskGradients:
         rows = [
             torch.cat(
                 [
-                    (torch.zeros_like(p) if g is None else g).flatten().to(device)
+                    _plain(torch.zeros_like(p) if g is None else g).flatten().to(device)
                     for g, p in zip(row, self.parameters, strict=True)
                 ]
             )
@@ -56,11 +56,19 @@ class TaskGradients:
         return stacked / self.cotangents.to(stacked.dtype).unsqueeze(1)
 
 
+def _plain(gradient: Tensor) -> Tensor:
+    """Dense, and a complex tensor as pairs of its real and imaginary parts, ``[…, 2]``: what is trained are these."""
+    if gradient.layout != torch.strided:
+        gradient = gradient.to_dense()  # of an embedding with sparse=True
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+
+
 _FEW = 1 << 16  # elements
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     """Euclidean norm of all the gradients as one vector, scalar, as wide as the device allows."""
+    gradients = [_plain(g) for g in gradients]
     kinds = {(g.device, g.dtype) for g in gradients}
     if len(gradients) > 1 and len(kinds) == 1 and sum(g.numel() for g in gradients) <= _FEW:
         gradients = [torch.cat([g.flatten() for g in gradients])]  # many small norms cost more than one copy

@@ -139,6 +139,48 @@ def test_any_total_of_the_taps_will_do():
     torch.testing.assert_close(gradients.norms(), expected)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_complex_parameter_is_two_real_ones(engine):
+    """As the spectral weights of a Fourier neural operator; beside a real one."""
+    pairs, bias, head = torch.randn(3, 3, 4, 2), torch.randn(3, 1), torch.randn(2, 3, 6)
+    x = torch.randn(2, 3, 6)
+
+    def gradients(parameters, weight, bias):
+        z = torch.fft.irfft(torch.einsum("bik,iok->bok", torch.fft.rfft(x), weight), n=6) + bias
+        losses = tap_losses({"a": (head * z).square().mean(), "b": z.sin().mean(), "c": weight.abs().square().sum()})
+        root = weighted(losses, torch.tensor([0.5, 2.0, 3.0]))
+        reader = engine(root, losses, parameters)
+        root.backward()
+        return reader.gradients()
+
+    real = [pairs.clone().requires_grad_(), bias.clone().requires_grad_()]
+    split = [torch.view_as_complex(pairs).clone().requires_grad_(), bias.clone().requires_grad_()]
+    expected, found = gradients(real, torch.view_as_complex(real[0]), real[1]), gradients(split, *split)
+    torch.testing.assert_close(found.flat(), expected.flat())
+    torch.testing.assert_close(found.norms(), expected.norms())
+    torch.testing.assert_close(found.cosines(), expected.cosines())
+    assert found.entries == expected.entries == 75
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sparse_gradients_are_those_of_the_dense_embedding(engine):
+    weight, head, words = torch.randn(9, 4), torch.randn(3, 4, 2), torch.tensor([1, 3, 3, 8])
+
+    def gradients(sparse):
+        embedding = nn.Embedding(9, 4, sparse=sparse, _weight=weight.clone())
+        z = embedding(words)
+        losses = tap_losses({f"task{i}": (z @ w).square().mean() for i, w in enumerate(head)})
+        root = weighted(losses, torch.tensor([0.5, 2.0, 3.0]))
+        reader = engine(root, losses, [embedding.weight])
+        root.backward()
+        assert embedding.weight.grad.is_sparse == sparse
+        return reader.gradients()
+
+    found, expected = gradients(sparse=True), gradients(sparse=False)
+    torch.testing.assert_close(found.flat(), expected.flat())
+    torch.testing.assert_close(found.norms(), expected.norms())
+
+
 def features_of_trunk():
     trunk, heads = nn.Sequential(nn.Linear(8, 16), nn.Tanh()), [nn.Linear(16, 2) for _ in range(3)]
     z = trunk(torch.randn(5, 8))

@@ -62,17 +62,14 @@ class Results:
         """How many."""
         return len(next(iter(self.found(problem).values())))
 
-    def table(self, problem: str, measures: Sequence[str] = (), *, time: bool = False) -> str:
+    def table(self, problem: str, measures: Sequence[str] = ()) -> str:
         """Methods as they are listed: mean ± standard deviation over the seeds of every measure."""
         comparison = self.experiment.comparison(self.records, problem)
         assert comparison is not None, f"no records of {problem}"
         better = self.experiment.problems[problem].better
         measures = measures or tuple(better)
-        columns = ["", *(f"{m} {ARROWS[better[m]]}" for m in measures), *(["step time"] if time else [])]
-        rows = []
-        for method in self.found(problem):
-            cells = [mean_std(comparison.values(method, measure)) for measure in measures]
-            rows.append([method, *cells, *([f"{comparison.time_ratio(method):.2f}"] if time else [])])
+        columns = ["", *(f"{m} {ARROWS[better[m]]}" for m in measures)]
+        rows = [[method, *(mean_std(comparison.values(method, m)) for m in measures)] for method in self.found(problem)]
         order = list(self.experiment.problems[problem].methods)
         return markdown_rows(columns, sorted(rows, key=lambda row: order.index(row[0])))
 

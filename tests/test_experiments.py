@@ -5,6 +5,7 @@ import json
 import lzma
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_coordinates_are_scaled_to_a_standard_deviation_of_one():
 
 
 def test_the_learning_rate_falls_by_a_tenth_smoothly_every_thousand_steps():
-    settings = physics.Helmholtz(physics.METHODS["GradNorm, Σw = T, β₂ = 0.99"]).configure_optimizers()
+    settings = physics.Helmholtz(replace(physics.METHODS["equal"], beta2=0.99)).configure_optimizers()
     adam, slower = settings["optimizer"], settings["lr_scheduler"]["scheduler"]
     assert adam.param_groups[0]["betas"] == (0.9, 0.99)
     adam.step()

@@ -17,7 +17,6 @@ COLOURS = {
     "GradNorm static": PURPLE,
     "GradNorm, all W": SKY,
     "GradNorm, Σw = T": PURPLE,
-    "GradNorm, Σw = T, β₂ = 0.99": VERMILION,
     "annealing": GREEN,
     "GradNorm, α = 0": SKY,
     "self-adaptive": GREY,

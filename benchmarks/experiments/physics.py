@@ -66,8 +66,6 @@ METHODS = {
     "annealing": Method(lambda: LearningRateAnnealing("pde"), "matrices"),
     "GradNorm": Method(gradnorm()),
     "GradNorm, all W": Method(gradnorm(), "all"),
-    "GradNorm, Σw = T": Method(gradnorm("sum")),
-    "GradNorm, Σw = T, β₂ = 0.99": Method(gradnorm("sum"), beta2=0.99),
     "self-adaptive": Method(EqualWeights, masks=True),
 }
 

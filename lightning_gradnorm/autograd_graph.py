@@ -195,11 +195,13 @@ def first_uses(root: Node | None) -> dict[nn.Parameter, tuple[int, int]]:
     of. Where two parameters meet in one node, that one is later which was taken up later.
     """
     uses: dict[nn.Parameter, tuple[int, int]] = {}
+    if root is None:
+        return uses
     numbers: dict[Node, int] = {}
-    for node, ways in _children_first(root, {}) if root is not None else ():
+    for node, ways in _children_first(root, {}):
         if ways:
             numbers[node] = max([node._sequence_nr(), *(numbers[child] + 1 for child, _ in ways if child in numbers)])
-    for leaf, child, node in _uses(root, [root], {}) if root is not None else ():
+    for leaf, child, node in _uses(root, [root], {}):
         parameter = getattr(leaf, "variable", None)
         if isinstance(parameter, nn.Parameter):
             order = numbers[node], numbers.get(child, numbers[node])

@@ -110,6 +110,11 @@ class GradientReader(ABC):
         if edges is not None:
             self._wanted = list(edges)
         self._losses = [loss.detach() for loss in losses.values()]
+        self._begin(root, losses)
+
+    @abstractmethod
+    def _begin(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
+        """Whatever is to be done before ``root.backward()``."""
 
     @abstractmethod
     def gradients(self) -> TaskGradients:
@@ -132,14 +137,7 @@ class PerTaskBackward(GradientReader):
 
     engine: ClassVar[str] = "per_task"
 
-    def __init__(
-        self,
-        root: Tensor,
-        losses: Mapping[str, Tensor],
-        parameters: Iterable[Tensor],
-        edges: Iterable[GradientEdge] | None = None,
-    ) -> None:
-        super().__init__(root, losses, parameters, edges)
+    def _begin(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
         taps = {loss.grad_fn: task for task, loss in enumerate(losses.values()) if loss.grad_fn is not None}
         if root.grad_fn is not None and task_graph(root.grad_fn, taps, self._wanted).compiled(merged_only=False):
             raise CompiledSharedLayerError("The way from the losses to the shared layer leads")
@@ -194,14 +192,7 @@ class JointBackward(GradientReader):
 
     engine: ClassVar[str] = "joint"
 
-    def __init__(
-        self,
-        root: Tensor,
-        losses: Mapping[str, Tensor],
-        parameters: Iterable[Tensor],
-        edges: Iterable[GradientEdge] | None = None,
-    ) -> None:
-        super().__init__(root, losses, parameters, edges)
+    def _begin(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
         self._cotangents: list[Tensor | None] = [None] * len(self.tasks)
         self._gradients: list[list[Tensor | None]] = [[None] * len(self._parameters) for _ in self.tasks]
         self._arrived: dict[Node, dict[int, dict[int, Tensor]]] = {}  # merged node → task → input → cotangent

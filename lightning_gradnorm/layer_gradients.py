@@ -215,8 +215,10 @@ class LayerBackward(GradientReader):
         layer: nn.Module,
         calls: Iterable[LayerCall],
     ) -> None:
-        super().__init__(root, losses, parameters)
         self._layer, self._calls = layer, list(calls)
+        super().__init__(root, losses, parameters)
+
+    def _begin(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
         outputs, edges = [call.output for call in self._calls], [call.edge for call in self._calls]
         self._at_outputs = JointBackward(root, losses, outputs, edges)
 

@@ -15,6 +15,12 @@ from lightning_gradnorm import MultiTaskMixin
 _T = TypeVar("_T")
 
 
+def use_up_node_numbers() -> None:
+    """So that the nodes made from now on have greater numbers than those of a new thread."""
+    for _ in range(100):
+        torch.ones(1, requires_grad=True).exp()
+
+
 def in_another_thread(make: Callable[[], _T]) -> _T:
     """What ``make`` returns, run where autograd's nodes are numbered anew, as they are by a backward on a GPU."""
     made: list[_T] = []

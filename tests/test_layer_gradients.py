@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from benchmarks.overhead import flops
 from lightning_gradnorm import JointBackward, LayerWatch, tap_losses
 from lightning_gradnorm.layer_gradients import LayerBackward, LayerGradients
-from tests.helpers import in_another_thread
+from tests.helpers import in_another_thread, use_up_node_numbers
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -150,8 +150,7 @@ def test_a_derivative_uses_the_weight_too(with_respect_to, bias):
 
 @pytest.mark.usefixtures("always_gram")
 def test_nodes_that_another_thread_has_numbered_are_found():
-    for _ in range(100):
-        torch.ones(1, requires_grad=True).exp()  # so that the thread's numbers are the smaller ones
+    use_up_node_numbers()
     layer, head, x = nn.Linear(6, 6), nn.Linear(6, 1), torch.randn(4, 6)
 
     def losses():

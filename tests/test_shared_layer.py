@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_gradnorm import GradNormCallback, JointBackward, PerTaskBackward, tap_losses
 from lightning_gradnorm.gradients import UnreachedSharedLayerError
 from lightning_gradnorm.shared_layer import detect_shared_layer, feature_modules, resolve_shared_layer
-from tests.helpers import TrunkAndHeads, batches, in_another_thread, quiet_trainer
+from tests.helpers import TrunkAndHeads, batches, in_another_thread, quiet_trainer, use_up_node_numbers
 
 OVERRIDE = r"Override shared_layer\(\) in your LightningModule to return the layer that all tasks share"
 
@@ -184,8 +184,7 @@ class Matrices(nn.Module):
 
 
 def derivative_numbered_by_another_thread():
-    for _ in range(100):
-        torch.ones(1, requires_grad=True).exp()  # so that the thread's numbers are the smaller ones
+    use_up_node_numbers()
     net, x = Matrices(2, 8, 8, 8, 1), torch.rand(9, 2, requires_grad=True)
     u = net(x)
     slopes = in_another_thread(lambda: torch.autograd.grad(u.sum(), x, create_graph=True)[0])

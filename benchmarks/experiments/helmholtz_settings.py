@@ -27,16 +27,26 @@ def name_of(update: str, scale: str, alpha: float, everywhere: bool) -> str:
 
 
 GRID = {
-    name_of(update, scale, alpha, everywhere): Method(gradnorm(scale, alpha, update), "all" if everywhere else "last")
+    name_of(update, scale, alpha, everywhere): Method(
+        gradnorm(alpha, scale=scale, update=update), "all" if everywhere else "last"
+    )
     for update, alpha, everywhere, scale in itertools.product(("log", "closed_form"), ALPHAS, (False, True), SCALES)
 }
 PAPER = {
-    name_of("paper", scale, alpha, False): Method(gradnorm(scale, alpha, "paper"))
+    name_of("paper", scale, alpha, False): Method(gradnorm(alpha, scale=scale, update="paper"))
     for scale, alpha in itertools.product(("sum", "reference"), ALPHAS)
 }
-CONTROL = {"β₂ = 0.99, " + name_of("log", "sum", alpha, False): Method(gradnorm("sum", alpha), beta2=0.99) for alpha in ALPHAS}
+CONTROL = {
+    "β₂ = 0.99, " + name_of("log", "sum", alpha, False): Method(gradnorm(alpha, scale="sum"), beta2=0.99) for alpha in ALPHAS
+}
+SLOWER = {
+    f"{name_of('log', 'reference', alpha, everywhere)}, lr 0.01{', typical L(0)' if alpha else ''}": Method(
+        gradnorm(alpha, 0.01, typical=bool(alpha)), "all" if everywhere else "last"
+    )
+    for alpha, everywhere in itertools.product((0.0, 1.0), (False, True))
+}
 OTHERS = {name: METHODS[name] for name in ("equal", "annealing")}
-ALL = OTHERS | GRID | PAPER | CONTROL
+ALL = OTHERS | GRID | PAPER | SLOWER | CONTROL
 
 
 def fit(case: Case) -> Record:

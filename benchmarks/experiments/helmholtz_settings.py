@@ -40,10 +40,13 @@ CONTROL = {
     "β₂ = 0.99, " + name_of("log", "sum", alpha, False): Method(gradnorm(alpha, scale="sum"), beta2=0.99) for alpha in ALPHAS
 }
 SLOWER = {
-    f"{name_of('log', 'reference', alpha, everywhere)}, lr 0.01{', typical L(0)' if alpha else ''}": Method(
-        gradnorm(alpha, 0.01, typical=bool(alpha)), "all" if everywhere else "last"
+    name_of("log", "reference", 0.0, everywhere) + ", lr 0.01": Method(gradnorm(lr=0.01), "all" if everywhere else "last")
+    for everywhere in (False, True)
+} | {
+    name_of("closed_form", "reference", 0.0, everywhere) + ", β = 0.98, every 25th step": Method(
+        gradnorm(update="closed_form", ema_decay=0.98, update_every=25), "all" if everywhere else "last"
     )
-    for alpha, everywhere in itertools.product((0.0, 1.0), (False, True))
+    for everywhere in (False, True)
 }
 OTHERS = {name: METHODS[name] for name in ("equal", "annealing")}
 ALL = OTHERS | GRID | PAPER | SLOWER | CONTROL

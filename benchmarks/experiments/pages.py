@@ -131,6 +131,13 @@ class Results:
         pairs = zip(self.fits(problem, method), self.fits(problem, than), strict=True)
         return sum(sign * (ours.measures[measure] - theirs.measures[measure]) > 0 for ours, theirs in pairs)
 
+    def ratio(self, problem: str, method: str, task: str, to: str, at: float) -> float:
+        """Of two tasks' weights at a share of the steps, the geometric mean over the seeds."""
+        fits = self.fits(problem, method)
+        point = round(at * (len(fits[0].curves["step"]) - 1))
+        ratios = (fit.curves[f"weight {task}"][point] / fit.curves[f"weight {to}"][point] for fit in fits)
+        return statistics.geometric_mean(ratios)
+
     @property
     def figure(self) -> str:
         """Its path, as a page links it."""

@@ -248,7 +248,7 @@ def fit_once(case: Case, problem: type[PhysicsProblem], method: Method) -> Recor
 def draw_problem(name: str, methods: Sequence[str], records: Records, path: Path) -> None:
     """Errors and weights over the steps; below, the exact solution, and each method's with its error."""
     found, problem = records.of(name, methods), PROBLEMS[name]
-    shown = [method for method in methods if method in found and found[method][0].extras]
+    shown = [method for method in methods if method in found and found[method][0].extras and FAST not in method]
     if not found:
         return
     columns = max(len(shown) + 1, 4)

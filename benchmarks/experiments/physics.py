@@ -261,6 +261,8 @@ def draw_problem(name: str, methods: Sequence[str], records: Records, path: Path
         left, right = upper.subplots(1, 2)
         for method in (method for method in methods if method in found):
             draw_curve(left, found[method], "error", color=COLOURS[method], label=method)
+        for each in (left, right):
+            each.locator_params(axis="x", nbins=5)
         left.set(title=f"{name}: relative L2 error ↓", xlabel="step", yscale="log")
         add_legend(left, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         tasks = [task for task in found[next(iter(found))][0].weights if task != "pde"]

@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 from lightning_gradnorm import EqualWeights, FixedWeights, GradNorm, compare
@@ -88,6 +89,18 @@ def test_it_reads_back_and_draws(tmp_path):
     content = (tmp_path / "figure.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 10_000
+
+
+@pytest.mark.parametrize("name", ["a", "a method with all of its settings, and " * 2])
+def test_a_long_name_does_not_take_the_room_of_the_panels(monkeypatch, tmp_path, name):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    Comparison(BETTER, runs(plain=[(0.5, 4.0, 1.0)], **{name: [(0.7, 3.0, 1.0)]}), "plain").draw(tmp_path / "figure.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    widths = [axes.get_window_extent().width / figure.dpi for axes in figure.axes]
+    assert len(widths) == 2
+    assert all(2.3 < width < 3.3 for width in widths), f"inches: {widths}"
 
 
 class Validated(TrunkAndHeads):

@@ -160,7 +160,8 @@ class Comparison:
         from matplotlib.ticker import LogLocator, NullLocator
 
         methods = self.methods[::-1]
-        figure = Figure(figsize=(1.6 + 2.8 * len(self.better), 1.0 + 0.34 * len(methods)), dpi=150, layout="constrained")
+        names = max(1.6, 0.4 + 0.065 * max(map(len, methods)))  # inches: what the longest takes, beside panels of one width
+        figure = Figure(figsize=(names + 2.8 * len(self.better), 1.0 + 0.34 * len(methods)), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(self.better), sharey=True, squeeze=False)[0]
         for axes, (measure, way) in zip(panels, self.better.items(), strict=True):

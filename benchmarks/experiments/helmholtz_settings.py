@@ -21,33 +21,25 @@ ALPHAS = (0.0, 1.5)
 UPDATES = {"log": "log", "closed_form": "closed form", "paper": "paper"}
 
 
-def name_of(update: str, scale: str, alpha: float, everywhere: bool) -> str:
-    """As it stands in the table."""
-    return f"{UPDATES[update]}, {SCALES[scale]}, α = {alpha:g}, {'all W' if everywhere else 'last W'}"
+def setting(
+    update: str, scale: str, alpha: float, everywhere: bool = False, also: str = "", beta2: float = 0.999, **more: float
+) -> tuple[str, Method]:
+    """Its name in the table, which ends with what else is particular to it, and the method."""
+    name = f"{UPDATES[update]}, {SCALES[scale]}, α = {alpha:g}, {'all W' if everywhere else 'last W'}{also}"
+    balancer = gradnorm(alpha, scale=scale, update=update, **more)
+    return name, Method(balancer, "all" if everywhere else "last", beta2)
 
 
-GRID = {
-    name_of(update, scale, alpha, everywhere): Method(
-        gradnorm(alpha, scale=scale, update=update), "all" if everywhere else "last"
-    )
+GRID = dict(
+    setting(update, scale, alpha, everywhere)
     for update, alpha, everywhere, scale in itertools.product(("log", "closed_form"), ALPHAS, (False, True), SCALES)
-}
-PAPER = {
-    name_of("paper", scale, alpha, False): Method(gradnorm(alpha, scale=scale, update="paper"))
-    for scale, alpha in itertools.product(("sum", "reference"), ALPHAS)
-}
-CONTROL = {
-    "β₂ = 0.99, " + name_of("log", "sum", alpha, False): Method(gradnorm(alpha, scale="sum"), beta2=0.99) for alpha in ALPHAS
-}
-SLOWER = {
-    name_of("log", "reference", 0.0, everywhere) + ", lr 0.01": Method(gradnorm(lr=0.01), "all" if everywhere else "last")
+)
+PAPER = dict(setting("paper", scale, alpha) for scale, alpha in itertools.product(("sum", "reference"), ALPHAS))
+SLOWER = dict(setting("log", "reference", 0.0, everywhere, ", lr 0.01", lr=0.01) for everywhere in (False, True)) | dict(
+    setting("closed_form", "reference", 0.0, everywhere, ", β = 0.98, every 25th step", ema_decay=0.98, update_every=25)
     for everywhere in (False, True)
-} | {
-    name_of("closed_form", "reference", 0.0, everywhere) + ", β = 0.98, every 25th step": Method(
-        gradnorm(update="closed_form", ema_decay=0.98, update_every=25), "all" if everywhere else "last"
-    )
-    for everywhere in (False, True)
-}
+)
+CONTROL = {"β₂ = 0.99, " + name: method for name, method in (setting("log", "sum", alpha, beta2=0.99) for alpha in ALPHAS)}
 OTHERS = {name: METHODS[name] for name in ("equal", "annealing")}
 ALL = OTHERS | GRID | PAPER | SLOWER | CONTROL
 

@@ -1,0 +1,44 @@
+"""Every balancer's weights after the same measurements, written down: no later change moves them unseen."""
+
+import pytest
+
+from tests.balancers.test_contract import BALANCERS, EPOCH, TASKS, measurements, run
+
+FROZEN = {
+    "GradNorm": [1.17603206249, 1.11550875179, 0.708459185717],
+    "GradNorm defaults": [1.3916169513, 1.13917952006, 0.8381992232],
+    "GradNorm paper": [1.17971678536, 1.15295990791, 0.667323306731],
+    "GradNorm closed form": [2.73536877389, 0.24245990882, 0.0221713172857],
+    "GradNorm scale=gradient": [1.3797590097, 1.30875109596, 0.831187325302],
+    "GradNorm scale=reference": [1.05425624013, 1, 0.63509962121],
+    "GradNorm every 3rd, mean of 2": [1.06141638933, 1.05092899583, 0.887654614845],
+    "EqualWeights": [1, 1, 1],
+    "FixedWeights": [0.25, 2, 1.5],
+    "LossRatioBalancing": [1.27688774942, 0.698793091042, 1.02431915954],
+    "LossRatioBalancing mean of 2": [1.20562840978, 0.806649796412, 0.987721793812],
+    "UncertaintyWeighting": [0.674921960444, 1.07699427338, 0.381234872619],
+    "UncertaintyWeighting revised": [0.673631335144, 0.642906243231, 0.381349943459],
+    "DynamicWeightAverage": [0.987451196929, 0.926254782881, 1.08629402019],
+    "DynamicTaskPrioritization": [0.0763571323976, 0.829511849796, 0.601591764532],
+    "AdaptiveNormalizedLoss": [52.7128686807, 0.904025247631, 0.0243349772752],
+    "LearningRateAnnealing": [12.5261138543, 1, 0.51986085172],
+    "LearningRateAnnealing norm": [3064.89536193, 92.2100416739, 1.08171338811],
+    "RandomLossWeighting": [1.6518724582, 0.104387927023, 1.24373961478],
+    "GeometricLoss": [10.3130534846, 0.438630207361, 0.0081874833278],
+    "ReLoBRaLo": [2.62777266449, 0.0407982787909, 0.331429056716],
+    "SoftAdapt": [1.17352574047, 1.82647422953, 2.99999997e-08],
+    "SoftAdapt normalized": [1.45901301485, 1.53064350327, 0.0103434818792],
+    "SoftAdapt loss-weighted": [0.00566126403727, 0.134290274646, 2.86004846132],
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_values(name):
+    """After twelve of the contract's measurements; written down once, so that no later change moves them unseen."""
+    weights = run(BALANCERS[name](), measurements(12)).weights_for(TASKS).tolist()
+    assert weights == pytest.approx(FROZEN[name], rel=1e-9)
+
+
+def test_every_balancer_has_a_frozen_value():
+    assert set(FROZEN) == set(BALANCERS)
+    assert EPOCH < 6, "two epochs at least, or DWA shows nothing"

@@ -283,3 +283,20 @@ def test_a_page_that_says_something_else_is_found(tmp_path, monkeypatch, capsys)
     (tmp_path / "page.md").write_text(text.replace("100", "200"))
     assert pages.main(["--check"]) == 1
     assert "page.md is not what the records say" in capsys.readouterr().out
+
+
+def test_some_methods_alone_are_compared_on_every_seed_that_they_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    (tmp_path / "klein_gordon").mkdir()
+    records = Records(tmp_path / "klein_gordon" / "records.jsonl")
+    for method, errors in (("equal", [0.3]), ("annealing", [0.2, 0.1, 0.4]), ("GradNorm", [0.1, 0.2, 0.3])):
+        for seed, error in enumerate(errors):
+            records.add(Record("Klein–Gordon", method, seed, 10, {"relative L2 error": error}, 0.1))
+    everything = pages.Results("klein_gordon")
+    pair = everything.only("annealing", "GradNorm")
+    assert (everything.seeds("Klein–Gordon"), pair.seeds("Klein–Gordon")) == (1, 3)
+    assert pair.better_on("Klein–Gordon", "GradNorm", "relative L2 error", "annealing") == 2
+    rows = pair.seed_by_seed("Klein–Gordon", "relative L2 error").splitlines()
+    assert rows[2:] == ["| annealing | 0.2 | 0.1 | 0.4 | 0.233 ± 0.153 |", "| GradNorm | 0.1 | 0.2 | 0.3 | 0.200 ± 0.100 |"]
+    with pytest.raises(ValueError, match="klein_gordon has no method 'Gradnorm'; it has GradNorm, .*annealing"):
+        everything.only("annealing", "Gradnorm")

@@ -4,6 +4,8 @@ python -m benchmarks.experiments.pages           # writes the pages, and the tab
 python -m benchmarks.experiments.pages --check   # exits with 1 if a page is not what the records say
 """
 
+import copy
+import dataclasses
 import importlib
 import statistics
 import sys
@@ -38,6 +40,23 @@ class Results:
 
     def __init__(self, name: str) -> None:
         self.experiment, self.records = experiment(name), Records(RESULTS / name / "records.jsonl")
+
+    def only(self, *methods: str) -> "Results":
+        """The same of some methods alone: on every seed that these have, whatever the others have.
+
+        Raises:
+            ValueError: for a method that no problem of the experiment has.
+        """
+        known = {method for problem in self.experiment.problems.values() for method in problem.methods}
+        if unknown := [method for method in methods if method not in known]:
+            raise ValueError(f"{self.experiment.name} has no method {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        chosen = {
+            name: problem._replace(methods=[method for method in problem.methods if method in methods])
+            for name, problem in self.experiment.problems.items()
+        }
+        results = copy.copy(self)
+        results.experiment = dataclasses.replace(self.experiment, problems=chosen)
+        return results
 
     def __bool__(self) -> bool:
         return bool(self.records.all())

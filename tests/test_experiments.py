@@ -298,5 +298,5 @@ def test_some_methods_alone_are_compared_on_every_seed_that_they_have(tmp_path, 
     assert pair.better_on("Klein–Gordon", "GradNorm", "relative L2 error", "annealing") == 2
     rows = pair.seed_by_seed("Klein–Gordon", "relative L2 error").splitlines()
     assert rows[2:] == ["| annealing | 0.2 | 0.1 | 0.4 | 0.233 ± 0.153 |", "| GradNorm | 0.1 | 0.2 | 0.3 | 0.200 ± 0.100 |"]
-    with pytest.raises(ValueError, match="klein_gordon has no method 'Gradnorm'; it has GradNorm, .*annealing"):
+    with pytest.raises(ValueError, match=r"klein_gordon has no method 'Gradnorm'; it has GradNorm, .*annealing"):
         everything.only("annealing", "Gradnorm")

@@ -101,6 +101,19 @@ def test_the_learning_rate_falls_by_a_tenth_smoothly_every_thousand_steps():
     assert slower.get_last_lr()[0] == pytest.approx(1e-3 * 0.9**0.5)
 
 
+@pytest.mark.parametrize("unit", [1, 125])
+def test_the_lifes_head_starts_at_the_cycles_that_it_is_told(unit):
+    torch.manual_seed(0)
+    module = turbofans.Turbofan(10, unit)
+    windows = torch.randn(64, 14, 30)
+    before = unit * module(windows)[0].detach()
+    torch.manual_seed(0)
+    started = turbofans.Turbofan(10, unit, start=80.0)
+    torch.testing.assert_close(
+        unit * started(windows)[0].detach() - 80, before - unit * module.life.bias.item(), rtol=0, atol=1e-3
+    )
+
+
 def test_windows_hold_thirty_cycles_and_the_life_that_is_left(data):
     engines = turbofans.Engines.read(data / "cmapss", "FD001")
     windows, lives = engines.train

@@ -46,7 +46,7 @@ def fit_digits(case: Case, balancer: LossBalancer) -> Record:
 
 
 FITS: dict[str, tuple[Callable[[Case, LossBalancer], Record], Mapping[str, Better]]] = {
-    "C-MAPSS FD001": (lambda case, balancer: fit_turbofan(case, "FD001", balancer, 1, {}), TURBOFANS),
+    "C-MAPSS FD001": (lambda case, balancer: fit_turbofan(case, "FD001", balancer), TURBOFANS),
     "digits": (fit_digits, DIGITS),
     "toy, T = 2": (lambda case, balancer: fit_toy(case, 2, balancer), TOY),
     "toy, T = 10": (lambda case, balancer: fit_toy(case, 10, balancer), TOY),

@@ -114,9 +114,12 @@ class Turbofan(MultiTaskMixin, L.LightningModule):
         steps: of the fit.
         unit: cycles that the life's head counts in: 1, or 125 for a target scaled by hand.
         factors: task → factor of its loss.
+        start: cycles in the bias of the life's head before training; by default what the layer draws, near 0.
     """
 
-    def __init__(self, steps: int, unit: float = 1.0, factors: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, steps: int, unit: float = 1.0, factors: dict[str, float] | None = None, start: float | None = None
+    ) -> None:
         super().__init__()
         self.steps, self.unit, self.factors = steps, unit, factors or {}
         self.trunk = nn.Sequential(
@@ -131,6 +134,8 @@ class Turbofan(MultiTaskMixin, L.LightningModule):
             nn.ReLU(),
         )
         self.life, self.state = nn.Linear(64, 1), nn.Linear(64, 3)
+        if start is not None:
+            nn.init.constant_(self.life.bias, start / unit)
 
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """``[N, 14, 30]`` → life in the unit ``[N]``, scores of the states ``[N, 3]``."""

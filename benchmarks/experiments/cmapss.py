@@ -1,8 +1,8 @@
 """Remaining useful life and state of health of C-MAPSS turbofans (FD001, FD002), the life in cycles as it comes.
 
 ``hand-scaled`` has the life divided by 125, which makes the two losses alike: the one to reach. All others see cycles; ``fixed
-1/125²`` is the control, which has the hand-scaled one's loss and a head that counts in cycles. ``from the mean``: the bias of the
-life's head starts at the mean life of the training windows, which is what a constant prediction would be.
+1/125²`` is the control, which has the hand-scaled one's loss and a head that counts in cycles. ``from the mean``: the bias of
+the life's head starts at the mean life of the training windows.
 
     python -m benchmarks.experiments.cmapss --data DATA        # five seeds: an hour and a quarter
     python -m benchmarks.experiments.cmapss --data DATA --quick

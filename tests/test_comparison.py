@@ -63,6 +63,19 @@ def test_the_table_says_all_of_it():
     assert all(line.count("|") == 6 for line in markdown.splitlines()[2:7])
 
 
+def test_times_that_were_not_taken_side_by_side_are_left_out(tmp_path):
+    timeless = Comparison(
+        BETTER, runs(plain=[(0.5, 4.0, None), (0.6, 6.0, 1.0)], other=[(0.7, 3.0, 1.0), (0.9, 2.0, 1.0)]), "plain"
+    )
+    assert timeless.columns() == KNOWN.columns()[:-1]
+    assert [len(row) for row in timeless.rows()] == [4, 4]
+    assert "step time" not in timeless.markdown()
+    timeless.write(tmp_path / "runs.json")
+    assert Comparison.read(tmp_path / "runs.json") == timeless
+    with pytest.raises(ValueError, match="time of a step is not known for every run"):
+        timeless.time_ratio("other")
+
+
 def test_one_seed_has_no_spread_and_one_method_no_differences():
     single = Comparison(BETTER, runs(plain=[(0.5, 4.0, 1.0)]), "plain")
     assert "±" not in "".join(single.rows()[0])

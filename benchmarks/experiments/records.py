@@ -118,7 +118,6 @@ class Records:
     def comparison(self, problem: str, better: Mapping[str, Better], methods: Iterable[str]) -> Comparison | None:
         """The methods on one problem, the first being the baseline; ``None`` if there is nothing to compare yet."""
         found = self.of(problem, methods)
-        runs = [
-            Run(fit.method, fit.seed, fit.measures, fit.step_seconds, fit.weights) for fits in found.values() for fit in fits
-        ]
+        # Fits that were made hours apart, beside who knows what: their step times are not compared.
+        runs = [Run(fit.method, fit.seed, fit.measures, None, fit.weights) for fits in found.values() for fit in fits]
         return Comparison(dict(better), runs, next(iter(found))) if runs else None

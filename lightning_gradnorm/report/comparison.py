@@ -22,14 +22,14 @@ class Run:
         method: its name.
         seed: that it started from.
         measures: name → value at the end of fit.
-        step_seconds: median time of an optimiser step.
+        step_seconds: median time of an optimiser step; ``None`` where it is not to be compared.
         weights: task → weight at the end.
     """
 
     method: str
     seed: int
     measures: dict[str, float]
-    step_seconds: float
+    step_seconds: float | None
     weights: dict[str, float]
 
 
@@ -86,13 +86,24 @@ class Comparison:
         return ahead + (level + 1) / 2
 
     def time_ratio(self, method: str) -> float:
-        """Median over the seeds of the step's time to the baseline's."""
-        seconds = {run.seed: run.step_seconds for run in self.runs if run.method == self.baseline}
-        return statistics.median(run.step_seconds / seconds[run.seed] for run in self.runs if run.method == method)
+        """Median over the seeds of the step's time to the baseline's.
+
+        Raises:
+            ValueError: where a run has no time.
+        """
+        seconds = {(run.method, run.seed): run.step_seconds for run in self.runs if run.step_seconds is not None}
+        if len(seconds) < len(self.runs):
+            raise ValueError(f"The time of a step is not known for every run: {len(seconds)} of {len(self.runs)} have one.")
+        return statistics.median(seconds[method, seed] / seconds[self.baseline, seed] for seed in self.seeds)
+
+    @property
+    def _timed(self) -> bool:
+        return all(run.step_seconds is not None for run in self.runs)
 
     def columns(self) -> tuple[str, ...]:
-        """Of the table of values."""
-        return ("method", *(f"{name} {ARROWS[way]}" for name, way in self.better.items()), "mean rank", "step time")
+        """Of the table of values; the time of a step where every run has one."""
+        times = ("step time",) if self._timed else ()
+        return ("method", *(f"{name} {ARROWS[way]}" for name, way in self.better.items()), "mean rank", *times)
 
     def rows(self) -> list[tuple[str, ...]]:
         """Best method first: mean and spread per measure, mean rank, time of a step to the baseline's."""
@@ -101,7 +112,7 @@ class Comparison:
                 method,
                 *(mean_std(self.values(method, m)) for m in self.better),
                 f"{self.mean_rank(method):.2f}",
-                f"{self.time_ratio(method):.2f}",
+                *([f"{self.time_ratio(method):.2f}"] if self._timed else []),
             )
             for method in self.methods
         ]

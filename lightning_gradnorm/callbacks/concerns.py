@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_gradnorm.balancers import EqualWeights, FixedWeights, LossBalancer
+from lightning_gradnorm.balancers import EqualWeights, FixedWeights, GradNorm, LossBalancer, LossRatioBalancing
 from lightning_gradnorm.callbacks.lightning_api import Trainer, setting_of
 
 _LONG = 500  # optimiser steps after which a state of things is worth a word
 _FEW = 5  # observations that it takes at least
 _SHRUNK = 0.05  # of the largest share of the plain sum's gradient so far, below which Adam is slow to follow
+_HARDLY_LEARNT = 0.9  # of the first loss
 _WEIGHTED = "total_loss/weighted"
 
 
@@ -58,7 +59,7 @@ class Concerns:
             seen = self._seen.setdefault(task, _Seen(step, weight, weight, ratio, ratio))
             self._moved |= abs(weight - seen.weight) > 1e-3 * seen.weight
             yield from self._at_bound(balancer, task, weight, seen, step)
-            yield from self._in_vain(task, weight, ratio, seen, step)
+            yield from self._in_vain(balancer, task, weight, ratio, seen, step)
         if not self._moved and step - self._first_step >= _LONG and self._observations >= _FEW:
             yield (
                 "still",
@@ -81,7 +82,9 @@ class Concerns:
                 "loss itself.",
             )
 
-    def _in_vain(self, task: str, weight: float, ratio: float, seen: _Seen, step: int) -> Iterator[tuple[str, str]]:
+    def _in_vain(
+        self, balancer: LossBalancer, task: str, weight: float, ratio: float, seen: _Seen, step: int
+    ) -> Iterator[tuple[str, str]]:
         if not math.isfinite(ratio):
             return
         if not math.isfinite(seen.recent):
@@ -95,8 +98,7 @@ class Concerns:
             yield (
                 f"vain {task}",
                 f"The weight of task {task!r} rose from {seen.low:.3g} to {weight:.3g} within {step - seen.step} steps "
-                f"while its loss stayed where it was ({seen.recent:.3g} of the first). GradNorm keeps raising the weight of a "
-                "task that cannot be learnt: check its labels and its head, lower alpha, or set max_weight.",
+                f"while its loss stayed where it was ({seen.recent:.3g} of the first). {_ways_out(balancer, seen.recent)}",
             )
 
     def of_scale(
@@ -146,6 +148,16 @@ class Concerns:
                     f"{who} monitors {metric!r}, which is the weighted total: it moves with the weights, so it can fall while "
                     "every task gets worse. Monitor total_loss/unweighted, or a validation metric of the tasks.",
                 )
+
+
+def _ways_out(balancer: LossBalancer, ratio: float) -> str:
+    lower = isinstance(balancer, GradNorm | LossRatioBalancing) and balancer.alpha > 0
+    ways = ["lower alpha"] * lower + ["set max_weight"] * hasattr(balancer, "max_weight")
+    if ratio < _HARDLY_LEARNT:
+        more = f" If its validation metrics stand still too, {' or '.join(ways)}." if ways else ""
+        return f"It may have learnt what it can.{more}"
+    ways = ["check its labels and its head", *ways]
+    return f"{type(balancer).__name__} keeps raising the weight of a task that cannot be learnt: {', or '.join(ways)}."
 
 
 def _monitors(trainer: Trainer) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gradnorm import EqualWeights, GradNorm, GradNormCallback, LossBalancingCallback, UncertaintyWeighting
+from lightning_gradnorm import EqualWeights, GradNorm, GradNormCallback, LossBalancingCallback, ReLoBRaLo, UncertaintyWeighting
 from lightning_gradnorm.callbacks.concerns import Concerns
 from tests.helpers import MemoryLogger, TrunkAndHeads, batches, quiet_trainer, same_state
 
@@ -129,8 +129,22 @@ def test_a_task_that_cannot_be_learnt_is_told():
     said = told(GradNorm(), [(1 + 0.04 * k, 1.0 + 0.05 * (-1) ** k) for k in range(24)])
     assert "The weight of task 'a' rose from" in said["vain a"]
     assert "cannot be learnt: check its labels" in said["vain a"]
+    assert said["vain a"].endswith("check its labels and its head, or lower alpha, or set max_weight.")
+    equal_norms = told(GradNorm(0), [(1 + 0.04 * k, 1.0) for k in range(24)])
+    assert equal_norms["vain a"].endswith("check its labels and its head, or set max_weight."), "α = 0 cannot be lowered"
+    without = told(ReLoBRaLo(), [(1 + 0.04 * k, 1.0) for k in range(24)])
+    assert without["vain a"].endswith("cannot be learnt: check its labels and its head.")
     learning = told(GradNorm(), [(1 + 0.04 * k, 0.93**k) for k in range(24)])
     assert learning == {}
+
+
+def test_a_task_that_has_learnt_what_it_can_is_not_called_hopeless():
+    said = told(GradNorm(), [(1 + 0.04 * k, 0.3) for k in range(24)])
+    assert "may have learnt what it can" in said["vain a"]
+    assert said["vain a"].endswith("If its validation metrics stand still too, lower alpha or set max_weight.")
+    assert "labels" not in said["vain a"]
+    without = told(ReLoBRaLo(), [(1 + 0.04 * k, 0.3) for k in range(24)])
+    assert without["vain a"].endswith("It may have learnt what it can.")
 
 
 def test_weights_that_never_move_are_told():

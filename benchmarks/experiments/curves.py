@@ -27,6 +27,9 @@ COLOURS = {
     "GradNorm, every 10th step": SKY,
     "fixed 1/σ²": BLACK,
     "hand-scaled": BLACK,
+    "equal, from the mean": ORANGE,
+    "hand-scaled, from the mean": BLACK,
+    "GradNorm, from the mean": BLUE,
     "fixed 1/125²": BLACK,
 }
 

@@ -11,7 +11,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from digits_problem import Digits, DigitsData
 
 from lightning_gradnorm import GradNormCallback
 from lightning_gradnorm.callbacks.log import BalancingLog
+from lightning_gradnorm.comparison import StepTimes
 
 
 class Plain(Digits):
@@ -47,26 +47,16 @@ class Silent(BalancingLog):
         return False
 
 
-class Times(L.Callback):
-    """Seconds from the end of one batch to the end of the next."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.last: float | None = None
-
-    def on_train_epoch_start(self, *args: object) -> None:
-        self.last = None
-
-    def on_train_batch_end(self, *args: object) -> None:
-        now = time.perf_counter()
-        if self.last is not None:
-            self.seconds.append(now - self.last)
-        self.last = now
+def silent() -> GradNormCallback:
+    """GradNorm that writes nothing."""
+    callback = GradNormCallback(summary=False)
+    callback._log = Silent(None, False)
+    return callback
 
 
 def step_seconds(module: L.LightningModule, callback: GradNormCallback, epochs: int) -> tuple[float, int]:
     """Median time of a step, and how many tags were logged."""
-    times = Times()
+    times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             max_epochs=epochs,
@@ -80,7 +70,7 @@ def step_seconds(module: L.LightningModule, callback: GradNormCallback, epochs: 
             enable_model_summary=False,
         )
         trainer.fit(module, DigitsData())
-    return statistics.median(times.seconds), len(callback.logged)
+    return times.median(), len(callback.logged)
 
 
 def main() -> None:
@@ -95,22 +85,14 @@ def main() -> None:
         _, count = step_seconds(Digits(), GradNormCallback(summary=False), args.epochs)
         for _ in range(args.rounds):
             ours, _ = step_seconds(Digits(), GradNormCallback(summary=False), args.epochs)
-            silent = GradNormCallback(summary=False)
-            silent._log = Silent(None, False)
-            theirs, _ = step_seconds(Plain(count), silent, args.epochs)
-            bare, _ = step_seconds(Digits(), _silent(), args.epochs)
+            theirs, _ = step_seconds(Plain(count), silent(), args.epochs)
+            bare, _ = step_seconds(Digits(), silent(), args.epochs)
             ratios.append(ours / theirs)
             steps.append((ours, theirs, bare))
     low, middle, high = statistics.quantiles(ratios, n=4)
     own, others, bare = (1000 * statistics.median(column) for column in zip(*steps, strict=True))
     print(f"{count} tags at every step: {middle:.3f} [{low:.3f}–{high:.3f}] of the step that logs as many by log_dict")
     print(f"Medians: {own:.2f} ms, {others:.2f} ms, and {bare:.2f} ms where nothing is logged")
-
-
-def _silent() -> GradNormCallback:
-    callback = GradNormCallback(summary=False)
-    callback._log = Silent(None, False)
-    return callback
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What it costs to log at every step: GradNorm's own tags, against as many scalars logged by the module itself.
 
 The digits example, GradNorm in both cases; one logs its tags at every step, the other nothing while the module logs as many
-numbers with Lightning's ``log_dict``. Fits of the two alternate in one process; medians of the step times, and their quartiles
-over the rounds.
+numbers with Lightning's ``log_dict``. Fits of the two alternate in one process; medians of the step times (of means over twenty
+steps each), and their quartiles over the rounds.
 
     python benchmarks/logging_cost.py
 """

@@ -72,8 +72,17 @@ def test_times_that_were_not_taken_side_by_side_are_left_out(tmp_path):
     assert "step time" not in timeless.markdown()
     timeless.write(tmp_path / "runs.json")
     assert Comparison.read(tmp_path / "runs.json") == timeless
-    with pytest.raises(ValueError, match="time of a step is not known for every run"):
+    with pytest.raises(ValueError, match="time of a step is known on 1 of 2 seeds only, of 'other' and 'plain'"):
         timeless.time_ratio("other")
+
+
+def test_a_seed_that_was_run_twice_counts_twice():
+    twice = [
+        Run(method, 0, {"accuracy": 0.5, "error": 1.0}, seconds, {}) for method, seconds in (("plain", 2.0), ("other", 3.0))
+    ]
+    again = Comparison(BETTER, [*twice, *twice], "plain")
+    assert again.time_ratio("other") == 1.5
+    assert "1.50" in str(again)
 
 
 def test_one_seed_has_no_spread_and_one_method_no_differences():

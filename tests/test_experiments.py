@@ -8,12 +8,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.experiments import pages, physics, tox21, turbofans
-from benchmarks.experiments.command import main
+from benchmarks.experiments import cmapss, pages, physics, tox21, turbofans
+from benchmarks.experiments.command import Case, main
 from benchmarks.experiments.pages import NAMES, experiment
 from benchmarks.experiments.records import Record, Records
 from tests.test_examples import is_drawn
@@ -224,6 +225,7 @@ def test_every_experiment_runs_resumes_and_writes_its_results(name, data, tmp_pa
     for problem, (methods, _) in this.problems.items():
         assert f"## {problem}, {this.quick_steps:,} steps" in table and problem in printed
         assert all(f"| {method} |" in table for method in methods)
+    assert "step time" not in table, "the fits of a long run are not timed side by side"
     assert str(tmp_path) not in (out / "records.jsonl").read_text()  # where files lay is nobody's business
     made = records[0].made
     assert made["command"] == f"python -m benchmarks.experiments.{name} --quick --data DATA --out OUT"
@@ -268,6 +270,21 @@ def test_lines_are_json(tmp_path):
     assert math.isnan(records.all()[0].measures["error"])
 
 
+def test_from_the_mean_starts_the_lifes_head_at_the_training_windows_mean(data, monkeypatch):
+    started = []
+
+    class Noted(turbofans.Turbofan):
+        def __init__(self, steps, unit=1.0, factors=None, start=None):
+            super().__init__(steps, unit, factors, start)
+            started.append((unit, start))
+
+    monkeypatch.setattr(cmapss, "Turbofan", Noted)
+    for method in ("equal", "equal, from the mean", "hand-scaled, from the mean"):
+        cmapss.fit(Case("FD001", method, 0, 1, 1, L.Callback(), data, None))
+    mean = turbofans.Engines.read(data / "cmapss", "FD001").train[1].mean().item()
+    assert started == [(1, None), (1, mean), (125, mean)]
+
+
 # -- the pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -309,5 +326,10 @@ def test_some_methods_alone_are_compared_on_every_seed_that_they_have(tmp_path, 
     assert pair.better_on("Klein–Gordon", "GradNorm", "relative L2 error", "annealing") == 2
     rows = pair.seed_by_seed("Klein–Gordon", "relative L2 error").splitlines()
     assert rows[2:] == ["| annealing | 0.2 | 0.1 | 0.4 | 0.233 ± 0.153 |", "| GradNorm | 0.1 | 0.2 | 0.3 | 0.200 ± 0.100 |"]
+    later = everything.only("annealing", "GradNorm", from_seed=1)
+    assert later.seeds("Klein–Gordon") == 2
+    assert later.better_on("Klein–Gordon", "GradNorm", "relative L2 error", "annealing") == 1
+    assert pair.median("Klein–Gordon", "GradNorm", "relative L2 error") == 0.2
+    assert pair.mean_difference("Klein–Gordon", "GradNorm", "relative L2 error", "annealing") == "-0.033 ± 0.115"
     with pytest.raises(ValueError, match=r"klein_gordon has no method 'Gradnorm'; it has GradNorm, .*annealing"):
         everything.only("annealing", "Gradnorm")

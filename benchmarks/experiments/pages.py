@@ -41,8 +41,12 @@ class Results:
     def __init__(self, name: str) -> None:
         self.experiment, self.records = experiment(name), Records(RESULTS / name / "records.jsonl")
 
-    def only(self, *methods: str) -> "Results":
+    def only(self, *methods: str, from_seed: int = 0) -> "Results":
         """The same of some methods alone: on every seed that these have, whatever the others have.
+
+        Args:
+            methods: their names.
+            from_seed: the first seed that counts.
 
         Raises:
             ValueError: for a method that no problem of the experiment has.
@@ -56,6 +60,7 @@ class Results:
         }
         results = copy.copy(self)
         results.experiment = dataclasses.replace(self.experiment, problems=chosen)
+        results.records = Records(self.records.path, from_seed)
         return results
 
     def __bool__(self) -> bool:
@@ -143,6 +148,16 @@ class Results:
     def mean(self, problem: str, method: str, measure: str) -> float:
         """Over the seeds."""
         return statistics.fmean(fit.measures[measure] for fit in self.fits(problem, method))
+
+    def median(self, problem: str, method: str, measure: str) -> float:
+        """Over the seeds."""
+        return statistics.median(fit.measures[measure] for fit in self.fits(problem, method))
+
+    def mean_difference(self, problem: str, method: str, measure: str, baseline: str) -> str:
+        """Method minus baseline, seed by seed: mean ± standard deviation."""
+        comparison = self.experiment.comparison(self.records, problem, baseline)
+        assert comparison is not None, f"no records of {problem}"
+        return mean_std(comparison.differences(method, measure), "+")
 
     def better_on(self, problem: str, method: str, measure: str, than: str = "equal") -> int:
         """On how many seeds the method is ahead of another."""

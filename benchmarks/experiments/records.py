@@ -66,10 +66,11 @@ class Records:
 
     Args:
         path: of the file; it need not be there yet.
+        from_seed: records of smaller seeds are passed over.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, from_seed: int = 0) -> None:
+        self.path, self.from_seed = path, from_seed
         self._read: tuple[int, list[Record]] = (0, [])  # how long the file was, and what it held: it only grows
 
     def all(self) -> list[Record]:
@@ -79,8 +80,8 @@ class Records:
             return list(self._read[1])
         found = []
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and line.strip():
-                found.append(Record(**json.loads(line)))
+            if line.endswith("\n") and line.strip() and (record := Record(**json.loads(line))).seed >= self.from_seed:
+                found.append(record)
         self._read = length, found
         return list(found)
 

@@ -157,7 +157,8 @@ def _ways_out(balancer: LossBalancer, ratio: float) -> str:
         more = f" If its validation metrics stand still too, {' or '.join(ways)}." if ways else ""
         return f"It may have learnt what it can.{more}"
     ways = ["check its labels and its head", *ways]
-    return f"{type(balancer).__name__} keeps raising the weight of a task that cannot be learnt: {', or '.join(ways)}."
+    cause = f"{type(balancer).__name__} keeps raising the weight of" if lower else "It may be"
+    return f"{cause} a task that cannot be learnt: {', or '.join(ways)}."
 
 
 def _monitors(trainer: Trainer) -> Iterator[tuple[str, str]]:

@@ -91,10 +91,14 @@ class Comparison:
         Raises:
             ValueError: where a run has no time.
         """
-        seconds = {(run.method, run.seed): run.step_seconds for run in self.runs if run.step_seconds is not None}
-        if len(seconds) < len(self.runs):
-            raise ValueError(f"The time of a step is not known for every run: {len(seconds)} of {len(self.runs)} have one.")
-        return statistics.median(seconds[method, seed] / seconds[self.baseline, seed] for seed in self.seeds)
+        times = {run.seed: run.step_seconds for run in self.runs if run.method == self.baseline}
+        pairs = [(run.step_seconds, times[run.seed]) for run in self.runs if run.method == method]
+        known = [ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+        if len(known) < len(pairs):
+            raise ValueError(
+                f"The time of a step is known on {len(known)} of {len(pairs)} seeds only, of {method!r} and {self.baseline!r}."
+            )
+        return statistics.median(known)
 
     @property
     def _timed(self) -> bool:

@@ -10,7 +10,6 @@ the life's head starts at the mean life of the training windows.
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import torch
 
@@ -40,8 +39,8 @@ BALANCERS: dict[str, Callable[[], LossBalancer]] = {
     "GradNorm, Σw = T": lambda: GradNorm(scale="sum"),
     "fixed 1/125²": lambda: FixedWeights({"life": CAP**-2, "health": 1}),
 }
-FROM_MEAN = ", from the mean"
-METHODS = (*BALANCERS, STATIC, *(method + FROM_MEAN for method in ("equal", "hand-scaled", "GradNorm")))
+FROM_MEAN = {method + ", from the mean": BALANCERS[method] for method in ("equal", "hand-scaled", "GradNorm")}
+METHODS = (*BALANCERS, STATIC, *FROM_MEAN)
 SUBSETS = ("FD001", "FD002")
 BETTER: Mapping[str, Better] = {"RMSE": "lower", "NASA score": "lower", "accuracy": "higher"}
 
@@ -69,10 +68,9 @@ def fit_turbofan(
 
 def fit(case: Case) -> Record:
     """One method, one seed, one subset."""
-    method = case.method.removesuffix(FROM_MEAN)
-    balancer = balancer_of(replace(case, method=method), BALANCERS)
-    unit = CAP if method == "hand-scaled" else 1
-    return fit_turbofan(case, case.problem, balancer, unit, from_mean=method != case.method)
+    balancer = balancer_of(case, BALANCERS | FROM_MEAN)
+    unit = CAP if case.method.startswith("hand-scaled") else 1
+    return fit_turbofan(case, case.problem, balancer, unit, from_mean=case.method in FROM_MEAN)
 
 
 EXPERIMENT = Experiment(

@@ -16,7 +16,7 @@ import jinja2
 
 from benchmarks.experiments.command import Experiment, write_report
 from benchmarks.experiments.records import Record, Records
-from lightning_gradnorm.report.comparison import ARROWS, mean_std
+from lightning_gradnorm.report.comparison import ARROWS, Comparison, mean_std
 from lightning_gradnorm.report.table import markdown_rows
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ class Results:
         }
         results = copy.copy(self)
         results.experiment = dataclasses.replace(self.experiment, problems=chosen)
-        results.records = Records(self.records.path, from_seed)
+        results.records = self.records.since(from_seed)
         return results
 
     def __bool__(self) -> bool:
@@ -86,10 +86,14 @@ class Results:
         """How many."""
         return len(next(iter(self.found(problem).values())))
 
+    def _comparison(self, problem: str, baseline: str | None = None) -> Comparison:
+        comparison = self.experiment.comparison(self.records, problem, baseline)
+        assert comparison is not None, f"no records of {problem}"
+        return comparison
+
     def table(self, problem: str, measures: Sequence[str] = ()) -> str:
         """Methods as they are listed: mean ± standard deviation over the seeds of every measure."""
-        comparison = self.experiment.comparison(self.records, problem)
-        assert comparison is not None, f"no records of {problem}"
+        comparison = self._comparison(problem)
         better = self.experiment.problems[problem].better
         measures = measures or tuple(better)
         columns = ["", *(f"{m} {ARROWS[better[m]]}" for m in measures)]
@@ -99,8 +103,7 @@ class Results:
 
     def differences(self, problem: str, measures: Sequence[str] = (), baseline: str = "equal") -> str:
         """Method minus baseline, seed by seed: mean ± standard deviation."""
-        comparison = self.experiment.comparison(self.records, problem, baseline)
-        assert comparison is not None, f"no records of {problem}"
+        comparison = self._comparison(problem, baseline)
         measures = measures or tuple(self.experiment.problems[problem].better)
         rows = [
             [method, *(mean_std(comparison.differences(method, measure), "+") for measure in measures)]
@@ -155,9 +158,7 @@ class Results:
 
     def mean_difference(self, problem: str, method: str, measure: str, baseline: str) -> str:
         """Method minus baseline, seed by seed: mean ± standard deviation."""
-        comparison = self.experiment.comparison(self.records, problem, baseline)
-        assert comparison is not None, f"no records of {problem}"
-        return mean_std(comparison.differences(method, measure), "+")
+        return mean_std(self._comparison(problem, baseline).differences(method, measure), "+")
 
     def better_on(self, problem: str, method: str, measure: str, than: str = "equal") -> int:
         """On how many seeds the method is ahead of another."""

@@ -1,5 +1,6 @@
 """What fits came to, one line of JSON each, so that a run that was stopped goes on where it was."""
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,24 +67,26 @@ class Records:
 
     Args:
         path: of the file; it need not be there yet.
-        from_seed: records of smaller seeds are passed over.
     """
 
-    def __init__(self, path: Path, from_seed: int = 0) -> None:
-        self.path, self.from_seed = path, from_seed
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._first_seed = 0
         self._read: tuple[int, list[Record]] = (0, [])  # how long the file was, and what it held: it only grows
+
+    def since(self, seed: int) -> "Records":
+        """The same file without the records of smaller seeds."""
+        later = copy.copy(self)
+        later._first_seed = seed
+        return later
 
     def all(self) -> list[Record]:
         """In the order in which they were made; a line that an interruption cut short is left out."""
         length = self.path.stat().st_size if self.path.exists() else 0
-        if length == self._read[0]:
-            return list(self._read[1])
-        found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and line.strip() and (record := Record(**json.loads(line))).seed >= self.from_seed:
-                found.append(record)
-        self._read = length, found
-        return list(found)
+        if length != self._read[0]:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self._read = length, [Record(**json.loads(line)) for line in lines if line.endswith("\n") and line.strip()]
+        return [record for record in self._read[1] if record.seed >= self._first_seed]
 
     def find(self, problem: str, method: str, seed: int, steps: int) -> Record | None:
         """The last one of these, if there is one."""

@@ -152,7 +152,8 @@ class Concerns:
 
 def _ways_out(balancer: LossBalancer, ratio: float) -> str:
     lower = isinstance(balancer, GradNorm | LossRatioBalancing) and balancer.alpha > 0
-    ways = ["lower alpha"] * lower + ["set max_weight"] * hasattr(balancer, "max_weight")
+    bound = hasattr(balancer, "max_weight")
+    ways = [way for way, there in (("lower alpha", lower), ("set max_weight", bound)) if there]
     if ratio < _HARDLY_LEARNT:
         more = f" If its validation metrics stand still too, {' or '.join(ways)}." if ways else ""
         return f"It may have learnt what it can.{more}"

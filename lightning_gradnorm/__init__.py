@@ -21,7 +21,7 @@ from lightning_gradnorm.callbacks import GradNormCallback, LossBalancingCallback
 from lightning_gradnorm.comparison import compare
 from lightning_gradnorm.diagnosis import diagnose
 from lightning_gradnorm.gradients import JointBackward, PerTaskBackward, tap_losses
-from lightning_gradnorm.layer_gradients import LayerWatch
+from lightning_gradnorm.layer_watch import LayerWatch
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.mixin import MultiTaskMixin
 from lightning_gradnorm.pointwise import GradientNormPoints, PointWeighting, SelfAdaptivePoints, UniformPoints

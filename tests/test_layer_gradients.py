@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from benchmarks.overhead import flops
 from lightning_gradnorm import JointBackward, LayerWatch, tap_losses
-from lightning_gradnorm.layer_gradients import LayerBackward, LayerGradients
+from lightning_gradnorm.layer_gradients import LayerGradients
+from lightning_gradnorm.layer_watch import LayerBackward
 from tests.helpers import in_another_thread, use_up_node_numbers
 
 pytestmark = [
@@ -87,7 +88,7 @@ def test_equal_to_one_autograd_grad_per_task(make, shape, form, scale):
 @pytest.fixture
 def always_gram(monkeypatch):
     """Whatever the operations say."""
-    monkeypatch.setattr("lightning_gradnorm.layer_gradients._gram_is_less", lambda *sizes: True)
+    monkeypatch.setattr("lightning_gradnorm.layer_watch.gram_is_less", lambda *sizes: True)
 
 
 @pytest.mark.usefixtures("always_gram")

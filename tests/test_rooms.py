@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "shared_layer": {"autograd_graph"},
     "task_gradients": {"measurement"},
     "gradients": FLOOR | {"autograd_graph", "task_gradients"},
-    "layer_gradients": {"measurement", "gradients", "task_gradients", "autograd_graph"},
+    "layer_gradients": {"measurement", "task_gradients"},
+    "layer_watch": {"gradients", "layer_gradients", "autograd_graph"},
     "window": {"measurement", "task_gradients"},
     "weights_file": set(),
     "balancers": FLOOR | {"weights_file"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
         "autograd_graph",
         "shared_layer",
         "gradients",
-        "layer_gradients",
+        "layer_watch",
         "window",
         "balancers",
         "report",
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "__init__": FLOOR
     | {
         "gradients",
-        "layer_gradients",
+        "layer_watch",
         "shared_layer",
         "balancers",
         "mixin",

@@ -12,7 +12,7 @@ from lightning_gradnorm.balancers.checks import check_choice
 from lightning_gradnorm.callbacks.link import NotedLosses
 from lightning_gradnorm.callbacks.ranks import RankAgreement
 from lightning_gradnorm.gradients import GradientReader, IncompleteBackwardError, JointBackward, PerTaskBackward
-from lightning_gradnorm.layer_gradients import LayerWatch
+from lightning_gradnorm.layer_watch import LayerWatch
 from lightning_gradnorm.shared_layer import (
     SharedLayer,
     detect_shared_layer,

@@ -310,7 +310,7 @@ def _is_plain(node: Any) -> bool:
     """A product of real numbers, unscaled and not transposed."""
     if getattr(node, "_saved_alpha", 1) != 1 or getattr(node, "_saved_transposed", False):
         return False
-    return not dtype_of(node).is_complex
+    return not bool(dtype_of(node).is_complex)
 
 
 def _gram_is_less(nodes: Sequence[Any], weight: Tensor, tasks: int) -> bool:

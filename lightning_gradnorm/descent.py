@@ -1,12 +1,12 @@
 """How the tasks' cotangents are carried from where tasks meet down to W, each on its own.
 
 Where several tasks' graphs have met, the backward carries their sum, so each task's part has to be pushed down beside it: one
-vector-Jacobian product per task and node. ``ByHand`` runs node after node, each once per task however many meeting places lie
-above it, and nothing that users have hung on the graph (see ``vector_jacobian``). ``ByEngine`` is for nodes that need the
-engine: one ``torch.autograd.grad`` per task and meeting place.
+vector-Jacobian product per task and node, each node once per task however many meeting places lie above it, and nothing that
+users have hung on the graph (see ``vector_jacobian``). From a node that needs the engine, ``torch.autograd.grad`` goes the rest
+of the way.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,24 +59,11 @@ class Descent:
     """Carries what has arrived at a node on.
 
     Args:
-        edges: node → its children that lead to W.
-        arrivals: where to take cotangents from, and where to put them.
-    """
-
-    def __init__(self, edges: Mapping[Node, Sequence[Node]], arrivals: Arrivals) -> None:
-        self._edges, self._arrivals = edges, arrivals
-
-    def lower(self, node: Node) -> None:
-        """Carry on what has arrived at the node; all that will arrive there is there."""
-        raise NotImplementedError
-
-
-class ByHand(Descent):
-    """Node after node, each once per task.
-
-    Args:
+        nodes: those that will be asked for, and all below them that lead to W.
+        engine_first: those of the nodes from which the engine goes the rest of the way.
         edges: node → its children that lead to W.
         targets: (node, its input) → number of the tensor of W whose gradient arrives there.
+        wanted: the tensors of W, or the edges on which their gradients arrive.
         arrivals: where to take cotangents from, and where to put them.
         factors: product's node → which of its children is a weight of W, and where to put the factors of that weight's gradient
             instead of multiplying them.
@@ -84,19 +71,30 @@ class ByHand(Descent):
 
     def __init__(
         self,
+        nodes: Sequence[Node],
+        engine_first: Collection[Node],
         edges: Mapping[Node, Sequence[Node]],
         targets: Mapping[Target, int],
+        wanted: Sequence[Tensor] | Sequence[GradientEdge],
         arrivals: Arrivals,
-        factors: Mapping[Node, tuple[int, WeightFactors]],
+        factors: Mapping[Node, tuple[int, WeightFactors]] | None = None,
     ) -> None:
-        super().__init__(edges, arrivals)
-        self._targets, self._factors = targets, factors
+        self._nodes, self._edges, self._targets, self._wanted, self._arrivals = nodes, edges, targets, wanted, arrivals
+        self._factors = factors or {}
+        self._engine_first = engine_first
+        self._engine_runs = False
 
     @torch.no_grad()
     def lower(self, node: Node) -> None:
-        arrived = self._arrivals.take(node)
+        """Carry on what has arrived at the node; all that will arrive there is there."""
+        if self._engine_runs:
+            return  # it comes past on its own account: the node's turn is later
         below = self._edges.get(node)
+        arrived = self._arrivals.take(node)
         if not arrived or below is None:
+            return
+        if node in self._engine_first:
+            self._to_the_end(node, arrived)
             return
         ways = node.next_functions
         wanted = [child is not None and (child in below or (child, nr) in self._targets) for child, nr in ways]
@@ -114,46 +112,28 @@ class ByHand(Descent):
                 if leads and child is not None and gradient is not None:
                     self._arrivals.add(task, child, number, gradient)
 
+    def lower_all(self, nodes: Iterable[Node]) -> None:
+        """The nodes one after the other, parents before children."""
+        for node in nodes:
+            self.lower(node)
 
-class ByEngine(Descent):
-    """From a meeting place straight to W, by the engine.
-
-    Args:
-        edges: node → its children that lead to W.
-        targets: (node, its input) → number of the tensor of W whose gradient arrives there.
-        arrivals: where to take cotangents from, and where to put them.
-        wanted: the tensors of W, or the edges on which their gradients arrive.
-    """
-
-    def __init__(
-        self,
-        edges: Mapping[Node, Sequence[Node]],
-        targets: Mapping[Target, int],
-        arrivals: Arrivals,
-        wanted: Sequence[Tensor] | Sequence[GradientEdge],
-    ) -> None:
-        super().__init__(edges, arrivals)
-        self._targets, self._wanted = targets, wanted
-
-    def lower(self, node: Node) -> None:
-        arrived = self._arrivals.take(node)
-        while arrived:
-            task, held = arrived.pop()
-            starts = [GradientEdge(node, number) for number in held]
-            found = by_engine(starts, list(held.values()), self._wanted, self._edges)
-            here = {self._targets.get((node, number)) for number in held}  # it has arrived there already
-            for k, gradient in enumerate(found):
-                if gradient is not None and k not in here:
-                    self._arrivals.add_at_target(task, k, gradient)
-
-
-def by_engine(
-    starts: Sequence[Tensor] | Sequence[GradientEdge],
-    cotangents: Sequence[Tensor],
-    wanted: Sequence[Tensor] | Sequence[GradientEdge],
-    nodes: Iterable[Node],
-) -> list[Tensor | None]:
-    """``torch.autograd.grad`` that keeps the graph, and undoes what it would leave behind in modules and hooks."""
-    leaves = [tensor for tensor in wanted if isinstance(tensor, Tensor)]
-    with undone(nodes, leaves):
-        return list(torch.autograd.grad(starts, wanted, cotangents, retain_graph=True, allow_unused=True))
+    def _to_the_end(self, node: Node, arrived: list[tuple[int, dict[int, Tensor]]]) -> None:
+        leaves = [tensor for tensor in self._wanted if isinstance(tensor, Tensor)]
+        self._engine_runs = True
+        try:
+            while arrived:
+                task, held = arrived.pop()
+                here = {self._targets.get((node, number)) for number in held}  # it has arrived there already
+                with undone(self._nodes, leaves):
+                    found = torch.autograd.grad(
+                        [GradientEdge(node, number) for number in held],
+                        self._wanted,
+                        list(held.values()),
+                        retain_graph=True,
+                        allow_unused=True,
+                    )
+                for k, gradient in enumerate(found):
+                    if gradient is not None and k not in here:
+                        self._arrivals.add_at_target(task, k, gradient)
+        finally:
+            self._engine_runs = False

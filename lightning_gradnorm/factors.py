@@ -317,7 +317,7 @@ def _gram_is_less(nodes: Sequence[Any], weight: Tensor, tasks: int) -> bool:
     """Whether the norms take fewer operations by the Gram form than by one product per task."""
     first = nodes[0]
     if type(first).__name__ == "ConvolutionBackward0":
-        inputs, outputs = weight[0].numel(), weight.shape[0] // first._saved_groups
+        inputs, outputs = weight[0].numel(), weight.shape[0] // int(first._saved_groups)
         rows = sum(math.prod(shape_of(node)) // weight.shape[0] for node in nodes)
     else:
         outputs = shape_of(first)[-1]

@@ -155,20 +155,26 @@ def _saved_by(kind: type) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved"))
 
 
-def can_run_by_hand(nodes: Iterable[Node]) -> bool:
-    """Whether nothing that the nodes have saved comes through hooks, and all lie on one device (each has its streams)."""
-    devices = set()
+def need_engine(nodes: Sequence[Node]) -> set[Node]:
+    """Those of the nodes whose saved tensors come through hooks; all of them, where they lie on several devices.
+
+    Each device has its streams, which the engine knows how to wait for.
+    """
+    found, devices = set(), set()
     for node in nodes:
-        for name in _saved_by(type(node)):
-            saved = getattr(node, name)
-            for part in saved if isinstance(saved, tuple) else (saved,):
-                if getattr(part, "unpack_hook", math.nan) is not None:  # torch before it could be asked: the engine then
-                    return False
+        if any(_has_hooks(getattr(node, name)) for name in _saved_by(type(node))):
+            found.add(node)
         for metadata in _metadata(node):
             if metadata.is_nested_tensor:
-                return False
+                found.add(node)
             devices.add(metadata.device)
-    return len(devices) <= 1
+    return found if len(devices) <= 1 else set(nodes)
+
+
+def _has_hooks(saved: Any) -> bool:
+    if isinstance(saved, tuple):
+        return any(map(_has_hooks, saved))
+    return getattr(saved, "unpack_hook", math.nan) is not None  # before torch could be asked: they may have
 
 
 @contextlib.contextmanager

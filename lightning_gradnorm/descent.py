@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from lightning_gradnorm.autograd_graph import task_graph
 from lightning_gradnorm.factors import WeightFactors
-from lightning_gradnorm.vector_jacobian import inputs_of, undone, vector_jacobian_product
+from lightning_gradnorm.vector_jacobian import inputs_of, need_engine, undone, vector_jacobian_product
 
 Target = tuple[Node, int]
 
@@ -137,3 +138,26 @@ class Descent:
                         self._arrivals.add_at_target(task, k, gradient)
         finally:
             self._engine_runs = False
+
+
+def gradients_of(losses: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> list[list[Tensor | None]]:
+    """Each loss's gradient on each tensor, ``None`` where it does not reach it; one backward per loss, which leaves no trace.
+
+    As ``torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)``, but that no hook runs, and modules inside a
+    checkpoint count nothing.
+
+    Args:
+        losses: task name → scalar loss.
+        tensors: leaves, or whatever else the gradients are wanted of.
+    """
+    found = []
+    for loss in losses.values():
+        arrivals = Arrivals(1, len(tensors), {}, {})
+        if loss.grad_fn is not None:
+            graph = task_graph(loss.grad_fn, {loss.grad_fn: 0}, tensors)
+            arrivals = Arrivals(1, len(tensors), graph.targets, graph.edges)
+            arrivals.add(0, loss.grad_fn, loss.output_nr, torch.ones_like(loss))
+            order = list(reversed(graph.edges))
+            Descent(order, need_engine(order), graph.edges, graph.targets, tensors, arrivals).lower_all(order)
+        found.append(arrivals.gradients[0])
+    return found

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradnorm import JointBackward, PerTaskBackward, tap_losses
+from lightning_gradnorm.descent import gradients_of
 from lightning_gradnorm.gradients import IncompleteBackwardError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -226,6 +227,27 @@ def test_random_numbers_go_on_as_after_the_plain_backward(engine):
         backward(net, losses(net))
         draws.append(torch.rand(3))
     assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("make", [Net, Checkpointed])
+def test_gradients_of_single_losses(make):
+    torch.manual_seed(0)
+    net, x, ran = make(), torch.randn(5, 6), []
+    losses = net.losses(x)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    net.shared.weight.register_hook(lambda gradient: ran.append(gradient))
+    tensors = [net.shared.weight, net.heads[1].bias, net.first.weight]
+    found = gradients_of(losses, tensors)
+    assert_same(dict(net.named_buffers()), before)
+    assert not ran
+    assert all(gradient is None for gradient in grads(net).values())
+    for row, loss in zip(found, losses.values(), strict=True):
+        for gradient, expected in zip(
+            row, torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True), strict=True
+        ):
+            assert (gradient is None) == (expected is None)
+            if gradient is not None:
+                torch.testing.assert_close(gradient, expected)
 
 
 # -- graphs that are not of the usual kind -------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def test_gradients_of_single_losses(make):
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     net.shared.weight.register_hook(lambda gradient: ran.append(gradient))
     tensors = [net.shared.weight, net.heads[1].bias, net.first.weight]
-    found = gradients_of(losses, tensors)
+    gradients_of(losses, tensors)
     assert_same(dict(net.named_buffers()), before)
     assert not ran
     assert all(gradient is None for gradient in grads(net).values())

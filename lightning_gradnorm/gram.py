@@ -63,8 +63,8 @@ class Gram:
         Rounding makes an error of the size of ε ‖X̃ X̃ᵀ‖ ‖Δ Δᵀ‖, Frobenius norms. ‖Δ‖² is more than the last, and at hand;
         where that does not do, ‖Δ Δᵀ z‖ over a few z of random signs tells it about.
         """
-        nothing = torch.stack([~delta.any() for delta in self._deltas])
-        if not bool((squares.isfinite() & (nothing | (self._lengths > self._tiny / self._eps))).all()):
+        nothing = self._lengths <= self._tiny / self._eps
+        if not bool(squares.isfinite().all()) or any(self._deltas[i].any() for i in nothing.nonzero().flatten().tolist()):
             return False
         size = 4 * self._eps * torch.linalg.vector_norm(self._gram).to(squares)
         if bool((nothing | (size * self._lengths.square() + self._tiny <= _TRUSTED * squares)).all()):

@@ -52,7 +52,8 @@ class MultiTaskMixin:
         """The loss to train on, scalar: Σ_i w_i L_i with the callback's present weights; without a callback, Σ_i L_i.
 
         Call it once per training step, with all tasks that the batch has labels for; further terms can be added to what
-        it returns. In validation it applies the present weights and changes nothing.
+        it returns. Outside training it is Σ_i L_i, with the callback or without, so that validation compares across epochs
+        and runs.
 
         Args:
             losses: task name → scalar loss. Names appear in the loggers' tags. A task named in the callback's ``points`` has
@@ -66,7 +67,19 @@ class MultiTaskMixin:
         Raises:
             TypeError, ValueError: for a loss dict that cannot be used; the message names the task and the way out.
         """
-        balancing = self._loss_balancing
+        link = self._loss_balancing
         differentiable = torch.is_grad_enabled() and bool(getattr(self, "training", True))
-        checked = check_losses(losses, differentiable=differentiable, per_point=() if balancing is None else balancing.points)
-        return plain_sum(checked) if balancing is None else balancing.total(checked, self, kpis or {}, points or {})
+        if link is None:
+            return plain_sum(check_losses(losses, differentiable=differentiable))
+        total: Tensor = link.total(losses, kpis or {}, points or {}, differentiable=differentiable)
+        return total
+
+
+def shared_layer_of(module: Any) -> SharedLayerSpec | None:
+    """What the module names as its shared layer."""
+    given: SharedLayerSpec | None = module.shared_layer()
+    return given
+
+
+def check_attributes(module: Any) -> None:
+    """Refuse names."""

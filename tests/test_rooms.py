@@ -28,12 +28,11 @@ MAY_IMPORT = {
     "pointwise": FLOOR | {"balancers"},
     "report": FLOOR | {"weights_file"},
     "mixin": FLOOR | {"shared_layer"},
+    "session": FLOOR | {"autograd_graph", "shared_layer", "gradients", "task_gradients", "window", "balancers", "pointwise"},
     "callbacks": FLOOR
     | {
-        "autograd_graph",
+        "session",
         "shared_layer",
-        "gradients",
-        "layer_watch",
         "window",
         "balancers",
         "report",
@@ -42,7 +41,7 @@ MAY_IMPORT = {
         "weights_file",
     },
     "comparison": {"balancers", "callbacks", "report"},
-    "diagnosis": FLOOR | {"callbacks", "report"},
+    "diagnosis": FLOOR | {"session", "callbacks", "report"},
     "cli": {"callbacks", "comparison", "diagnosis", "report"},
     "__init__": FLOOR
     | {

@@ -108,8 +108,8 @@ def test_an_exception_leaves_whole_state_and_no_graph(tmp_path, where, error):
     setattr(module, where, fails)
     with pytest.raises((error, SystemExit)):
         quiet_trainer(tmp_path, callbacks=[callback]).fit(module, batches(6))
-    assert callback._link.noted == []
-    assert not callback._measuring.window
+    assert callback._session.noted == []
+    assert not callback._session.window
     assert callback.balancer.steps == 2
     assert all(0.5 < weight < 5 for weight in callback.weights.values())
     setattr(module, where, original)

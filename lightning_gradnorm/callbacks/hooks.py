@@ -1,0 +1,193 @@
+"""What the Trainer's hooks are to a session: where a run, a batch, a backward and an optimiser's step begin and end."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.callbacks.concerns import Concerns
+from lightning_gradnorm.callbacks.homecoming import Homecoming
+from lightning_gradnorm.callbacks.lightning_api import (
+    Callback,
+    LightningModule,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+    setting_of,
+)
+from lightning_gradnorm.callbacks.log import BalancingLog, lay_out_charts
+from lightning_gradnorm.callbacks.loop_watch import LoopWatch
+from lightning_gradnorm.callbacks.refusals import check_alone, check_module, check_strategy
+from lightning_gradnorm.callbacks.reporting import Reporting
+from lightning_gradnorm.mixin import shared_layer_of
+from lightning_gradnorm.session import BalancedStep, BalancingSession, Loop, RankAgreement, TotalLink
+
+_LOOK_EVERY = 50  # steps, where nothing is logged by step
+
+
+class TrainerHooks(Callback):
+    """Maps the Trainer's hooks to a ``BalancingSession``, and logs."""
+
+    _session: BalancingSession
+    _log: BalancingLog
+    _reporting: Reporting
+    _homecoming: Homecoming
+    _untested_strategies: bool
+    _is_set_up: bool
+    # Not for a copy: bound methods of the module that the Trainer puts here, and what belongs to a fit under way.
+    _of_a_fit: ClassVar[frozenset[str]] = frozenset(
+        {"log", "log_dict", "_stage", "_concerns", "_watch", "_last_global_step", "_last_module"}
+    )
+
+    def _rest(self) -> None:
+        """No fit under way, and none known of."""
+        self._stage: str | None = None
+        self._last_global_step = 0
+        self._last_module: Callable[[], Any] | None = None  # of the fit that the state is of
+        self._begin()
+
+    def _begin(self) -> None:
+        self._concerns = Concerns()
+        self._watch = LoopWatch(self._session, type(self).__name__)
+
+    def _for_home(self) -> dict[str, Any]:
+        """The state, and what else a process that launched this one wants to know."""
+        raise NotImplementedError
+
+    # -- life of a fit ---------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage, self._is_set_up = stage, True
+        name = type(self).__name__
+        check_module(pl_module, name)
+        check_strategy(setting_of(trainer, "strategy"), name, untested=self._untested_strategies)
+        check_alone([callback for callback in setting_of(trainer, "callbacks") if isinstance(callback, TrainerHooks)])
+        pl_module._loss_balancing = TotalLink(self._session.total)  # type: ignore[assignment]
+        if stage == "fit":
+            self._begin()
+            self._go_on_or_start_anew(trainer, pl_module)
+
+    def _go_on_or_start_anew(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        last, self._last_module = self._last_module, weakref.ref(pl_module)
+        steps = self._session.balancer.steps
+        if not steps or setting_of(trainer, "ckpt_path"):
+            return
+        if last is None or last() is pl_module:
+            rank_zero_info(
+                f"{type(self).__name__} goes on with the weights that it learnt in {steps} steps; reset() forgets them."
+            )
+            return
+        self._session.start_anew()
+        self._reporting.summary = type(self._reporting.summary)()
+        self._log.shown = {}
+        rank_zero_info(
+            f"{type(self).__name__} starts anew, as this is another module than the one of its last fit. To go on with what it "
+            "learnt there, fit the same module object or pass ckpt_path."
+        )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go(pl_module)
+        if stage == "fit":
+            self._homecoming.send(trainer, self._for_home)
+        self._stage = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        fitting, self._stage = self._stage == "fit", None
+        self._let_go(pl_module)
+        if fitting:
+            self._reporting.write_what_there_is(trainer, self._session.balancer)
+            self._homecoming.send(trainer, self._for_home)
+
+    def _let_go(self, pl_module: LightningModule) -> None:
+        self._session.close()
+        self._reporting.take_back(pl_module)
+        vars(pl_module).pop("_loss_balancing", None)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reporting.add_hyperparameters(pl_module, self._session.balancer)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reporting.take_back(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reporting.take_back(pl_module)
+        self._last_global_step = trainer.global_step
+        callbacks = setting_of(trainer, "callbacks")
+        self._session.open(
+            Loop(
+                network=pl_module,
+                shared_layer=lambda: shared_layer_of(pl_module),
+                tell=lambda about, message: rank_zero_warn(message),
+                inform=rank_zero_info,
+                name=type(self).__name__,
+                one_total=pl_module.automatic_optimization,
+                may_thaw=any(hasattr(callback, "freeze_before_training") for callback in callbacks),
+                ranks=RankAgreement(trainer.strategy.root_device) if trainer.world_size > 1 else None,
+            )
+        )
+        self._session.end_batch()
+        lay_out_charts(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        balancer = self._session.balancer
+        if not balancer.frozen:
+            balancer.end_epoch()
+        self._session.tell_counts()
+        self._watch.end_epoch(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir  # every rank asks for the folder
+        self._reporting.write(trainer, self._session.balancer, folder=folder)
+
+    # -- one batch -------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._watch.begin_batch(trainer, pl_module)
+        self._session.begin_batch()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._watch.see_backward()
+        self._session.before_backward(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._session.after_backward()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        self._session.before_step()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._session.noted and not pl_module.automatic_optimization:
+            self._session.tell(
+                "raw backward",
+                "training_step called total_loss(), but no manual_backward() of its result followed, so the weights are not "
+                "updated. Call self.manual_backward(total) instead of total.backward().",
+            )
+        self._session.end_batch()
+        self._watch.end_batch(trainer, pl_module)
+        if trainer.global_step == self._last_global_step:
+            return  # in the middle of an accumulation window
+        self._last_global_step = trainer.global_step
+        logged, looks = self._log.is_written(trainer), self._looks(trainer)
+        lbfgs = any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers)
+        step = self._session.step(describe=logged or looks, freeze_points=lbfgs)
+        if step is None:
+            return
+        if step.due:
+            self._reporting.add(step.applied, step.measurement, trainer.current_epoch)
+        if logged:
+            self._log.write(pl_module, step.applied, step.measurement, self._session.balancer.diagnostics, step.window)
+        if logged or looks:
+            self._session.tell_counts()
+            self._tell_concerns(trainer, step)
+
+    def _looks(self, trainer: Trainer) -> bool:
+        """Whether to look for concerns on a step that is not logged: now and then, where no step is."""
+        return not setting_of(trainer, "log_every_n_steps") and trainer.global_step % _LOOK_EVERY == 0
+
+    def _tell_concerns(self, trainer: Trainer, step: BalancedStep) -> None:
+        for about, message in self._concerns.of(trainer, self._session.balancer, step.measurement, step.applied):
+            self._session.tell(about, message)

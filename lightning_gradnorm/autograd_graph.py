@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 # Owners of a graph node, beside the number of the one task that it belongs to.
@@ -186,24 +186,3 @@ def are_used_in_calls_only(parameters: Iterable[Tensor], outputs: Collection[Nod
             uses[leaf] += 1
     calls = sum(output in seen for output in outputs)
     return all(count == calls for count in uses.values())
-
-
-def first_uses(root: Node | None) -> dict[nn.Parameter, tuple[int, int]]:
-    """Every parameter that the graph reaches → when the forward pass used it first; greater is later.
-
-    That goes by the nodes' sequence numbers; a node that another thread has numbered counts as later than all that it is made
-    of. Where two parameters meet in one node, that one is later which was taken up later.
-    """
-    uses: dict[nn.Parameter, tuple[int, int]] = {}
-    if root is None:
-        return uses
-    numbers: dict[Node, int] = {}
-    for node, ways in _children_first(root, {}):
-        if ways:
-            numbers[node] = max([node._sequence_nr(), *(numbers[child] + 1 for child, _ in ways if child in numbers)])
-    for leaf, child, node in _uses(root, [root], {}):
-        parameter = getattr(leaf, "variable", None)
-        if isinstance(parameter, nn.Parameter):
-            order = numbers[node], numbers.get(child, numbers[node])
-            uses[parameter] = min(order, uses.get(parameter, order))
-    return uses

@@ -1,6 +1,6 @@
 """Which weights are W: the last ones that the tasks share, judged by the graph and by where their gradients are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -122,9 +122,7 @@ class Chooser:
         return f"no gradient of {_some([f'task {task!r}' for task in self.alive if task not in tasks])}"
 
     def _is_an_output(self, weight: int) -> bool:
-        above = self.graph.above[:, weight].clone()
-        above[[*self.passed, *self.heads]] = False
-        return not above.any()
+        return not self._not_passed(self.graph.above[:, weight]).any()
 
     def _where_all_are(self, weights: Tensor) -> Tensor:
         mask = torch.zeros_like(weights)
@@ -155,22 +153,31 @@ class Chooser:
 
     def _head(self, common: Tensor, last: Tensor) -> tuple[int, list[int]] | None:
         """A weight that ends the way of some task, which does not go around it while another does → and whom it serves."""
-        reached = self.graph.reached
+        tasks = self.graph.tasks
+        speaks = torch.tensor([task in self.alive for task in tasks])
+        # Through a weight on which a task has a gradient of zero leads a way of the graph, and not of the gradient.
+        ways = {weight: [tasks.index(task) for task in self._tasks_on(weight) if task in tasks] for weight in self.passed}
+        ways |= self.heads
+        reached = self.graph.reached_with(ways)
         for weight in _numbers(last):
-            ends = reached[:, weight] & ~(reached & self.graph.above[:, weight]).any(1)
+            ends = speaks & reached[:, weight] & ~(reached & self._not_passed(self.graph.above[:, weight])).any(1)
             if not ends.any():
                 continue
-            lower = common & self.graph.above[weight]
-            around = (self.graph.reached_with({**self.heads, weight: []}) & lower).any(1)
-            if around.any() and (ends & ~around).any():
+            around = (self.graph.reached_with({**ways, weight: []}) & common & self.graph.above[weight]).any(1)
+            if (around & speaks).any() and (ends & ~around).any():
                 return weight, _numbers(~around)
         return None
 
+    def _not_passed(self, weights: Tensor) -> Tensor:
+        weights = weights.clone()
+        weights[list(self.passed)] = False
+        return weights
 
-def _hang_together(tasks: Sequence[str], groups: Sequence[Sequence[str]] | object) -> bool:
+
+def _hang_together(tasks: Sequence[str], groups: Iterable[Sequence[str]]) -> bool:
     """Whether the groups, each joined to those that it has a task in common with, make one of all the tasks."""
     joined: list[set[str]] = []
-    for group in groups:  # type: ignore[attr-defined]
+    for group in groups:
         overlapping = [other for other in joined if not other.isdisjoint(group)]
         joined = [other for other in joined if other.isdisjoint(group)] + [set(group).union(*overlapping)]
     return not tasks or joined == [set(tasks)]

@@ -95,7 +95,8 @@ def _supports(gradients: Sequence[Tensor | None]) -> _Support:
     if not vectors:
         return along
     device = vectors[0].device
-    flat = iter(torch.cat([vector.to(device) for vector in vectors]).cpu().split([len(vector) for vector in vectors]))
+    together = torch.cat([vector.to(device) for vector in vectors]).cpu()
+    flat = iter(torch.split(together, [len(vector) for vector in vectors]))
     found = [[next(flat) for _ in vectors] for vectors in along]
     return [vectors if vectors and bool(vectors[0].any()) else [] for vectors in found]
 

@@ -117,8 +117,8 @@ def _parameters(spec: SharedLayerSpec, network: nn.Module, giver: str) -> Iterab
             yield from _parameters(part, network, giver)
     else:
         raise TypeError(
-            f"{giver} gave {_describe(spec)}. It returns a module, a parameter, the dotted name of either, an iterable of these, "
-            "or None to have the layer found. (A parametrised weight is computed: give its module or its name.)"
+            f"{giver} gave {_describe(spec)}. It returns a module, a parameter, the dotted name of either, an iterable of "
+            "these, or None to have the layer found. (A parametrised weight is computed: give its module or its name.)"
         )
 
 

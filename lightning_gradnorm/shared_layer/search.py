@@ -100,7 +100,12 @@ class SharedLayerSearch:
         unchecked = common & graph.runs_once
         if any(is_sharded(parameter) for parameter in self.network.parameters()):
             unchecked = common  # a backward would have shards gathered and given back once more
-        self._check(losses, chooser.evidence, [n for n, c, u in zip(graph.names, common, unchecked, strict=True) if c and not u], weights)
+        self._check(
+            losses,
+            chooser.evidence,
+            [n for n, c, u in zip(graph.names, common, unchecked, strict=True) if c and not u],
+            weights,
+        )
         self._reached, self._evidence, self._looks = reached, chooser.evidence, self._looks + 1
         names = [name for name, there in zip(graph.names, common, strict=True) if there]
         self.silent_tasks = tuple(task for task in reached if self._evidence.is_silent(task, names))

@@ -46,10 +46,6 @@ class Evidence:
         """Whether the task has no gradient on any of the weights."""
         return not any(self.has(task, weight) for weight in weights)
 
-    def is_known(self, task: str, weights: Collection[str]) -> bool:
-        """Whether there is nothing to be learnt of the task's gradient on these weights."""
-        return self._supports.get(task, {}).keys() >= set(weights) and not self.is_silent(task, weights)
-
     def meet(self, tasks: Iterable[str], weight: str) -> bool:
         """Whether there are entries of the weight in which all the tasks have a gradient.
 
@@ -64,19 +60,22 @@ class Evidence:
         )
 
     def look(self, task: str, loss: Tensor, weights: Mapping[str, Sequence[nn.Parameter]]) -> None:
-        """Take in a batch: one backward of the task's loss, down to the lowest of the weights.
+        """Take in a batch: one backward of the task's loss, down to the lowest of the weights; none if it brings no news.
 
         Args:
             task: its name.
             loss: its loss, with the graph, which is kept.
             weights: weight → its parts.
         """
+        known = self._supports.setdefault(task, {})
+        if known.keys() >= weights.keys() and not self.is_silent(task, weights):
+            return
         tensors = [part for parts in weights.values() for part in parts]
         with _state_kept(tensors):
             found = _supports(gradients_of({task: loss}, tensors)[0])
             if not any(found):
                 found = _supports(gradients_of({task: loss * _HALF_PRECISION}, tensors)[0])
-        known, where = self._supports.setdefault(task, {}), iter(found)
+        where = iter(found)
         for weight, parts in weights.items():
             support = [next(where) for _ in parts]
             known[weight] = _united(known.get(weight), support if any(support) else None)

@@ -72,10 +72,15 @@ class SharedLayerSearch:
         Raises:
             ValueError: if the tasks have no trainable weight in common, saying what each reaches; if the weight is sharded.
         """
-        missing = set(self.declared_tasks) - self._reached.keys()
-        if missing and missing.isdisjoint(losses) and losses.keys() <= self._reached.keys():
+        seen = self._reached.keys() | losses.keys()
+        waiting = not seen.issuperset(self.declared_tasks) or (len(seen) == 1 and seen != set(self.declared_tasks))
+        if waiting and losses.keys() <= self._reached.keys():
             return None
-        return self._look(losses, at_once=False)
+        look = self._take_in(losses)
+        speaking = len(self._reached) - len(self.silent_tasks)
+        if waiting or (speaking < 2 and len(self._reached) > 1 and self._looks <= _PATIENCE):
+            return None
+        return self._tell(look)
 
     def fits(self, layer: SharedLayer, losses: Mapping[str, Tensor]) -> bool:
         """Whether every task of the batch reaches the layer."""
@@ -85,7 +90,7 @@ class SharedLayerSearch:
         graph = WeightGraph(losses, wanted)
         return bool(graph.names) and bool(graph.reached.any(1).all())
 
-    def _look(self, losses: Mapping[str, Tensor], *, at_once: bool) -> SharedLayer | None:
+    def _take_in(self, losses: Mapping[str, Tensor]) -> "_Look":
         weights = _weights(self.network)
         graph = WeightGraph(losses, weights.names)
         reached = self._reached | {
@@ -97,47 +102,39 @@ class SharedLayerSearch:
         if not common.any():
             refuse_sharded({part: name for part, name in weights.part_names.items() if part.ndim >= 2})
             raise ValueError(_nothing_shared(reached))
-        unchecked = common & graph.runs_once
+        checked = common & ~graph.runs_once
         if any(is_sharded(parameter) for parameter in self.network.parameters()):
-            unchecked = common  # a backward would have shards gathered and given back once more
-        self._check(
-            losses,
-            chooser.evidence,
-            [n for n, c, u in zip(graph.names, common, unchecked, strict=True) if c and not u],
-            weights,
-        )
+            checked[:] = False  # a backward of our own would have shards gathered and given back once more
+        for task, loss in losses.items():
+            parts = {name: weights.parts[name] for name, check in zip(graph.names, checked, strict=True) if check}
+            if len(reached) > 1 or set(self.declared_tasks) != set(reached):  # alone, it meets nobody
+                chooser.evidence.look(task, loss, parts)
         self._reached, self._evidence, self._looks = reached, chooser.evidence, self._looks + 1
         names = [name for name, there in zip(graph.names, common, strict=True) if there]
         self.silent_tasks = tuple(task for task in reached if self._evidence.is_silent(task, names))
-        if not at_once and not self._can_be_told():
-            return None
-        choice = chooser.choose()
-        self._reached |= {task: [name for name in self._reached[task] if name in own] for task, own in chooser.reached.items()}
+        return _Look(weights, chooser, bool((common & ~checked).any()))
+
+    def _tell(self, look: "_Look") -> SharedLayer:
+        choice, weights = look.chooser.choose(), look.weights
+        reached = look.chooser.reached
+        self._reached |= {task: [name for name in self._reached[task] if name in own] for task, own in reached.items()}
         chosen = [part for name in choice.weights for part in weights.parts[name]]
         refuse_sharded({part: weights.part_names[part] for part in chosen})
         reason = choice.reason()
-        if unchecked.any():
-            reason += "; by the graph alone, for a part of it can run backward only once"
+        if look.by_graph:
+            reason += "; by the graph alone, part of which can run backward only once"
         if self.silent_tasks:
             reason += f"; {', '.join(f'task {task!r}' for task in self.silent_tasks)} had no gradient so far, and no say"
         reason += "; found from the graph, override shared_layer() to choose another"
         return SharedLayer(tuple(weights.part_names[part] for part in chosen), tuple(chosen), reason)
 
-    def _can_be_told(self) -> bool:
-        if set(self.declared_tasks) - self._reached.keys():
-            return False
-        speaking = len(self._reached) - len(self.silent_tasks)
-        if len(self._reached) == 1:
-            return set(self.declared_tasks) == self._reached.keys()
-        return speaking > 1 or self._looks > _PATIENCE
 
-    def _check(self, losses: Mapping[str, Tensor], evidence: Evidence, names: list[str], weights: _Weights) -> None:
-        """Read where the tasks have gradients, of which that is not known; alone, one has nothing to be compared with."""
-        if len(self._reached.keys() | losses.keys()) == 1 and len(self.declared_tasks) == 1:
-            return
-        for task, loss in losses.items():
-            if names and not evidence.is_known(task, names):
-                evidence.look(task, loss, {name: weights.parts[name] for name in names})
+class _Look(NamedTuple):
+    """What a batch was taken in as: the weights to choose from, and whether some gradients could not be looked at."""
+
+    weights: _Weights
+    chooser: Chooser
+    by_graph: bool
 
 
 def detect_shared_layer(losses: Mapping[str, Tensor], network: nn.Module) -> SharedLayer:
@@ -152,9 +149,8 @@ def detect_shared_layer(losses: Mapping[str, Tensor], network: nn.Module) -> Sha
     Raises:
         ValueError: if the tasks have no trainable weight in common, saying what each task reaches; if the weight is sharded.
     """
-    layer = SharedLayerSearch(network)._look(losses, at_once=True)
-    assert layer is not None
-    return layer
+    search = SharedLayerSearch(network)
+    return search._tell(search._take_in(losses))
 
 
 def _nothing_shared(reached: Mapping[str, list[str]]) -> str:

@@ -1,19 +1,18 @@
 """The shared layer of a run, and the tasks' gradients on it around each backward."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradnorm.autograd_graph import first_uses
 from lightning_gradnorm.balancers.checks import check_choice
 from lightning_gradnorm.gradients import GradientReader, IncompleteBackwardError, JointBackward, PerTaskBackward
 from lightning_gradnorm.shared_layer import (
     SharedLayer,
+    SharedLayerSearch,
     SharedLayerSpec,
-    detect_shared_layer,
     feature_modules,
     resolve_shared_layer,
     shared_features,
@@ -23,23 +22,6 @@ from lightning_gradnorm.task_gradients import TaskGradients
 Engine = Literal["auto", "joint", "per_task"]
 NormOf = Literal["parameters", "features"]
 _ENGINES: dict[str, type[GradientReader]] = {"auto": JointBackward, "joint": JointBackward, "per_task": PerTaskBackward}
-
-
-class SharedLayerSearch:
-    """Looks for W until every declared task has had a batch."""
-
-    def __init__(self, network: nn.Module, declared: Iterable[str]) -> None:
-        self._network, self._missing = network, set(declared)
-
-    def look(self, losses: Mapping[str, Tensor]) -> SharedLayer | None:
-        """W as these losses show it, ``None`` while tasks are missing."""
-        self._missing -= set(losses)
-        return None if self._missing else detect_shared_layer(losses, self._network)
-
-    def fits(self, layer: SharedLayer, losses: Mapping[str, Tensor]) -> bool:
-        """Whether every one of the losses reaches W."""
-        wanted = set(layer.parameters)
-        return all(not wanted.isdisjoint(first_uses(loss.grad_fn)) for loss in losses.values())
 
 
 class Reading:

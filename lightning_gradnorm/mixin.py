@@ -69,4 +69,7 @@ class MultiTaskMixin:
         balancing = self._loss_balancing
         differentiable = torch.is_grad_enabled() and bool(getattr(self, "training", True))
         checked = check_losses(losses, differentiable=differentiable, per_point=() if balancing is None else balancing.points)
-        return plain_sum(checked) if balancing is None else balancing.total(checked, self, kpis or {}, points or {})
+        if balancing is None or not checked:  # all absent: a batch without labels trains nothing
+            return plain_sum(checked)
+        total: Tensor = balancing.total(checked, self, kpis or {}, points or {})
+        return total

@@ -26,6 +26,7 @@ from lightning_gradnorm.callbacks.reporting import Reporting
 from lightning_gradnorm.gradients import IncompleteBackwardError
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.mixin import MultiTaskMixin
+from lightning_gradnorm.plain import plain_keys
 from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
 from lightning_gradnorm.report.run import RunReport
 from lightning_gradnorm.shared_layer import SharedLayer
@@ -91,7 +92,7 @@ class LossBalancingCallback(Callback):
         check_choice("mode", mode, get_args(Mode))
         self.balancer, self._untested_strategies = balancer, untested_strategies
         balancer.frozen = balancer.frozen or mode == "monitor"
-        self.points = dict(points or {})
+        self.points = plain_keys(points or {})
         for task, weighting in self.points.items():
             if not isinstance(weighting, PointWeighting):
                 raise TypeError(

@@ -232,7 +232,7 @@ def in_two_calls(module, losses):
 
 
 def as_new(value):
-    return handing_in(lambda losses: losses | {"new": losses["small"] * 0 + value})
+    return handing_in(lambda losses: losses | {"new": losses["small"] - losses["small"].detach() + value})
 
 
 IN_A_STEP = {

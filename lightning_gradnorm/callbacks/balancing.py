@@ -11,6 +11,7 @@ from lightning_gradnorm.callbacks.homecoming import Homecoming
 from lightning_gradnorm.callbacks.hooks import TrainerHooks
 from lightning_gradnorm.callbacks.log import BalancingLog
 from lightning_gradnorm.callbacks.reporting import Reporting
+from lightning_gradnorm.plain import plain_keys
 from lightning_gradnorm.pointwise import PointWeighting
 from lightning_gradnorm.report.run import RunReport
 from lightning_gradnorm.session import BalancingSession, Engine, NormOf
@@ -76,7 +77,8 @@ class LossBalancingCallback(TrainerHooks):
                 "or GradNormCallback()."
             )
         check_choice("mode", mode, get_args(Mode))
-        for task, weighting in (points or {}).items():
+        points = plain_keys(points or {})
+        for task, weighting in points.items():
             if not isinstance(weighting, PointWeighting):
                 raise TypeError(
                     f"points[{task!r}] is {weighting!r}; it is a task's way to weigh its points, such as SelfAdaptivePoints()."

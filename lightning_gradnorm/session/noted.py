@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.gradients import tap_losses
+from lightning_gradnorm.plain import plain_keys
 from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
 from lightning_gradnorm.session.kpis import read_kpis
 
@@ -75,6 +76,7 @@ def note(
         given_points: task name → what identifies its points.
         tapped: whether the tasks' gradients are to be read.
     """
+    kpis, given_points = plain_keys(kpis), plain_keys(given_points)
     indicators = read_kpis(losses, kpis) if "kpis" in balancer.needs else {}
     weighed = {task: NotedPoints(losses[task].detach(), given_points.get(task)) for task in losses if task in points}
     terms = {

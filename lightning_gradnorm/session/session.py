@@ -177,9 +177,19 @@ class BalancingSession:
                 f"{list(checked)}. Call it once with the losses of all tasks; add terms that are not to be balanced to what it "
                 "returns."
             )
-        noted = note(self.balancer, self.points, checked, loop.network, kpis or {}, points or {}, tapped=self._measures)
-        self.noted.append(noted)
         self.totals += 1
+        if not checked:  # all tasks are absent: a batch without labels trains nothing
+            return plain_sum(checked)
+        noted = note(
+            self.balancer,
+            self.points,
+            checked,
+            loop.network,
+            plain_keys(kpis or {}),
+            plain_keys(points or {}),
+            tapped=self._measures,
+        )
+        self.noted.append(noted)
         return weighted_sum(noted.weights, noted.losses)
 
     def _evaluate(self, losses: Mapping[str, Tensor]) -> Tensor:

@@ -23,10 +23,11 @@ MAY_IMPORT = {
     "layer_gradients": {"measurement", "task_gradients"},
     "layer_watch": {"gradients", "layer_gradients", "autograd_graph"},
     "window": {"measurement", "task_gradients"},
-    "weights_file": set(),
+    "folders": set(),
+    "weights_file": {"folders"},
     "balancers": FLOOR | {"weights_file"},
     "pointwise": FLOOR | {"balancers"},
-    "report": FLOOR | {"weights_file"},
+    "report": FLOOR | {"folders", "weights_file"},
     "mixin": FLOOR | {"shared_layer"},
     "callbacks": FLOOR
     | {
@@ -39,6 +40,7 @@ MAY_IMPORT = {
         "report",
         "mixin",
         "pointwise",
+        "folders",
         "weights_file",
     },
     "comparison": {"balancers", "callbacks", "report"},
@@ -59,7 +61,7 @@ MAY_IMPORT = {
 }
 KNOW_LIGHTNING = {"callbacks", "cli"}
 # What else a room may stand on, beside torch and the standard library.
-THIRD_PARTY = {"report": {"rich", "matplotlib", "tensorboard"}, "weights_file": {"yaml"}}
+THIRD_PARTY = {"report": {"rich", "matplotlib", "tensorboard"}, "weights_file": {"yaml"}, "folders": {"fsspec"}}
 
 FILES = sorted(ROOT.rglob("*.py"))
 

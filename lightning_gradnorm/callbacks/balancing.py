@@ -10,6 +10,7 @@ from lightning_gradnorm.autograd_graph import is_built_from
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.balancers.checks import check_choice
 from lightning_gradnorm.callbacks.concerns import Concerns, values_of
+from lightning_gradnorm.callbacks.epoch_log import EpochLog
 from lightning_gradnorm.callbacks.lightning_api import (
     Callback,
     LightningModule,
@@ -101,6 +102,7 @@ class LossBalancingCallback(Callback):
         self._measuring = Measuring(engine, norm_of, balancer.needs)
         self._log = BalancingLog(log_cosines, progress_bar)
         self._link = BalancingLink(balancer, self.points)
+        self._epochs = EpochLog()
         self._reporting = Reporting(summary)
         self._concerns = Concerns()
         self._stage, self._is_set_up = "fit", False
@@ -195,34 +197,82 @@ class LossBalancingCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go(pl_module)
         if self._stage == "fit":
-            self._reporting.write_what_there_is(trainer, self.balancer)
+            self._reporting.write(trainer, self.balancer, interrupted=True)
 
     def _let_go(self, pl_module: LightningModule) -> None:
         self._link.stop()
-        self._reporting.take_back(pl_module)
         self._measuring.let_go()
         self._noted_points.clear()
         vars(pl_module).pop("_loss_balancing", None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reporting.add_hyperparameters(pl_module, self.balancer)
-
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reporting.take_back(pl_module)
+        self._reporting.log_hyperparameters(trainer, pl_module, self.balancer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reporting.take_back(pl_module)
         self._last_global_step = trainer.global_step
         self._measuring.restart()
+        self._log.start(trainer)
         lay_out_charts(trainer)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epochs.start_epoch(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epochs.log_epoch(trainer, pl_module)
         if not self.balancer.frozen:
             self.balancer.end_epoch()
         self._tell_skipped()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reporting.write(trainer, self.balancer, folder=trainer.log_dir)  # every rank asks for the folder
+        self._reporting.write(trainer, self.balancer)
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_evaluation()
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_evaluation()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int | None = None,
+    ) -> None:
+        self._end_evaluation_batch(batch, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int | None = None,
+    ) -> None:
+        self._end_evaluation_batch(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._link.evaluated = None
+        self._epochs.log_evaluation(trainer, pl_module, "val")
+        if self._stage == "fit" and not trainer.sanity_checking:
+            self._epochs.log_so_far(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._link.evaluated = None
+        self._epochs.log_evaluation(trainer, pl_module, "test")
+
+    def _start_evaluation(self) -> None:
+        self._epochs.start_evaluation()
+        self._link.evaluated = []
+
+    def _end_evaluation_batch(self, batch: Any, dataloader_idx: int | None) -> None:
+        self._epochs.add_evaluated(self._link.evaluated or (), batch, dataloader_idx)
+        self._link.evaluated = []
 
     # -- one batch -------------------------------------------------------------------------------------------------
 
@@ -261,6 +311,7 @@ class LossBalancingCallback(Callback):
                 return
         losses = {task: loss.detach() for task, loss in noted.losses.items()}
         measuring.window.add_losses(losses, noted.weights, noted.kpis)
+        self._epochs.note(losses)
         for task, points in noted.points.items():
             self._noted_points.setdefault(task, []).append(points)
 
@@ -301,14 +352,16 @@ class LossBalancingCallback(Callback):
             )
         self._link.stop()
         self._measuring.stop_watching()
+        self._epochs.end_batch(batch)
         if trainer.global_step == self._last_global_step:
             return  # in the middle of an accumulation window
         self._last_global_step = trainer.global_step
+        self._reporting.count_step()
         window, due = self._measuring.finish(), self.balancer.due
         if trainer.world_size > 1 and due:
             self._measuring.reduce(window, self.balancer.known_tasks, trainer.strategy.root_device)
-        logged = self._log.is_written(trainer)
-        measurement = window.measurement(magnitudes=self._measuring.magnitudes and due) if due or logged else None
+        wanted = self._log.is_wanted(trainer)
+        measurement = window.measurement(magnitudes=self._measuring.magnitudes and due) if due or wanted else None
         self._update_points(trainer)
         if measurement is None:
             self.balancer.update(None)
@@ -317,8 +370,10 @@ class LossBalancingCallback(Callback):
         self.balancer.update(measurement if due else None)
         if due:
             self._reporting.add(applied, measurement, trainer.current_epoch)
-        if logged:
-            self._log.write(pl_module, applied, measurement, self.balancer.diagnostics, window)
+        if wanted:
+            self._log.write(trainer, pl_module, applied, measurement, self.balancer.diagnostics, window)
+        if self._log.is_looked_at(trainer):
+            self._reporting.keep(applied, measurement, self.balancer.diagnostics)
             self._tell_skipped()
             self._tell_concerns(trainer, applied, measurement)
 
@@ -372,8 +427,9 @@ class LossBalancingCallback(Callback):
         return {
             "balancer": self.balancer.state_dict(),
             "shared_layer": list(self._measuring.known_names) if self.balancer.steps else [],
-            "summary": self._reporting.summary.state_dict(),
+            "summary": self._reporting.state_dict(),
             "log": self._log.state_dict(),
+            "epoch": self._epochs.state_dict(),
             "points": {task: weighting.state_dict() for task, weighting in self.points.items()},
         }
 
@@ -382,8 +438,10 @@ class LossBalancingCallback(Callback):
             return  # testing a checkpoint does not touch the live weights
         self.balancer.load_state_dict(state_dict["balancer"])
         self._measuring.known_names = list(state_dict["shared_layer"])
-        self._reporting.summary.load_state_dict(state_dict["summary"])
+        self._reporting.load_state_dict(state_dict["summary"])
         self._log.load_state_dict(state_dict["log"])
+        if "epoch" in state_dict:  # not in those of 0.1
+            self._epochs.load_state_dict(state_dict["epoch"])
         for task, weighting in self.points.items():
             if task in state_dict["points"]:
                 weighting.load_state_dict(state_dict["points"][task])

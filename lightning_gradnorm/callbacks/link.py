@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.callbacks.kpis import read_kpis
 from lightning_gradnorm.gradients import tap_losses
-from lightning_gradnorm.losses import weighted_sum
+from lightning_gradnorm.losses import plain_sum, weighted_sum
 from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
 
 
@@ -46,6 +46,7 @@ class BalancingLink:
         self.reads_gradients = False
         self.once_per_step = True
         self.noted: list[NotedLosses] = []
+        self.evaluated: list[dict[str, Tensor]] | None = None  # the losses of an evaluation batch, while there is one
         disable: Any = torch.compiler.disable
         self._outside_compiled_code: Callable[..., Tensor] = disable(self._total)
 
@@ -60,7 +61,10 @@ class BalancingLink:
     ) -> Tensor:
         if not (self.recording and torch.is_grad_enabled()):
             # Outside training a term is the plain mean of its points: they are not those that have masks.
-            return self.balancer.total({task: loss.mean() if loss.ndim else loss for task, loss in losses.items()})
+            terms = {task: loss.mean() if loss.ndim else loss for task, loss in losses.items()}
+            if self.evaluated is not None:
+                self.evaluated.append({task: loss.detach() for task, loss in terms.items()})
+            return plain_sum(terms)
         if self.noted and self.once_per_step:
             raise RuntimeError(
                 f"total_loss() was called twice in one step: first for the tasks {list(self.noted[-1].losses)}, now for "

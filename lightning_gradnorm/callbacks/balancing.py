@@ -176,6 +176,8 @@ class LossBalancingCallback(Callback):
                 f"{', '.join(type(c).__name__ for c in others)}. Keep one of them."
             )
         pl_module._loss_balancing = self._link
+        if stage == "fit":
+            self._epochs.reset()
 
     def _check_strategy(self, strategy: Any) -> None:
         names = [cls.__name__ for cls in type(strategy).__mro__]

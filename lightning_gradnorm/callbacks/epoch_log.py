@@ -25,6 +25,12 @@ class EpochLog:
         self._evaluation: dict[int | None, EpochMeans] = {}
         self._noted: list[Mapping[str, Tensor]] = []
 
+    def reset(self) -> None:
+        """Forget an epoch under way, which a fit before left when it broke off."""
+        self._training.reset()
+        self._evaluation.clear()
+        self._noted.clear()
+
     # -- training --------------------------------------------------------------------------------------------------
 
     def start_epoch(self, trainer: Trainer) -> None:

@@ -1,6 +1,7 @@
 """What the callback leaves behind at the end of a fit, also of an interrupted one, and among the run's hyperparameters."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -81,40 +82,33 @@ class Reporting:
         if not self.enabled or not trainer.is_global_zero:
             return
         which = "interrupted fit" if interrupted else "fit"
-        try:
-            reason = self._nothing_to_write(trainer, balancer)
-            if reason is None:
-                self._write(trainer, self.report(balancer), which)
+        with _telling(f"The report of the {which} could not be written", "callback.report has what there is of it."):
+            report = self.report(balancer)
+            if setting_of(trainer, "fast_dev_run"):
+                rank_zero_info("There is no report of this fit's loss weights: fast_dev_run leaves nothing behind.")
+            elif not report.rows:
+                rank_zero_info("There is no report of this fit's loss weights: no optimiser step was measured.")
             else:
-                rank_zero_info(f"There is no report of this fit's loss weights: {reason}.")
-        except Exception as error:
-            rank_zero_warn(
-                f"The report of the {which} could not be written: {error!r}. callback.report has its numbers, and "
-                "callback.report.write('folder') writes them."
-            )
+                with _telling(f"The table of the {which} could not be printed", "callback.report has its rows."):
+                    report.print()
+                self._write_files(trainer, report, which)
 
-    def _nothing_to_write(self, trainer: Trainer, balancer: LossBalancer) -> str | None:
-        if setting_of(trainer, "fast_dev_run"):
-            return "fast_dev_run leaves nothing behind"
-        return None if self.report(balancer).rows else "no optimiser step was measured"
-
-    def _write(self, trainer: Trainer, report: RunReport, which: str) -> None:
-        report.print()
+    def _write_files(self, trainer: Trainer, report: RunReport, which: str) -> None:
+        figure = self._figure(report, which)
         folders: set[str] = set()
-        figure = self._figure(report)
         for logger in trainer.loggers:
-            folder = None
+            place = f"the folder of {type(logger).__name__}'s run"
             try:
                 folder = run_folder(logger)
                 if folder is not None and folder not in folders:
-                    folders.add(folder)
+                    place = folder
+                    folders.add(place)
                     self._write_into(folder, report, figure)
             except Exception as error:
-                where = f"the folder of {type(logger).__name__}'s run" if folder is None else folder
-                folders.add(where)
+                folders.add(place)
                 rank_zero_warn(
                     f"The report of the {which} could not be written: {type(error).__name__}: {error}. It was to go into "
-                    f"{where}. Make that a folder that can be written; callback.report.write('another folder') writes the "
+                    f"{place}. Make that a folder that can be written; callback.report.write('another folder') writes the "
                     "weights now, for FixedWeights.from_file to read."
                 )
         if not folders:
@@ -134,15 +128,16 @@ class Reporting:
         if figure is not None:
             rank_zero_info(f"Figure written to {place.write(FIGURE, figure)}")
 
-    def _figure(self, report: RunReport) -> bytes | None:
+    def _figure(self, report: RunReport, which: str) -> bytes | None:
         """The figure's file, or a word why there is none."""
         history = self._curves.history()
         if not can_draw():
             rank_zero_info("For a figure of the run: pip install matplotlib, then lightning-gradnorm report LOGDIR.")
         elif not history.tasks:
-            rank_zero_info("No figure is drawn: the run was shorter than log_every_n_steps.")
+            rank_zero_info("No figure is drawn: it shows the steps that were logged and every 50th, and this run had neither.")
         else:
-            return drawn(history, report.heading)
+            with _telling(f"The figure of the {which} could not be drawn", "The rest of its report is written without."):
+                return drawn(history, report.heading)
         return None
 
     @staticmethod
@@ -177,6 +172,15 @@ class Reporting:
         if "curves" in state:  # not in those of 0.1
             self._curves.load_state_dict(state["curves"])
         self._is_resumed = True
+
+
+@contextlib.contextmanager
+def _telling(what: str, consequence: str) -> Iterator[None]:
+    """An exception becomes a warning: a fit that has ended well has ended well."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"{what}: {type(error).__name__}: {error}. {consequence}")
 
 
 def _flat(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -41,8 +41,6 @@ CHARTS = {
     "task losses": ["^task_loss/"],
     "gradient cosines": ["^grad_cosine/"],
     "total loss": ["^total_loss/"],
-    "task losses of an epoch, in training and evaluation": ["^task_loss_epoch/", "^val_task_loss/", "^test_task_loss/"],
-    "total loss of an evaluation": ["^val_total_loss", "^test_total_loss"],
 }
 
 

@@ -132,6 +132,10 @@ class Diagnosing(GradNormCallback):
         super().__init__(mode="monitor", summary=False, log_cosines=True, norm_of=norm_of)
         self.noted = _Noted()
 
+    def _tell(self, about: str, message: str) -> None:
+        if not about.startswith("idle "):  # the diagnosis says that itself
+            super()._tell(about, message)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

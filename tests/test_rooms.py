@@ -27,10 +27,11 @@ MAY_IMPORT = {
     "gradients": FLOOR | {"autograd_graph", "descent", "factors", "gradient_reader", "task_gradients", "vector_jacobian"},
     "layer_watch": {"gradients"},
     "window": {"measurement", "task_gradients"},
-    "weights_file": set(),
+    "folders": set(),
+    "weights_file": {"folders"},
     "balancers": FLOOR | {"weights_file"},
     "pointwise": FLOOR | {"balancers"},
-    "report": FLOOR | {"weights_file"},
+    "report": FLOOR | {"folders", "weights_file"},
     "mixin": FLOOR | {"shared_layer"},
     "session": FLOOR | {"autograd_graph", "shared_layer", "gradients", "task_gradients", "window", "balancers", "pointwise"},
     "callbacks": FLOOR
@@ -42,6 +43,7 @@ MAY_IMPORT = {
         "report",
         "mixin",
         "pointwise",
+        "folders",
         "weights_file",
     },
     "comparison": {"balancers", "callbacks", "report"},
@@ -62,7 +64,7 @@ MAY_IMPORT = {
 }
 KNOW_LIGHTNING = {"callbacks", "cli"}
 # What else a room may stand on, beside torch and the standard library.
-THIRD_PARTY = {"report": {"rich", "matplotlib", "tensorboard"}, "weights_file": {"yaml"}}
+THIRD_PARTY = {"report": {"rich", "matplotlib", "tensorboard"}, "weights_file": {"yaml"}, "folders": {"fsspec"}}
 
 FILES = sorted(ROOT.rglob("*.py"))
 

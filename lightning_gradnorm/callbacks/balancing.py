@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.balancers.checks import check_choice
+from lightning_gradnorm.callbacks.epoch_log import EpochLog
 from lightning_gradnorm.callbacks.homecoming import Homecoming
 from lightning_gradnorm.callbacks.hooks import TrainerHooks
 from lightning_gradnorm.callbacks.log import BalancingLog
@@ -87,6 +88,7 @@ class LossBalancingCallback(TrainerHooks):
         self._session = BalancingSession(balancer, engine=engine, norm_of=norm_of, points=points)
         self._untested_strategies = untested_strategies
         self._log = BalancingLog(log_cosines, progress_bar)
+        self._epochs = EpochLog()
         self._reporting = Reporting(summary)
         self._homecoming = Homecoming()
         self._is_set_up = False
@@ -167,8 +169,9 @@ class LossBalancingCallback(TrainerHooks):
 
     def state_dict(self) -> dict[str, Any]:
         return self.session.state_dict() | {
-            "summary": self._reporting.summary.state_dict(),
+            "summary": self._reporting.state_dict(),
             "log": self._log.state_dict(),
+            "epoch": self._epochs.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -180,8 +183,10 @@ class LossBalancingCallback(TrainerHooks):
 
     def _load(self, state: dict[str, Any]) -> None:
         self._session.load_state_dict(state)
-        self._reporting.summary.load_state_dict(state["summary"])
+        self._reporting.load_state_dict(state["summary"])
         self._log.load_state_dict(state["log"])
+        if "epoch" in state:  # not in those of 0.1
+            self._epochs.load_state_dict(state["epoch"])
 
     # -- processes that a launcher makes for the fit -----------------------------------------------------------------
 

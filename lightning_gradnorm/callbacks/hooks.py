@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm.callbacks.concerns import Concerns
+from lightning_gradnorm.callbacks.epoch_log import EpochLog
 from lightning_gradnorm.callbacks.homecoming import Homecoming
 from lightning_gradnorm.callbacks.lightning_api import (
     Callback,
@@ -24,21 +25,20 @@ from lightning_gradnorm.callbacks.reporting import Reporting
 from lightning_gradnorm.mixin import shared_layer_of
 from lightning_gradnorm.session import BalancedStep, BalancingSession, Loop, RankAgreement, TotalLink
 
-_LOOK_EVERY = 50  # steps, where nothing is logged by step
-
 
 class TrainerHooks(Callback):
     """Maps the Trainer's hooks to a ``BalancingSession``, and logs."""
 
     _session: BalancingSession
     _log: BalancingLog
+    _epochs: EpochLog
     _reporting: Reporting
     _homecoming: Homecoming
     _untested_strategies: bool
     _is_set_up: bool
     # Not for a copy: bound methods of the module that the Trainer puts here, and what belongs to a fit under way.
     _of_a_fit: ClassVar[frozenset[str]] = frozenset(
-        {"log", "log_dict", "_stage", "_concerns", "_watch", "_last_global_step", "_last_module"}
+        {"log", "log_dict", "_stage", "_concerns", "_watch", "_evaluated", "_last_global_step", "_last_module"}
     )
 
     def _rest(self) -> None:
@@ -49,6 +49,7 @@ class TrainerHooks(Callback):
         self._begin()
 
     def _begin(self) -> None:
+        self._evaluated: list[dict[str, Tensor]] = []  # the losses of the evaluation batch under way
         self._concerns = Concerns()
         self._watch = LoopWatch(self._session, type(self).__name__)
 
@@ -67,6 +68,7 @@ class TrainerHooks(Callback):
         pl_module._loss_balancing = TotalLink(self._session.total)  # type: ignore[assignment]
         if stage == "fit":
             self._begin()
+            self._epochs.reset()
             self._go_on_or_start_anew(trainer, pl_module)
 
     def _go_on_or_start_anew(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,7 +82,7 @@ class TrainerHooks(Callback):
             )
             return
         self._session.start_anew()
-        self._reporting.summary = type(self._reporting.summary)()
+        self._reporting = Reporting(self._reporting.enabled)
         self._log.shown = {}
         rank_zero_info(
             f"{type(self).__name__} starts anew, as this is another module than the one of its last fit. To go on with what it "
@@ -97,29 +99,24 @@ class TrainerHooks(Callback):
         fitting, self._stage = self._stage == "fit", None
         self._let_go(pl_module)
         if fitting:
-            self._reporting.write_what_there_is(trainer, self._session.balancer)
+            self._reporting.write(trainer, self._session.balancer, interrupted=True)
             self._homecoming.send(trainer, self._for_home)
 
     def _let_go(self, pl_module: LightningModule) -> None:
         self._session.close()
-        self._reporting.take_back(pl_module)
         vars(pl_module).pop("_loss_balancing", None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reporting.add_hyperparameters(pl_module, self._session.balancer)
-
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reporting.take_back(pl_module)
+        self._reporting.log_hyperparameters(trainer, pl_module, self._session.balancer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reporting.take_back(pl_module)
         self._last_global_step = trainer.global_step
         callbacks = setting_of(trainer, "callbacks")
         self._session.open(
             Loop(
                 network=pl_module,
                 shared_layer=lambda: shared_layer_of(pl_module),
-                tell=lambda about, message: rank_zero_warn(message),
+                tell=self._tell,
                 inform=rank_zero_info,
                 name=type(self).__name__,
                 one_total=pl_module.automatic_optimization,
@@ -128,9 +125,14 @@ class TrainerHooks(Callback):
             )
         )
         self._session.end_batch()
+        self._log.start(trainer)
         lay_out_charts(trainer)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epochs.start_epoch(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epochs.log_epoch(trainer, pl_module)
         balancer = self._session.balancer
         if not balancer.frozen:
             balancer.end_epoch()
@@ -138,8 +140,56 @@ class TrainerHooks(Callback):
         self._watch.end_epoch(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # every rank asks for the folder
-        self._reporting.write(trainer, self._session.balancer, folder=folder)
+        self._reporting.write(trainer, self._session.balancer)
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_evaluation()
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_evaluation()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int | None = None,
+    ) -> None:
+        self._end_evaluation_batch(batch, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int | None = None,
+    ) -> None:
+        self._end_evaluation_batch(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._session.on_evaluation = None
+        self._epochs.log_evaluation(trainer, pl_module, "val")
+        if self._stage == "fit" and not trainer.sanity_checking:
+            self._epochs.log_so_far(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._session.on_evaluation = None
+        self._epochs.log_evaluation(trainer, pl_module, "test")
+
+    def _start_evaluation(self) -> None:
+        self._epochs.start_evaluation()
+        self._evaluated.clear()
+        self._session.on_evaluation = self._evaluated.append
+
+    def _end_evaluation_batch(self, batch: Any, dataloader_idx: int | None) -> None:
+        self._epochs.add_evaluated(self._evaluated, batch, dataloader_idx)
+        self._evaluated.clear()
 
     # -- one batch -------------------------------------------------------------------------------------------------
 
@@ -149,7 +199,9 @@ class TrainerHooks(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._watch.see_backward()
-        self._session.before_backward(loss)
+        losses = self._session.before_backward(loss)
+        if losses:
+            self._epochs.note(losses)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._session.after_backward()
@@ -167,26 +219,29 @@ class TrainerHooks(Callback):
                 "updated. Call self.manual_backward(total) instead of total.backward().",
             )
         self._session.end_batch()
+        self._epochs.end_batch(batch)
         self._watch.end_batch(trainer, pl_module)
         if trainer.global_step == self._last_global_step:
             return  # in the middle of an accumulation window
         self._last_global_step = trainer.global_step
-        logged, looks = self._log.is_written(trainer), self._looks(trainer)
+        wanted = self._log.is_wanted(trainer)
         lbfgs = any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers)
-        step = self._session.step(describe=logged or looks, freeze_points=lbfgs)
+        step = self._session.step(describe=wanted, freeze_points=lbfgs)
+        self._reporting.count_step()
         if step is None:
             return
+        diagnostics = self._session.balancer.diagnostics
         if step.due:
             self._reporting.add(step.applied, step.measurement, trainer.current_epoch)
-        if logged:
-            self._log.write(pl_module, step.applied, step.measurement, self._session.balancer.diagnostics, step.window)
-        if logged or looks:
+        if wanted:
+            self._log.write(trainer, pl_module, step.applied, step.measurement, diagnostics, step.window)
+        if self._log.is_looked_at(trainer):
+            self._reporting.keep(step.applied, step.measurement, diagnostics)
             self._session.tell_counts()
             self._tell_concerns(trainer, step)
 
-    def _looks(self, trainer: Trainer) -> bool:
-        """Whether to look for concerns on a step that is not logged: now and then, where no step is."""
-        return not setting_of(trainer, "log_every_n_steps") and trainer.global_step % _LOOK_EVERY == 0
+    def _tell(self, about: str, message: str) -> None:
+        rank_zero_warn(message)
 
     def _tell_concerns(self, trainer: Trainer, step: BalancedStep) -> None:
         for about, message in self._concerns.of(trainer, self._session.balancer, step.measurement, step.applied):

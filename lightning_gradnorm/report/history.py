@@ -1,12 +1,16 @@
 """What a log folder holds of a run: our tags over the steps, out of TensorBoard's event files or Lightning's CSV."""
 
 import csv
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_gradnorm.folders import Folder
 from lightning_gradnorm.report.tags import PER_TASK
+
+_EVENTS, _TABLE = "events.out.tfevents.*", "metrics.csv"
 
 
 class Curve(NamedTuple):
@@ -45,22 +49,23 @@ class History:
 
 
 def read_history(folder: str | Path) -> History:
-    """Read a log folder: its event files if it has any, else its ``metrics.csv``.
+    """Read a log folder, also one behind a URL: its event files if it has any, else its ``metrics.csv``.
 
     Raises:
         FileNotFoundError: if there is no such folder, or neither kind of file in it.
         ValueError: if a file cannot be read, or holds none of our tags; the message says which and what to do.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    place = Folder(folder)
+    if not place.exists():
         raise FileNotFoundError(f"There is no log folder {folder}. Give the one that the table at the end of fit named.")
-    events, table = sorted(folder.glob("events.out.tfevents.*")), folder / "metrics.csv"
-    if events:
-        history = _of_events(events)
-    elif table.exists():
-        history = History(_of_csv(table))
+    if events := place.find(_EVENTS):
+        with place.here(*events) as files:
+            history = _of_events(files)
+    elif place.has(_TABLE):
+        with place.here(_TABLE) as (table,):
+            history = History(_of_csv(table))
     else:
-        inside = sorted({str(p.parent) for name in ("events.out.tfevents.*", "metrics.csv") for p in folder.rglob(name)})
+        inside = sorted({str(place.path(os.path.dirname(path))) for path in place.find(_EVENTS, _TABLE, below=True)})
         hint = f" Below it, these have: {', '.join(inside[:5])}." if inside else ""
         raise FileNotFoundError(
             f"{folder} holds neither TensorBoard event files nor Lightning's metrics.csv.{hint} Give a folder that a "

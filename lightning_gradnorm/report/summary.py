@@ -82,11 +82,16 @@ class RunSummary:
         self._started: set[str] = set()
         # Sums of the weights after 1, 2, 4, … steps, to have the mean without a warm-up whose length nobody knew at its end.
         self._added = 0
+        self._passed = 0
         self._marks: dict[int, Tensor] = {}
+
+    def count_step(self) -> None:
+        """One more optimiser step, measured or not."""
+        self._passed += 1
 
     @torch.no_grad()
     def add(self, weights: Tensor, measurement: Measurement, epoch: int) -> None:
-        """Take one optimiser step.
+        """Take one measured optimiser step.
 
         Args:
             weights: the weights that it applied, of ``measurement.tasks``, shape ``[T]``.
@@ -148,8 +153,13 @@ class RunSummary:
 
     @property
     def steps(self) -> int:
-        """Measured optimiser steps that the task seen most often took part in."""
-        return int(self._sums[0].max().item()) if self.tasks else 0
+        """Optimiser steps of the run."""
+        return max(self._passed, self._added)
+
+    @property
+    def measured(self) -> int:
+        """How many of them were measured, also those that were not finite."""
+        return self._added
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -159,12 +169,14 @@ class RunSummary:
             "first": self._first.clone(),
             "sums": self._sums.clone(),
             "added": self._added,
+            "passed": self._passed,
             "marks": {str(step): sums.clone() for step, sums in self._marks.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.tasks, self._started, self._epoch = tuple(state["tasks"]), set(state["started"]), state["epoch"]
         self._first, self._sums = state["first"].clone(), state["sums"].clone()
+        self._passed = state.get("passed", 0)
         self._added, self._marks = state["added"], {int(step): sums.clone() for step, sums in state["marks"].items()}
 
     def _make_room(self, tasks: Sequence[str], like: Tensor) -> None:

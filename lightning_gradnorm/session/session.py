@@ -180,15 +180,7 @@ class BalancingSession:
         self.totals += 1
         if not checked:  # all tasks are absent: a batch without labels trains nothing
             return plain_sum(checked)
-        noted = note(
-            self.balancer,
-            self.points,
-            checked,
-            loop.network,
-            plain_keys(kpis or {}),
-            plain_keys(points or {}),
-            tapped=self._measures,
-        )
+        noted = note(self.balancer, self.points, checked, loop.network, kpis or {}, points or {}, tapped=self._measures)
         self.noted.append(noted)
         return weighted_sum(noted.weights, noted.losses)
 
@@ -205,8 +197,12 @@ class BalancingSession:
 
     # -- around the backward ---------------------------------------------------------------------------------------
 
-    def before_backward(self, root: Tensor) -> None:
+    def before_backward(self, root: Tensor) -> dict[str, Tensor]:
         """Get ready to read the backward of ``root``: a total, scaled or with further terms as the case may be.
+
+        Returns:
+            The losses that it takes to the step, task → detached scalar; none of a root that is no total's, or of a closure
+            that is evaluated again.
 
         Raises:
             UnreachedSharedLayerError: if some of the tasks reach W and others do not.
@@ -221,18 +217,18 @@ class BalancingSession:
                     "training_step called total_loss() but returned a loss that was not built from its result, so there is "
                     "nothing to balance. Return what total_loss() gave, with further terms added if you like.",
                 )
-            return
+            return {}
         noted = built[0] if len(built) == 1 else NotedLosses.joined(built)
         self.noted = [other for other in self.noted if all(other is not one for one in built)]
         if self._stepping and not self._balanced.isdisjoint(noted.losses):
-            return  # a closure evaluated again within one optimiser step
+            return {}
         self._balanced.update(noted.losses)
-        if noted.tapped and not self._measuring.before_backward(root, noted.losses, loop, self.tell):
-            return
         losses = {task: loss.detach() for task, loss in noted.losses.items()}
-        self._measuring.window.add_losses(losses, noted.weights, noted.kpis)
-        for task, points in noted.points.items():
-            self._noted_points.setdefault(task, []).append(points)
+        if not noted.tapped or self._measuring.before_backward(root, noted.losses, loop, self.tell):
+            self._measuring.window.add_losses(losses, noted.weights, noted.kpis)
+            for task, points in noted.points.items():
+                self._noted_points.setdefault(task, []).append(points)
+        return losses
 
     def after_backward(self) -> None:
         """Take what the backward brought.

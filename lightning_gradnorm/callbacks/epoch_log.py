@@ -1,0 +1,148 @@
+"""What is logged of whole epochs: the mean losses of training, and those of an evaluation."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch.distributed
+from torch import Tensor
+
+from lightning_gradnorm.callbacks.epoch_means import EpochMeans, Gather, MeanLosses, batch_size_of
+from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, setting_of
+from lightning_gradnorm.losses import task_tag
+from lightning_gradnorm.measurement import stack_scalars
+from lightning_gradnorm.report.tags import UNWEIGHTED
+
+
+class EpochLog:
+    """Adds up the losses of each batch, and logs their means at the end of an epoch, in ``barebones`` never.
+
+    In training ``total_loss/unweighted`` is there for whoever monitors it: after an epoch the epoch's mean, after a
+    validation within the epoch the mean so far.
+    """
+
+    def __init__(self) -> None:
+        self._training = EpochMeans()
+        self._evaluation: dict[int | None, EpochMeans] = {}
+        self._noted: list[Mapping[str, Tensor]] = []
+
+    def reset(self) -> None:
+        """Forget an epoch under way, which a fit before left when it broke off."""
+        self._training.reset()
+        self._evaluation.clear()
+        self._noted.clear()
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def start_epoch(self, trainer: Trainer) -> None:
+        """An epoch of training begins, or goes on after a resume in its middle."""
+        self._noted.clear()
+        self._training.begin(trainer.current_epoch)
+
+    def note(self, losses: Mapping[str, Tensor]) -> None:
+        """Take the detached losses of one total in a training batch, task → scalar."""
+        self._noted.append(losses)
+
+    def end_batch(self, batch: Any) -> None:
+        """The training batch is over."""
+        _add(self._training, self._noted, batch)
+        self._noted.clear()
+
+    def log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the end of an epoch of training; all ranks."""
+        means = None if trainer.barebones else self._training.means(_gather_of(trainer))
+        self._training.reset()
+        if means is None:
+            return
+        if setting_of(trainer, "log_every_n_steps"):
+            self._log(trainer, pl_module, {UNWEIGHTED: means.total}, logger=False)
+            total, per_task = f"{UNWEIGHTED}_epoch", "task_loss_epoch"
+        else:  # the names of the steps are free
+            total, per_task = UNWEIGHTED, "task_loss"
+        self._log(trainer, pl_module, _tagged(means, total, per_task))
+
+    def log_so_far(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the end of a validation within an epoch of training, for whoever monitors it there; all ranks."""
+        means = None if trainer.barebones else self._training.means(_gather_of(trainer))
+        if means is not None:
+            self._log(trainer, pl_module, {UNWEIGHTED: means.total}, logger=False)
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def start_evaluation(self) -> None:
+        """An epoch of evaluation begins."""
+        self._evaluation.clear()
+
+    def add_evaluated(self, totals: Iterable[Mapping[str, Tensor]], batch: Any, dataloader_idx: int | None) -> None:
+        """Take an evaluation batch.
+
+        Args:
+            totals: the detached losses of each of its totals, task → scalar.
+            batch: counts by its size.
+            dataloader_idx: which of several dataloaders it is from; ``None`` where there is one.
+        """
+        _add(self._evaluation.setdefault(dataloader_idx, EpochMeans()), totals, batch)
+
+    def log_evaluation(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """At the end of an epoch of evaluation: ``<stage>_total_loss``, ``<stage>_task_loss/<task>``; all ranks.
+
+        Of several dataloaders each has its own, with Lightning's ``/dataloader_idx_<n>`` at the end.
+        """
+        evaluation, self._evaluation = self._evaluation, {}
+        gather = _gather_of(trainer)
+        loaders = {idx for rank in (gather(list(evaluation)) if gather else [list(evaluation)]) for idx in rank}
+        for idx in sorted(loaders, key=lambda idx: -1 if idx is None else idx):
+            means = evaluation.get(idx, EpochMeans()).means(gather)
+            if means is not None and not (trainer.barebones or trainer.sanity_checking):
+                suffix = "" if idx is None else f"/dataloader_idx_{idx}"
+                values = _tagged(means, f"{stage}_total_loss", f"{stage}_task_loss", suffix)
+                self._log(trainer, pl_module, values)
+
+    @staticmethod
+    def _log(trainer: Trainer, pl_module: LightningModule, values: dict[str, float], logger: bool | None = None) -> None:
+        pl_module.log_dict(
+            values,
+            logger=logger,
+            on_step=False,
+            on_epoch=True,
+            batch_size=1,
+            sync_dist=trainer.world_size > 1,  # they are the same on all ranks; Lightning warns where it is not told so
+            add_dataloader_idx=False,
+        )
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of an epoch under way."""
+        return self._training.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state from ``state_dict``."""
+        self._training.load_state_dict(state)
+
+
+def _add(means: EpochMeans, totals: Iterable[Mapping[str, Tensor]], batch: Any) -> None:
+    """Totals of different tasks in one batch are one total; one with a task that was there already is of another batch."""
+    joined: list[dict[str, Tensor]] = []
+    for losses in totals:
+        if not joined or joined[-1].keys() & losses.keys():
+            joined.append({})
+        joined[-1].update(losses)
+    for losses in joined:
+        means.add(tuple(losses), stack_scalars(losses.values()), batch_size_of(batch))
+
+
+def _tagged(means: MeanLosses, total: str, per_task: str, suffix: str = "") -> dict[str, float]:
+    values = {f"{per_task}/{task_tag(task)}{suffix}": mean for task, mean in sorted(means.tasks.items())}
+    return {f"{total}{suffix}": means.total} | values
+
+
+def _gather_of(trainer: Trainer) -> Gather | None:
+    if trainer.world_size == 1:
+        return None
+
+    def gather(here: Any) -> list[Any]:
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, here)
+        return gathered
+
+    return gather

@@ -44,8 +44,9 @@ class LossBalancingCallback(Callback):
 
     Logged, on the steps that ``log_every_n_steps`` asks for, as of the step itself (the weights that it applied): the
     tags of ``lightning_gradnorm.report.tags``. What the step did not measure (a task that is absent, a step that
-    ``update_every`` left out) keeps the value last logged. At the end of ``fit`` a table goes to the console and
-    ``loss_weights.yaml`` into the log folder.
+    ``update_every`` left out) keeps the value last logged. Of each epoch of training and of evaluation the mean losses are
+    logged too. At the end of ``fit`` a table goes to the console, ``loss_weights.yaml`` and a figure into the folder of each
+    logger's run.
 
     Args:
         balancer: the method.
@@ -362,7 +363,8 @@ class LossBalancingCallback(Callback):
         window, due = self._measuring.finish(), self.balancer.due
         if trainer.world_size > 1 and due:
             self._measuring.reduce(window, self.balancer.known_tasks, trainer.strategy.root_device)
-        wanted = self._log.is_wanted(trainer)
+        # On a step without the collective the ranks would log each its own losses.
+        wanted = self._log.is_wanted(trainer) and (due or trainer.world_size == 1)
         measurement = window.measurement(magnitudes=self._measuring.magnitudes and due) if due or wanted else None
         self._update_points(trainer)
         if measurement is None:
@@ -374,7 +376,7 @@ class LossBalancingCallback(Callback):
             self._reporting.add(applied, measurement, trainer.current_epoch)
         if wanted:
             self._log.write(trainer, pl_module, applied, measurement, self.balancer.diagnostics, window)
-        if self._log.is_looked_at(trainer):
+        if wanted and self._log.is_looked_at(trainer):
             self._reporting.keep(applied, measurement, self.balancer.diagnostics)
             self._tell_skipped()
             self._tell_concerns(trainer, applied, measurement)

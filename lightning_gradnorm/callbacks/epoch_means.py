@@ -89,7 +89,7 @@ class EpochMeans:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers, strings, lists and dicts."""
         groups = [{"tasks": list(key), "sums": sums.clone(), "size": size} for key, (sums, size) in self._sums.items()]
-        return {"epoch": self.epoch, "groups": groups}
+        return {"epoch": self.epoch if groups else None, "groups": groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state from ``state_dict``."""

@@ -29,8 +29,9 @@ class LossBalancingCallback(TrainerHooks):
 
     Logged, on the steps that ``log_every_n_steps`` asks for, as of the step itself (the weights that it applied): the
     tags of ``lightning_gradnorm.report.tags``. What the step did not measure (a task that is absent, a step that
-    ``update_every`` left out) keeps the value last logged. At the end of ``fit`` a table goes to the console and
-    ``loss_weights.yaml`` into the log folder.
+    ``update_every`` left out) keeps the value last logged. Of each epoch of training and of evaluation the mean losses are
+    logged too. At the end of ``fit`` a table goes to the console, ``loss_weights.yaml`` and a figure into the folder of each
+    logger's run.
 
     A second ``fit`` of the same module object goes on with what was learnt; one of another module starts anew, unless a state
     was loaded. A copy has what its original had learnt, and shares nothing with it.

@@ -24,6 +24,7 @@ class EpochLog:
         self._training = EpochMeans()
         self._evaluation: dict[int | None, EpochMeans] = {}
         self._noted: list[Mapping[str, Tensor]] = []
+        self._adds_up = True
 
     def reset(self) -> None:
         """Forget an epoch under way, which a fit before left when it broke off."""
@@ -37,10 +38,12 @@ class EpochLog:
         """An epoch of training begins, or goes on after a resume in its middle."""
         self._noted.clear()
         self._training.begin(trainer.current_epoch)
+        self._adds_up = not trainer.barebones
 
     def note(self, losses: Mapping[str, Tensor]) -> None:
         """Take the detached losses of one total in a training batch, task → scalar."""
-        self._noted.append(losses)
+        if self._adds_up:
+            self._noted.append(losses)
 
     def end_batch(self, batch: Any) -> None:
         """The training batch is over."""
@@ -49,7 +52,7 @@ class EpochLog:
 
     def log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the end of an epoch of training; all ranks."""
-        means = None if trainer.barebones else self._training.means(_gather_of(trainer))
+        means = self._training.means(_gather_of(trainer)) if self._adds_up else None
         self._training.reset()
         if means is None:
             return
@@ -62,7 +65,7 @@ class EpochLog:
 
     def log_so_far(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the end of a validation within an epoch of training, for whoever monitors it there; all ranks."""
-        means = None if trainer.barebones else self._training.means(_gather_of(trainer))
+        means = self._training.means(_gather_of(trainer)) if self._adds_up else None
         if means is not None:
             self._log(trainer, pl_module, {UNWEIGHTED: means.total}, logger=False)
 
@@ -122,13 +125,17 @@ class EpochLog:
 
 def _add(means: EpochMeans, totals: Iterable[Mapping[str, Tensor]], batch: Any) -> None:
     """Totals of different tasks in one batch are one total; one with a task that was there already is of another batch."""
-    joined: list[dict[str, Tensor]] = []
+    joined: list[Mapping[str, Tensor]] = []
     for losses in totals:
         if not joined or joined[-1].keys() & losses.keys():
-            joined.append({})
-        joined[-1].update(losses)
+            joined.append(losses)
+        else:
+            joined[-1] = {**joined[-1], **losses}
     for losses in joined:
-        means.add(tuple(losses), stack_scalars(losses.values()), batch_size_of(batch))
+        scalars = list(losses.values())
+        on_one_device = all(scalar.device == scalars[0].device for scalar in scalars)
+        vector = torch.stack(scalars) if on_one_device else stack_scalars(scalars)
+        means.add(tuple(losses), vector, batch_size_of(batch))
 
 
 def _tagged(means: MeanLosses, total: str, per_task: str, suffix: str = "") -> dict[str, float]:

@@ -53,20 +53,19 @@ class EpochMeans:
         self._sums.clear()
         self.epoch = None
 
-    @torch.no_grad()
     def add(self, tasks: Sequence[str], losses: Tensor, batch_size: int = 1) -> None:
         """Take one batch.
 
         Args:
             tasks: those that it has.
-            losses: L_i, unweighted, shape ``[T]``.
+            losses: L_i, unweighted and detached, shape ``[T]``.
             batch_size: what it counts in the means.
         """
         key = tuple(tasks)
-        if key not in self._sums:
-            self._sums[key] = torch.zeros(len(key), dtype=widest_float(losses.device), device=losses.device), 0.0
-        sums, size = self._sums[key]
-        self._sums[key] = sums.to(losses.device).add_(losses.detach(), alpha=batch_size), size + batch_size
+        sums, size = self._sums.get(key, (None, 0.0))
+        if sums is None:
+            sums = torch.zeros(len(key), dtype=widest_float(losses.device), device=losses.device)
+        self._sums[key] = sums.to(losses.device).add_(losses, alpha=batch_size), size + batch_size
 
     def means(self, gather: Gather | None = None) -> MeanLosses | None:
         """The means so far, over all ranks; ``None`` where no rank has had a batch. Waits for the device.
@@ -90,7 +89,7 @@ class EpochMeans:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers, strings, lists and dicts."""
         groups = [{"tasks": list(key), "sums": sums.clone(), "size": size} for key, (sums, size) in self._sums.items()]
-        return {"epoch": self.epoch, "groups": groups}
+        return {"epoch": self.epoch if groups else None, "groups": groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state from ``state_dict``."""

@@ -224,7 +224,8 @@ class TrainerHooks(Callback):
         if trainer.global_step == self._last_global_step:
             return  # in the middle of an accumulation window
         self._last_global_step = trainer.global_step
-        wanted = self._log.is_wanted(trainer)
+        # On a step without the collective the ranks would log each its own losses.
+        wanted = self._log.is_wanted(trainer) and (self._session.balancer.due or trainer.world_size == 1)
         lbfgs = any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers)
         step = self._session.step(describe=wanted, freeze_points=lbfgs)
         self._reporting.count_step()
@@ -235,7 +236,7 @@ class TrainerHooks(Callback):
             self._reporting.add(step.applied, step.measurement, trainer.current_epoch)
         if wanted:
             self._log.write(trainer, pl_module, step.applied, step.measurement, diagnostics, step.window)
-        if self._log.is_looked_at(trainer):
+        if wanted and self._log.is_looked_at(trainer):
             self._reporting.keep(step.applied, step.measurement, diagnostics)
             self._session.tell_counts()
             self._tell_concerns(trainer, step)

@@ -141,7 +141,7 @@ def test_a_checkpoint_of_the_network_alone_loads_anywhere_and_brings_no_loss_wei
     quiet_trainer(tmp_path, callbacks=[callback]).test(module, batches(2), ckpt_path=path, verbose=False)
     assert callback.weights == live
     assert len(module.tested) == 2
-    assert all(torch.equal(total, plain) for total, plain in module.tested)
+    assert all(torch.equal(total, plain) for total, plain in module.tested), "whatever the weights are"
 
     fresh = GradNormCallback(**METHOD, summary=False)
     quiet_trainer(tmp_path, callbacks=[fresh]).test(loaded, batches(2), ckpt_path=path, verbose=False)

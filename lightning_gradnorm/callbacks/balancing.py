@@ -8,8 +8,9 @@ from torch import Tensor
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.balancers.checks import check_choice
 from lightning_gradnorm.callbacks.epoch_log import EpochLog
-from lightning_gradnorm.callbacks.homecoming import Homecoming
+from lightning_gradnorm.callbacks.homecoming import Homecoming, mark_of
 from lightning_gradnorm.callbacks.hooks import TrainerHooks
+from lightning_gradnorm.callbacks.lightning_api import LightningModule
 from lightning_gradnorm.callbacks.log import BalancingLog
 from lightning_gradnorm.callbacks.reporting import Reporting
 from lightning_gradnorm.plain import plain_keys
@@ -92,7 +93,7 @@ class LossBalancingCallback(TrainerHooks):
         self._epochs = EpochLog()
         self._reporting = Reporting(summary)
         self._homecoming = Homecoming()
-        self._is_set_up = False
+        self._is_set_up, self._last_mark = False, None
         self._rest()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,8 +180,9 @@ class LossBalancingCallback(TrainerHooks):
         if self._stage not in (None, "fit") and self.balancer.tasks:
             return  # testing a checkpoint does not touch the live weights
         self._load(state_dict)
+        self._news = ""
         if self._stage is None:
-            self._last_module = None  # the next fit goes on from here, of whatever module it is
+            self._last_module = self._last_mark = None  # the next fit goes on from here, of whatever module it is
 
     def _load(self, state: dict[str, Any]) -> None:
         self._session.load_state_dict(state)
@@ -191,10 +193,11 @@ class LossBalancingCallback(TrainerHooks):
 
     # -- processes that a launcher makes for the fit -----------------------------------------------------------------
 
-    def _for_home(self) -> dict[str, Any]:
+    def _for_home(self, pl_module: LightningModule) -> dict[str, Any]:
         layer = self.shared
         return self.state_dict() | {
             "set_up": self._is_set_up,
+            "mark": mark_of(pl_module),
             "engine_used": self.engine_used,
             "layer": None if layer is None else {"names": list(layer.names), "reason": layer.reason},
         }
@@ -205,7 +208,7 @@ class LossBalancingCallback(TrainerHooks):
         if found is None:
             return
         self._load(found)
-        self._is_set_up = found["set_up"]
+        self._is_set_up, self._last_module, self._last_mark = found["set_up"], None, found["mark"]
         reading, layer = self._session.reading, found["layer"]
         reading.engine_used = found["engine_used"]
         reading.layer = None if layer is None else SharedLayer(tuple(layer["names"]), (), layer["reason"])

@@ -69,3 +69,9 @@ class Homecoming:
 def _remove(path: Path, home: int) -> None:
     if os.getpid() == home:
         path.unlink(missing_ok=True)
+
+
+def mark_of(module: Any) -> list[float]:
+    """Numbers by which a module is known again in another process: sums of its first and last parameters."""
+    parameters = list(module.parameters())
+    return [float(p.detach().cpu().double().abs().sum()) for p in (*parameters[:4], *parameters[-4:])]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_gradnorm.callbacks.concerns import Concerns
 from lightning_gradnorm.callbacks.epoch_log import EpochLog
-from lightning_gradnorm.callbacks.homecoming import Homecoming
+from lightning_gradnorm.callbacks.homecoming import Homecoming, mark_of
 from lightning_gradnorm.callbacks.lightning_api import (
     Callback,
     LightningModule,
@@ -23,7 +23,7 @@ from lightning_gradnorm.callbacks.loop_watch import LoopWatch
 from lightning_gradnorm.callbacks.refusals import check_alone, check_module, check_strategy
 from lightning_gradnorm.callbacks.reporting import Reporting
 from lightning_gradnorm.mixin import shared_layer_of
-from lightning_gradnorm.session import BalancedStep, BalancingSession, Loop, RankAgreement, TotalLink
+from lightning_gradnorm.session import BalancingSession, Loop, RankAgreement, TotalLink
 
 
 class TrainerHooks(Callback):
@@ -36,9 +36,10 @@ class TrainerHooks(Callback):
     _homecoming: Homecoming
     _untested_strategies: bool
     _is_set_up: bool
+    _last_mark: list[float] | None  # of the module of the last fit, where that was in a process of its own
     # Not for a copy: bound methods of the module that the Trainer puts here, and what belongs to a fit under way.
     _of_a_fit: ClassVar[frozenset[str]] = frozenset(
-        {"log", "log_dict", "_stage", "_concerns", "_watch", "_evaluated", "_last_global_step", "_last_module"}
+        {"log", "log_dict", "_stage", "_news", "_concerns", "_watch", "_evaluated", "_last_global_step", "_last_module"}
     )
 
     def _rest(self) -> None:
@@ -49,11 +50,12 @@ class TrainerHooks(Callback):
         self._begin()
 
     def _begin(self) -> None:
+        self._news = ""  # said when training starts, unless a checkpoint has made it untrue by then
         self._evaluated: list[dict[str, Tensor]] = []  # the losses of the evaluation batch under way
         self._concerns = Concerns()
         self._watch = LoopWatch(self._session, type(self).__name__)
 
-    def _for_home(self) -> dict[str, Any]:
+    def _for_home(self, pl_module: LightningModule) -> dict[str, Any]:
         """The state, and what else a process that launched this one wants to know."""
         raise NotImplementedError
 
@@ -65,26 +67,25 @@ class TrainerHooks(Callback):
         check_module(pl_module, name)
         check_strategy(setting_of(trainer, "strategy"), name, untested=self._untested_strategies)
         check_alone([callback for callback in setting_of(trainer, "callbacks") if isinstance(callback, TrainerHooks)])
-        pl_module._loss_balancing = TotalLink(self._session.total)  # type: ignore[assignment]
+        vars(pl_module)["_loss_balancing"] = TotalLink(self._session.total)
         if stage == "fit":
             self._begin()
             self._epochs.reset()
-            self._go_on_or_start_anew(trainer, pl_module)
+            self._go_on_or_start_anew(pl_module)
 
-    def _go_on_or_start_anew(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _go_on_or_start_anew(self, pl_module: LightningModule) -> None:
         last, self._last_module = self._last_module, weakref.ref(pl_module)
+        mark, self._last_mark = self._last_mark, None
         steps = self._session.balancer.steps
-        if not steps or setting_of(trainer, "ckpt_path"):
+        if not steps:
             return
-        if last is None or last() is pl_module:
-            rank_zero_info(
-                f"{type(self).__name__} goes on with the weights that it learnt in {steps} steps; reset() forgets them."
-            )
+        if last() is pl_module if last is not None else mark in (None, mark_of(pl_module)):
+            self._news = f"{type(self).__name__} goes on with what it learnt in {steps} steps; its reset() forgets that."
             return
         self._session.start_anew()
         self._reporting = Reporting(self._reporting.enabled)
         self._log.shown = {}
-        rank_zero_info(
+        self._news = (
             f"{type(self).__name__} starts anew, as this is another module than the one of its last fit. To go on with what it "
             "learnt there, fit the same module object or pass ckpt_path."
         )
@@ -92,7 +93,7 @@ class TrainerHooks(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go(pl_module)
         if stage == "fit":
-            self._homecoming.send(trainer, self._for_home)
+            self._homecoming.send(trainer, lambda: self._for_home(pl_module))
         self._stage = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -100,7 +101,7 @@ class TrainerHooks(Callback):
         self._let_go(pl_module)
         if fitting:
             self._reporting.write(trainer, self._session.balancer, interrupted=True)
-            self._homecoming.send(trainer, self._for_home)
+            self._homecoming.send(trainer, lambda: self._for_home(pl_module))
 
     def _let_go(self, pl_module: LightningModule) -> None:
         self._session.close()
@@ -110,6 +111,8 @@ class TrainerHooks(Callback):
         self._reporting.log_hyperparameters(trainer, pl_module, self._session.balancer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._news:
+            rank_zero_info(self._news)
         self._last_global_step = trainer.global_step
         callbacks = setting_of(trainer, "callbacks")
         self._session.open(
@@ -239,11 +242,8 @@ class TrainerHooks(Callback):
         if wanted and self._log.is_looked_at(trainer):
             self._reporting.keep(step.applied, step.measurement, diagnostics)
             self._session.tell_counts()
-            self._tell_concerns(trainer, step)
+            for about, message in self._concerns.of(trainer, self._session.balancer, step.measurement, step.applied):
+                self._session.tell(about, message)
 
     def _tell(self, about: str, message: str) -> None:
         rank_zero_warn(message)
-
-    def _tell_concerns(self, trainer: Trainer, step: BalancedStep) -> None:
-        for about, message in self._concerns.of(trainer, self._session.balancer, step.measurement, step.applied):
-            self._session.tell(about, message)

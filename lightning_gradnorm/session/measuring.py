@@ -56,8 +56,8 @@ class Measuring:
         try:
             there = self.reading.before_backward(root, losses)
         except UnreachedSharedLayerError as error:
-            others_reach = len(error.tasks) < len(losses) or (self._reached and not self._reached.issuperset(losses))
-            if others_reach or hides_parameters(root):
+            only_others = bool(self._reached) and self._reached.isdisjoint(losses)
+            if len(error.tasks) < len(losses) or only_others or hides_parameters(root):
                 raise
             tell(
                 "unreached",

@@ -141,9 +141,9 @@ class Reading:
             return True
         if self.layer is None and self._search is None and self._are_known():
             self.adopt(self.known_names, "as before; override shared_layer() to choose another")
-            self._fitting.update(losses)
-        elif self.layer is None or not self._fits(losses):
-            self.layer = self._look(losses)
+        if self.layer is None or not self._fits(self.layer, losses):
+            self.layer = self._searching().look(losses)
+            self._fitting = set() if self.layer is None else self._fitting | losses.keys()
         return self.layer is not None
 
     def remember(self) -> None:
@@ -156,21 +156,16 @@ class Reading:
         trained = {name for name, parameter in self._network.named_parameters() if parameter.requires_grad}
         return bool(self.known_names) and trained.issuperset(self.known_names)
 
-    def _fits(self, losses: Mapping[str, Tensor]) -> bool:
-        new = {task: loss for task, loss in losses.items() if task not in self._fitting}
+    def _fits(self, layer: SharedLayer, losses: Mapping[str, Tensor]) -> bool:
+        """Whether the tasks that are new reach W; if none of them all does, it is left out of this step and says nothing."""
+        new = losses.keys() - self._fitting
         if not new:
             return True
-        assert self.layer is not None
-        if not self._searching().fits(self.layer, new):
-            return False
-        self._fitting.update(new)
-        return True
-
-    def _look(self, losses: Mapping[str, Tensor]) -> SharedLayer | None:
-        found = self._searching().look(losses)
-        if found is not None:
-            self._fitting.update(losses)
-        return found
+        reach = {task for task, loss in losses.items() if self._searching().fits(layer, {task: loss})}
+        if not reach:
+            return len(new) < len(losses)
+        self._fitting |= reach
+        return new <= reach
 
     def _searching(self) -> SharedLayerSearch:
         assert self._network is not None

@@ -52,10 +52,6 @@ class TaskGraph:
             return False
         return any(type(node).__name__ == kind and (not merged_only or self.owners[node] == MERGED) for node in self.edges)
 
-    def is_pushed(self, node: Node) -> bool:
-        """Whether gradients that arrive here have to be carried on to W task by task."""
-        return node in self.edges and self.owners[node] == MERGED
-
 
 def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | GradientEdge]) -> TaskGraph:
     """Walk the graph once.

@@ -1,19 +1,20 @@
 """How the tasks' cotangents are carried from where tasks meet down to W, each on its own.
 
 Where several tasks' graphs have met, the backward carries their sum, so each task's part has to be pushed down beside it: one
-vector-Jacobian product per task and node. ``ByHand`` runs node after node, each once per task however many meeting places lie
-above it, and nothing that users have hung on the graph (see ``vector_jacobian``). ``ByEngine`` is for nodes that need the
-engine: one ``torch.autograd.grad`` per task and meeting place.
+vector-Jacobian product per task and node, each node once per task however many meeting places lie above it, and nothing that
+users have hung on the graph (see ``vector_jacobian``). What a checkpoint has saved can be had once in each run of the engine,
+so there each task gets a run of its own.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
+from lightning_gradnorm.autograd_graph import task_graph
 from lightning_gradnorm.factors import WeightFactors
-from lightning_gradnorm.vector_jacobian import inputs_of, undone, vector_jacobian_product
+from lightning_gradnorm.vector_jacobian import frames_of, in_graph_task, inputs_of, undone, vector_jacobian_product
 
 Target = tuple[Node, int]
 
@@ -56,25 +57,10 @@ class Arrivals:
 
 
 class Descent:
-    """Carries what has arrived at a node on.
+    """Carries what has arrived at a node on, by hand.
 
     Args:
-        edges: node → its children that lead to W.
-        arrivals: where to take cotangents from, and where to put them.
-    """
-
-    def __init__(self, edges: Mapping[Node, Sequence[Node]], arrivals: Arrivals) -> None:
-        self._edges, self._arrivals = edges, arrivals
-
-    def lower(self, node: Node) -> None:
-        """Carry on what has arrived at the node; all that will arrive there is there."""
-        raise NotImplementedError
-
-
-class ByHand(Descent):
-    """Node after node, each once per task.
-
-    Args:
+        nodes: those that will be asked for, and all below them that lead to W; children before parents.
         edges: node → its children that lead to W.
         targets: (node, its input) → number of the tensor of W whose gradient arrives there.
         arrivals: where to take cotangents from, and where to put them.
@@ -84,76 +70,91 @@ class ByHand(Descent):
 
     def __init__(
         self,
+        nodes: Sequence[Node],
         edges: Mapping[Node, Sequence[Node]],
         targets: Mapping[Target, int],
         arrivals: Arrivals,
-        factors: Mapping[Node, tuple[int, WeightFactors]],
+        factors: Mapping[Node, tuple[int, WeightFactors]] | None = None,
+        frames: Mapping[Node, int] | None = None,
     ) -> None:
-        super().__init__(edges, arrivals)
-        self._targets, self._factors = targets, factors
+        self._nodes, self._edges, self._targets, self._arrivals = nodes, edges, targets, arrivals
+        self._factors = factors or {}
+        self._frames = frames_of(nodes) if frames is None else frames
+        self._ways: dict[int, list[Node]] = {}  # frame → the nodes that lead to one of its own, parents before children
 
     @torch.no_grad()
     def lower(self, node: Node) -> None:
+        """Carry on what has arrived at the node; all that will arrive there is there."""
         arrived = self._arrivals.take(node)
-        below = self._edges.get(node)
-        if not arrived or below is None:
+        if not arrived or node not in self._edges:
             return
-        ways = node.next_functions
+        if node in self._frames:
+            with undone():
+                while arrived:
+                    in_graph_task(self._through_frame, node, *arrived.pop())
+            return
+        if node in self._factors:
+            self._factors[node][1].add(node, {task: held[0] for task, held in arrived})
+        while arrived:
+            task, held = arrived.pop()
+            for child, number, gradient in self._below(node, held):
+                self._arrivals.add(task, child, number, gradient)
+
+    def lower_all(self) -> None:
+        """All nodes, parents before children."""
+        for node in reversed(self._nodes):
+            self.lower(node)
+
+    def _below(self, node: Node, held: Mapping[int, Tensor]) -> Iterator[tuple[Node, int, Tensor]]:
+        """(child, its input, cotangent) for what one task has brought to the inputs of a node."""
+        below, ways = self._edges[node], node.next_functions
         wanted = [child is not None and (child in below or (child, nr) in self._targets) for child, nr in ways]
         if node in self._factors:
-            weight, factors = self._factors[node]
-            factors.add(node, {task: held[0] for task, held in arrived})
-            wanted[weight] = False
-            if not any(wanted):
-                return
-        count = inputs_of(node)
-        while arrived:
-            task, held = arrived.pop()
-            down = vector_jacobian_product(node, [held.get(i) for i in range(count)], wanted)
+            wanted[self._factors[node][0]] = False
+        if any(wanted):
+            down = vector_jacobian_product(node, [held.get(i) for i in range(inputs_of(node))], wanted)
             for gradient, (child, number), leads in zip(down, ways, wanted, strict=True):
                 if leads and child is not None and gradient is not None:
-                    self._arrivals.add(task, child, number, gradient)
+                    yield child, number, gradient
+
+    def _through_frame(self, start: Node, task: int, held: dict[int, Tensor]) -> None:
+        """From a node of a frame to where nothing leads to the frame any more: what it has saved can be had once in a run."""
+        frame = self._frames[start]
+        if frame not in self._ways:
+            leading = {node for node, other in self._frames.items() if other == frame}
+            for node in self._nodes:
+                if not leading.isdisjoint(self._edges[node]):
+                    leading.add(node)
+            self._ways[frame] = [node for node in reversed(self._nodes) if node in leading]
+        way = self._ways[frame]
+        inside, at = set(way), {start: held}
+        for node in way:
+            if node in at:
+                for child, number, gradient in self._below(node, at.pop(node)):
+                    if child in inside and (child, number) not in self._targets:
+                        other = at.setdefault(child, {})
+                        other[number] = gradient if number not in other else other[number] + gradient
+                    else:
+                        self._arrivals.add(task, child, number, gradient)
 
 
-class ByEngine(Descent):
-    """From a meeting place straight to W, by the engine.
+def gradients_of(losses: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> list[list[Tensor | None]]:
+    """Each loss's gradient on each tensor, ``None`` where it does not reach it; one backward per loss, which leaves no trace.
+
+    As ``torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)``, but that no hook runs, and modules inside a
+    checkpoint count nothing.
 
     Args:
-        edges: node → its children that lead to W.
-        targets: (node, its input) → number of the tensor of W whose gradient arrives there.
-        arrivals: where to take cotangents from, and where to put them.
-        wanted: the tensors of W, or the edges on which their gradients arrive.
+        losses: task name → scalar loss.
+        tensors: leaves, or whatever else the gradients are wanted of.
     """
-
-    def __init__(
-        self,
-        edges: Mapping[Node, Sequence[Node]],
-        targets: Mapping[Target, int],
-        arrivals: Arrivals,
-        wanted: Sequence[Tensor] | Sequence[GradientEdge],
-    ) -> None:
-        super().__init__(edges, arrivals)
-        self._targets, self._wanted = targets, wanted
-
-    def lower(self, node: Node) -> None:
-        arrived = self._arrivals.take(node)
-        while arrived:
-            task, held = arrived.pop()
-            starts = [GradientEdge(node, number) for number in held]
-            found = by_engine(starts, list(held.values()), self._wanted, self._edges)
-            here = {self._targets.get((node, number)) for number in held}  # it has arrived there already
-            for k, gradient in enumerate(found):
-                if gradient is not None and k not in here:
-                    self._arrivals.add_at_target(task, k, gradient)
-
-
-def by_engine(
-    starts: Sequence[Tensor] | Sequence[GradientEdge],
-    cotangents: Sequence[Tensor],
-    wanted: Sequence[Tensor] | Sequence[GradientEdge],
-    nodes: Iterable[Node],
-) -> list[Tensor | None]:
-    """``torch.autograd.grad`` that keeps the graph, and undoes what it would leave behind in modules and hooks."""
-    leaves = [tensor for tensor in wanted if isinstance(tensor, Tensor)]
-    with undone(nodes, leaves):
-        return list(torch.autograd.grad(starts, wanted, cotangents, retain_graph=True, allow_unused=True))
+    found = []
+    for loss in losses.values():
+        arrivals = Arrivals(1, len(tensors), {}, {})
+        if loss.grad_fn is not None:
+            graph = task_graph(loss.grad_fn, {loss.grad_fn: 0}, tensors)
+            arrivals = Arrivals(1, len(tensors), graph.targets, graph.edges)
+            arrivals.add(0, loss.grad_fn, loss.output_nr, torch.ones_like(loss))
+            Descent(list(graph.edges), graph.edges, graph.targets, arrivals).lower_all()
+        found.append(arrivals.gradients[0])
+    return found

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
+from lightning_gradnorm.gram import Gram, can_wait, part_of_square
 from lightning_gradnorm.measurement import widest_float
 from lightning_gradnorm.vector_jacobian import dtype_of, rows_of, shape_of
 
@@ -25,7 +26,6 @@ _WEIGHT = {"MmBackward0": 1, "AddmmBackward0": 2, "ConvolutionBackward0": 1}  # 
 _TURNS = "TBackward0"
 _CASTS = "ToCopyBackward0"
 _NORMALISES = {"NativeBatchNormBackward0": "_saved_training", "CudnnBatchNormBackward0": "_saved_training"}  # while training
-_TRUSTED = 1e-4  # largest relative error of a square that is let pass
 
 
 class WeightFactors:
@@ -85,10 +85,10 @@ class WeightFactors:
         """
         if self.is_empty:
             return torch.zeros(self._tasks, dtype=widest_float(self._weight.device), device=self._weight.device)
-        gram = _Gram(*self._rows(torch.float32))
-        squares, errors = gram.squares()
-        if _can_wait(squares.device) and not bool(((errors <= _TRUSTED * squares) & squares.isfinite()).all()):
-            squares, _ = _Gram(*self._rows(torch.float64)).squares()
+        gram = Gram(*self._rows(torch.float32))
+        squares = gram.squares()
+        if can_wait(squares.device) and not gram.trusts(squares):
+            squares = Gram(*self._rows(torch.float64)).squares()
         return squares.clamp_min(0)
 
     @torch.no_grad()
@@ -111,98 +111,8 @@ class WeightFactors:
         return stacked.flatten(1) @ carried.flatten(1).mT
 
 
-class _Gram:
-    """‖Δ_iᵀ X‖² of each task, with what all rows of X have in common taken out first.
-
-    With μ the mean of the rows, X = X̃ + 1 μᵀ and s_i = Δ_iᵀ 1: ‖Δ_iᵀ X‖² = ⟨X̃ X̃ᵀ, Δ_i Δ_iᵀ⟩ + 2 ⟨s_i, Δ_iᵀ X̃ μ⟩ + ‖s_i‖² ‖μ‖².
-    Behind a normalisation over the rows s_i is 0 but for rounding, and a large common part would drown the rest.
-    """
-
-    def __init__(self, inputs: Tensor, deltas: Sequence[Tensor]) -> None:
-        self._eps = torch.finfo(inputs.dtype).eps
-        self._scaled = not _can_wait(inputs.device) and inputs.dtype != torch.float64
-        self._unit = inputs.new_ones(())
-        if self._scaled and inputs.numel():
-            self._unit = _largest(inputs)
-            inputs = inputs / self._unit
-        rows = max(inputs.shape[-2], 1)
-        mean = inputs.sum(-2, keepdim=True) / rows
-        inputs = inputs - mean
-        gram = inputs @ inputs.mT
-        self._size = torch.linalg.vector_norm(gram)
-        self._strips = _strips(gram)
-        self._mean_square = mean.square().sum((-1, -2))  # per group
-        # Columns 1 and X̃ μ: Δᵀ times both at once.
-        self._columns = torch.cat([torch.ones_like(inputs[..., :1]), inputs @ mean.mT], dim=-1)
-        self._deltas = deltas
-
-    def squares(self) -> tuple[Tensor, Tensor]:
-        """The squares, and a bound on what rounding has made of them, ``[T]`` each, as wide as the device allows."""
-        found = [self._square(delta) for delta in self._deltas]
-        squares, errors = (
-            torch.stack([part.to(widest_float(part.device)) for part in parts]) for parts in zip(*found, strict=True)
-        )
-        return squares, errors
-
-    def _square(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        wide = widest_float(delta.device)
-        unit = self._unit
-        if self._scaled and delta.numel():
-            largest = _largest(delta)
-            delta, unit = delta / largest, unit * largest
-        width, whole, size = self._strips[0].shape[-2], delta.new_zeros((), dtype=wide), delta.new_zeros((), dtype=wide)
-        for k, strip in enumerate(self._strips):
-            block = delta[..., k * width : (k + 1) * width, :] @ delta[..., k * width :, :].mT
-            whole = whole + torch.dot(block.flatten(), strip.flatten()).to(wide)
-            size = size + 2 * torch.dot(block.flatten(), block.flatten()).to(wide)
-        sums, crossed = (delta.mT @ self._columns).unbind(-1)  # [(groups,) outputs] each
-        # What is left of a sum that rounding alone has kept from 0 counts as 0.
-        noise = 4 * self._eps * math.sqrt(max(delta.shape[-2], 1)) * torch.linalg.vector_norm(delta)
-        sums = torch.where(torch.linalg.vector_norm(sums) > noise, sums, torch.zeros_like(sums))
-        common = 2 * (sums * crossed).sum().to(wide) + (sums.square().sum(-1).to(wide) * self._mean_square.to(wide)).sum()
-        factor = unit.to(wide) ** 2
-        bound = 4 * self._eps * (self._size.to(wide) * size.sqrt() + common.abs())
-        # A square that has no normal number of this precision left has lost digits that the bound does not know of.
-        tiny = torch.finfo(delta.dtype).tiny / self._eps * delta.shape[-2]
-        return (whole + common) * factor, torch.where(size > tiny, bound, bound + tiny) * factor
-
-
-def _can_wait(device: torch.device) -> bool:
-    """Whether asking for a number makes no host wait."""
-    return device.type == "cpu"
-
-
-def _largest(tensor: Tensor) -> Tensor:
-    """The largest entry in size, scalar, or 1 where all are 0; no one waits for it."""
-    largest = tensor.abs().amax()
-    return torch.where(largest > 0, largest, torch.ones_like(largest))
-
-
 def _joined(rows: list[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
-
-
-def _strip_count(rows: int) -> int:
-    """Into how many strips a symmetric matrix is cut: none so thin that its products are slow."""
-    return 4 if rows >= 128 else 1
-
-
-def _part_of_square(rows: int) -> float:
-    """How much of a symmetric matrix of that many rows its triangle of blocks is."""
-    strips = _strip_count(rows)
-    return (strips + 1) / (2 * strips)
-
-
-def _strips(gram: Tensor) -> list[Tensor]:
-    """Of a symmetric ``[…, R, R]``: rows in so many strips, each from its diagonal block on; what lies beside it doubled."""
-    rows = gram.shape[-1]
-    width = max(-(-rows // _strip_count(rows)), 1)
-    strips = []
-    for start in range(0, max(rows, 1), width):
-        strip = 2 * gram[..., start : start + width, start:]
-        strip[..., :width] /= 2
-        strips.append(strip)
-    return strips
 
 
 # -- which nodes are such products ---------------------------------------------------------------------------------
@@ -317,13 +227,13 @@ def _gram_is_less(nodes: Sequence[Any], weight: Tensor, tasks: int) -> bool:
     """Whether the norms take fewer operations by the Gram form than by one product per task."""
     first = nodes[0]
     if type(first).__name__ == "ConvolutionBackward0":
-        inputs, outputs = weight[0].numel(), weight.shape[0] // first._saved_groups
+        inputs, outputs = weight[0].numel(), weight.shape[0] // int(first._saved_groups)
         rows = sum(math.prod(shape_of(node)) // weight.shape[0] for node in nodes)
     else:
         outputs = shape_of(first)[-1]
         inputs = weight.numel() // max(outputs, 1)
         rows = sum(rows_of(node) for node in nodes)
-    return rows * (inputs + tasks * outputs * _part_of_square(rows)) < tasks * inputs * outputs
+    return rows * (inputs + tasks * outputs * part_of_square(rows)) < tasks * inputs * outputs
 
 
 def _unfolded(node: Any) -> Tensor:

@@ -98,6 +98,11 @@ class GradientReader(ABC):
     def gradients(self) -> TaskGradients:
         """The tasks' gradients, once ``root.backward()`` has run."""
 
+    @property
+    def shapes(self) -> tuple[object, ...]:
+        """What tells one kind of graph from another, while the backward is to come."""
+        return ()
+
     @abstractmethod
     def discard(self) -> None:
         """Let go of the graph, and of all that was read."""

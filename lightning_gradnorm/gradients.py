@@ -20,7 +20,7 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradnorm.autograd_graph import MERGED, REST, TaskGraph, task_graph
-from lightning_gradnorm.descent import Arrivals, ByEngine, ByHand, Descent, by_engine
+from lightning_gradnorm.descent import Arrivals, Descent
 from lightning_gradnorm.factors import WeightFactors, find_factors
 from lightning_gradnorm.gradient_reader import (
     CompiledSharedLayerError,
@@ -32,7 +32,7 @@ from lightning_gradnorm.gradient_reader import (
 from lightning_gradnorm.losses import check_losses
 from lightning_gradnorm.measurement import stack_scalars
 from lightning_gradnorm.task_gradients import TaskGradients
-from lightning_gradnorm.vector_jacobian import can_run_by_hand
+from lightning_gradnorm.vector_jacobian import frames_of, shape_of
 
 __all__ = [
     "CompiledSharedLayerError",
@@ -78,61 +78,41 @@ class PerTaskBackward(GradientReader):
         graph = task_graph(root.grad_fn, {node: task for (node, _), task in ends.items()}, self._wanted)
         if graph.compiled(merged_only=False):
             raise CompiledSharedLayerError("The way from the losses to the shared layer leads")
-        unreached = [task for task, loss in losses.items() if loss.grad_fn not in graph.edges]
-        if unreached:
-            raise UnreachedSharedLayerError(unreached)
+        _check_reached(graph, losses)
         if graph.has_reentrant_checkpoint():
             raise HiddenUseError(_BETWEEN)
-        read = self._by_hand if can_run_by_hand(graph.edges) else self._by_engine
-        gradients, seeds = read(root, losses, graph, ends)
-        self._wanted.clear()
-        self._gradients = TaskGradients(self.tasks, gradients, stack_scalars(seeds), self._parameters)
-
-    def _by_hand(
-        self, root: Tensor, losses: Mapping[str, Tensor], graph: TaskGraph, ends: Mapping[tuple[Node, int], int]
-    ) -> tuple[list[list[Tensor | None]], list[Tensor]]:
-        assert root.grad_fn is not None, "it was checked"
-        order = list(reversed(graph.edges))
-        nodes_of_ends = {node for node, _ in ends}
-        above: set[Node] = set()
-        for node, below in graph.edges.items():
-            if any(child in above or child in nodes_of_ends for child in below):
-                above.add(node)
-        at_losses = Arrivals(1, len(ends), ends, {node: below for node, below in graph.edges.items() if node in above})
-        at_losses.add(0, root.grad_fn, root.output_nr, torch.ones_like(root))
-        self._lower_all([node for node in order if node in above], ByHand(graph.edges, ends, at_losses, {}))
-        seeds = [_seed(seed, loss) for seed, loss in zip(at_losses.gradients[0], losses.values(), strict=True)]
+        seeds = self._seeds(root, losses, graph, ends)
         arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.edges)
         for (node, number), task in ends.items():
             arrivals.add(task, node, number, seeds[task])
-        self._lower_all(order, ByHand(graph.edges, graph.targets, arrivals, {}))
-        return arrivals.gradients, seeds
+        Descent(list(graph.edges), graph.edges, graph.targets, arrivals).lower_all()
+        self._wanted = []
+        self._gradients = TaskGradients(self.tasks, arrivals.gradients, stack_scalars(seeds), self._parameters)
 
     @staticmethod
-    def _lower_all(order: list[Node], descent: Descent) -> None:
-        for node in order:
-            descent.lower(node)
-
-    def _by_engine(
-        self, root: Tensor, losses: Mapping[str, Tensor], graph: TaskGraph, ends: Mapping[tuple[Node, int], int]
-    ) -> tuple[list[list[Tensor | None]], list[Tensor]]:
-        found = by_engine([root], [torch.ones_like(root)], list(losses.values()), graph.edges)
-        seeds = [_seed(seed, loss) for seed, loss in zip(found, losses.values(), strict=True)]
-        rows = [by_engine([loss], [seed], self._wanted, graph.edges) for loss, seed in zip(losses.values(), seeds, strict=True)]
-        return rows, seeds
+    def _seeds(
+        root: Tensor, losses: Mapping[str, Tensor], graph: TaskGraph, ends: Mapping[tuple[Node, int], int]
+    ) -> list[Tensor]:
+        """∂root/∂L_i, as the joint backward has it, so that half precision under- and overflows no more; 1 where that is 0."""
+        assert root.grad_fn is not None, "it was checked"
+        nodes_of_ends = {node for node, _ in ends}
+        above: dict[Node, list[Node]] = {}
+        for node, below in graph.edges.items():
+            if any(child in above or child in nodes_of_ends for child in below):
+                above[node] = below
+        arrivals = Arrivals(1, len(ends), ends, above)
+        arrivals.add(0, root.grad_fn, root.output_nr, torch.ones_like(root))
+        Descent(list(above), above, ends, arrivals).lower_all()
+        return [
+            torch.ones_like(loss) if seed is None else torch.where(seed == 0, torch.ones_like(seed), seed).detach()
+            for seed, loss in zip(arrivals.gradients[0], losses.values(), strict=True)
+        ]
 
     def gradients(self) -> TaskGradients:
         return self._gradients
 
     def discard(self) -> None:
         del self._gradients
-
-
-def _seed(cotangent: Tensor | None, loss: Tensor) -> Tensor:
-    """That of the joint backward, so that half precision under- and overflows no more than it does; 1 where that is 0."""
-    if cotangent is None:
-        return torch.ones_like(loss)
-    return torch.where(cotangent == 0, torch.ones_like(cotangent), cotangent).detach()
 
 
 class JointBackward(GradientReader):
@@ -178,6 +158,7 @@ class JointBackward(GradientReader):
         self._accumulated: dict[int, int] = {}
         self._factors: dict[int, WeightFactors] = {}
         self._arrivals = Arrivals(0, 0, {}, {})
+        self._graph: TaskGraph | None = None
         self._awaited = 0  # exclusive nodes whose hook has not fired yet
         self.is_merged = False
         try:
@@ -212,12 +193,24 @@ class JointBackward(GradientReader):
             )
         return TaskGradients(self.tasks, self._arrivals.gradients, stack_scalars(cotangents), self._parameters, self._factors)
 
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """What tells one kind of graph from another, while the backward is to come: nodes, and the shape where tasks meet."""
+        merged = next((node for node in reversed(self.graph.edges) if self.graph.owners[node] == MERGED), None)
+        return len(self.graph.edges), () if merged is None else shape_of(merged)
+
+    @property
+    def graph(self) -> TaskGraph:
+        """The part of the graph that leads to W, while the backward is to come."""
+        assert self._graph is not None, "before the backward"
+        return self._graph
+
     def discard(self) -> None:
         """Remove the hooks, and with them every reference to the graph."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._wanted.clear()
+        self._graph, self._wanted = None, []
         self._arrivals.let_go()
 
     def _lay_hooks(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
@@ -227,35 +220,26 @@ class JointBackward(GradientReader):
         graph = task_graph(root.grad_fn, taps, self._wanted)
         self._check(graph, losses)
         self.is_merged = all(graph.owners.get(node, REST) == MERGED for node, _ in graph.targets)
-        self._awaited = len(graph.leaving)
+        self._awaited, self._graph = len(graph.leaving), graph
         self._arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.edges)
         merged = [node for node in graph.edges if graph.owners[node] == MERGED]
-        if can_run_by_hand(merged):
-            by_node: Mapping[Node, tuple[int, WeightFactors]] = {}
-            if self._keeps_factors:
-                by_node, self._factors = find_factors(merged, graph.leaving, graph.targets, self._wanted, len(self.tasks))
-            descent: Descent = ByHand(graph.edges, graph.targets, self._arrivals, by_node)
-            entered = merged
-        else:
-            descent = ByEngine(graph.edges, graph.targets, self._arrivals, self._wanted.copy())
-            entered = list({child: None for ways in graph.leaving.values() for _, child, _ in ways if graph.is_pushed(child)})
-        self._handles += [node.register_hook(self._read(graph.owners[node], ways)) for node, ways in graph.leaving.items()]
+        by_node: Mapping[Node, tuple[int, WeightFactors]] = {}
+        frames = frames_of(merged)
+        if self._keeps_factors and not frames:  # a frame's operands can be had once
+            by_node, self._factors = find_factors(merged, graph.leaving, graph.targets, self._wanted, len(self.tasks))
+        descent = Descent(merged, graph.edges, graph.targets, self._arrivals, by_node, frames)
+        for node, leaving in graph.leaving.items():
+            # Where it leaves to: a tensor of W, or a node that carries it on.
+            ways = [(i, child, nr, None if child in graph.edges else graph.targets[child, nr]) for i, child, nr in leaving]
+            self._handles.append(node.register_hook(self._read(graph.owners[node], ways)))
         if graph.has_reentrant_checkpoint():  # then count how often W takes in a gradient: once is all that we can see
             leaves: list[Any] = [tensor for tensor in self._parameters if tensor.is_leaf]
             self._handles += [leaf.register_post_accumulate_grad_hook(self._count) for leaf in leaves]
-        self._handles += [node.register_prehook(_lower(descent, node)) for node in entered]
+        self._handles += [node.register_prehook(_lower(descent, node)) for node in merged]
         self._handles += [node.register_prehook(self._read_cotangent(task)) for node, task in taps.items()]
 
     def _check(self, graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
-        if len(graph.met) < len(losses):
-            missing = [task for i, task in enumerate(self.tasks) if i not in graph.met]
-            raise ValueError(
-                f"The total was not built from the tapped loss of {', '.join(f'task {task!r}' for task in missing)}. "
-                "Build it from the losses that tap_losses() returned."
-            )
-        unreached = [task for task, loss in losses.items() if loss.grad_fn not in graph.edges]
-        if unreached:
-            raise UnreachedSharedLayerError(unreached)
+        _check_reached(graph, losses)
         if graph.compiled(merged_only=True):
             raise CompiledSharedLayerError("The tasks' gradients meet above the shared layer")
         if graph.has_reentrant_checkpoint(merged_only=True):
@@ -270,15 +254,31 @@ class JointBackward(GradientReader):
 
         return prehook
 
-    def _read(self, task: int, ways: list[tuple[int, Node, int]]) -> Callable[..., None]:
+    def _read(self, task: int, ways: list[tuple[int, Node, int, int | None]]) -> Callable[..., None]:
         def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
             self._awaited -= 1
-            for output, child, number in ways:
+            for output, child, number, k in ways:
                 gradient = grad_inputs[output]
-                if gradient is not None:
+                if gradient is None:
+                    continue
+                if k is None:
                     self._arrivals.add(task, child, number, gradient)
+                else:
+                    self._arrivals.add_at_target(task, k, gradient)
 
         return hook
+
+
+def _check_reached(graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
+    if len(graph.met) < len(losses):
+        missing = [task for i, task in enumerate(losses) if i not in graph.met]
+        raise ValueError(
+            f"The total was not built from the tapped loss of {', '.join(f'task {task!r}' for task in missing)}. "
+            "Build it from the losses that tap_losses() returned."
+        )
+    unreached = [task for task, loss in losses.items() if loss.grad_fn not in graph.edges]
+    if unreached:
+        raise UnreachedSharedLayerError(unreached)
 
 
 def _lower(descent: Descent, node: Node) -> Callable[..., None]:

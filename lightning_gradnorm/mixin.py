@@ -26,7 +26,7 @@ class MultiTaskMixin:
 
         Override it to choose: return a module, a parameter, the dotted name of either, or an iterable of these. Each task
         needs to reach some of those parameters, not all: networks of several subdomains can be given together. ``None``
-        has the layer found from the graph of the first training batch.
+        has the layer found: the last weights on which every task has a gradient in the first training batch.
         """
         return None
 

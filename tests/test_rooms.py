@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "losses": set(),
     "measurement": set(),
     "autograd_graph": set(),
-    "shared_layer": {"autograd_graph"},
+    "shared_layer": set(),
     "task_gradients": {"measurement"},
     "gradients": FLOOR | {"autograd_graph", "task_gradients"},
     "layer_gradients": {"measurement", "task_gradients"},

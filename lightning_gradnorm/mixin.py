@@ -59,7 +59,8 @@ class MultiTaskMixin:
 
         Override it to choose: return a module, a parameter, the dotted name of either, or an iterable of these; or let one of
         these stand under this name. Each task needs to reach some of those parameters, not all: networks of several subdomains
-        can be given together. ``None`` has the layer found from the graphs of the first training batches.
+        can be given together. ``None`` has the layer found: the last weights on which every task has a gradient in the first
+        training batches.
         """
         return None
 

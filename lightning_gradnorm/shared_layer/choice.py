@@ -122,7 +122,9 @@ class Chooser:
         return f"no gradient of {_some([f'task {task!r}' for task in self.alive if task not in tasks])}"
 
     def _is_an_output(self, weight: int) -> bool:
-        return not self._not_passed(self.graph.above[:, weight]).any()
+        above = self.graph.above[:, weight].clone()
+        above[list(self.passed)] = False
+        return not above.any()
 
     def _where_all_are(self, weights: Tensor) -> Tensor:
         mask = torch.zeros_like(weights)
@@ -160,18 +162,13 @@ class Chooser:
         ways |= self.heads
         reached = self.graph.reached_with(ways)
         for weight in _numbers(last):
-            ends = speaks & reached[:, weight] & ~(reached & self._not_passed(self.graph.above[:, weight])).any(1)
+            ends = speaks & reached[:, weight] & ~(reached & self.graph.above[:, weight]).any(1)
             if not ends.any():
                 continue
             around = (self.graph.reached_with({**ways, weight: []}) & common & self.graph.above[weight]).any(1)
             if (around & speaks).any() and (ends & ~around).any():
                 return weight, _numbers(~around)
         return None
-
-    def _not_passed(self, weights: Tensor) -> Tensor:
-        weights = weights.clone()
-        weights[list(self.passed)] = False
-        return weights
 
 
 def _hang_together(tasks: Sequence[str], groups: Iterable[Sequence[str]]) -> bool:

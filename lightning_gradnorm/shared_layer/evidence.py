@@ -68,7 +68,7 @@ class Evidence:
             weights: weight → its parts.
         """
         known = self._supports.setdefault(task, {})
-        if known.keys() >= weights.keys() and not self.is_silent(task, weights):
+        if not weights or (known.keys() >= weights.keys() and not self.is_silent(task, weights)):
             return
         tensors = [part for parts in weights.values() for part in parts]
         with _state_kept(tensors):

@@ -107,8 +107,7 @@ class SharedLayerSearch:
             checked[:] = False  # a backward of our own would have shards gathered and given back once more
         for task, loss in losses.items():
             parts = {name: weights.parts[name] for name, check in zip(graph.names, checked, strict=True) if check}
-            if len(reached) > 1 or set(self.declared_tasks) != set(reached):  # alone, it meets nobody
-                chooser.evidence.look(task, loss, parts)
+            chooser.evidence.look(task, loss, parts)
         self._reached, self._evidence, self._looks = reached, chooser.evidence, self._looks + 1
         names = [name for name, there in zip(graph.names, common, strict=True) if there]
         self.silent_tasks = tuple(task for task in reached if self._evidence.is_silent(task, names))

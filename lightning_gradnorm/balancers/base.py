@@ -180,7 +180,8 @@ class LossBalancer(NamedTasks, ABC):
         """
         self.diagnostics = {}
         if measurement is not None and measurement.tasks:
-            self._take(measurement._replace(tasks=plain_names(measurement.tasks)))
+            plain = plain_names(measurement.tasks)
+            self._take(measurement if plain is measurement.tasks else measurement._replace(tasks=plain))
         self.steps += 1
 
     def _take(self, measurement: Measurement) -> None:
@@ -216,11 +217,11 @@ class LossBalancer(NamedTasks, ABC):
 
     def _mask(self, measurement: Measurement) -> Tensor | None:
         """Which tasks have a gradient, boolean, shape ``[T]``; ``None`` where all have, or the method reads none."""
-        field = next((name for name in self.needs if name.startswith("gradient_")), None)
-        sizes: Tensor | None = None if field is None else getattr(measurement, field)
-        if sizes is None or (reading_is_free(sizes) and 0.0 not in sizes.tolist()):
-            return None
-        return sizes != 0
+        for name in self.needs:
+            if name.startswith("gradient_"):
+                sizes: Tensor = getattr(measurement, name)
+                return None if reading_is_free(sizes) and 0.0 not in sizes.tolist() else sizes != 0
+        return None
 
     def end_epoch(self) -> None:
         """A training epoch has ended; for methods that compare epochs."""
@@ -320,7 +321,10 @@ class LossBalancer(NamedTasks, ABC):
             self._check_not_negative(measurement.tasks, measurement.losses)
 
     def _check_not_negative(self, tasks: Iterable[str], losses: Tensor) -> None:
-        for task, loss in zip(tasks, losses.tolist(), strict=True):
+        values = losses.tolist()
+        if not min(values) < 0:
+            return
+        for task, loss in zip(tasks, values, strict=True):
             if -math.inf < loss < 0:  # what is not finite has the step skipped
                 raise ValueError(
                     f"{type(self).__name__} compares losses by their ratios, so none may be negative; the loss of task "

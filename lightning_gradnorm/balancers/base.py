@@ -4,13 +4,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers.checks import check_whole
+from lightning_gradnorm.balancers.idle import mask_of, spread, without_idle
 from lightning_gradnorm.balancers.names import NamedTasks
+from lightning_gradnorm.balancers.part import Part
 from lightning_gradnorm.balancers.schedule import is_measured
 from lightning_gradnorm.losses import weighted_sum
 from lightning_gradnorm.measurement import Measurement, reading_is_free, widest_float
@@ -27,33 +29,6 @@ _WAYS_TO = {  # field of a measurement → what is said where it is missing
     "kpis": "each task's key performance indicator, and the measurement has none. Pass them with the losses: "
     "self.total_loss(losses, kpis={'task': accuracy, …}).",
 }
-_OF_IDLE = {"grad_norm": 0.0}  # diagnostic → its entry for a task without a gradient; a target or a rate it does not have
-
-
-def _without_idle(measurement: Measurement, active: Tensor | None) -> Measurement:
-    """As if the tasks that are not active were absent; all of them where none is."""
-    kept = [] if active is None else [position for position, is_active in enumerate(active.tolist()) if is_active]
-    return measurement.only(kept) if 0 < len(kept) < len(measurement.tasks) else measurement
-
-
-def _spread(tag: str, vector: Tensor, active: Tensor | None) -> Tensor:
-    """A diagnostic of the active tasks, with entries for the others."""
-    if active is None:
-        return vector
-    return vector.new_full(active.shape, _OF_IDLE.get(tag, torch.nan)).masked_scatter(active, vector)
-
-
-class Part(Protocol):
-    """A piece of a method that learns: reset, saved and restored with it."""
-
-    def reset(self) -> None:
-        """Forget what was learnt."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was learnt, as plain tensors, numbers, strings, lists and dicts."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state from ``state_dict``."""
 
 
 class LossBalancer(NamedTasks, ABC):
@@ -190,7 +165,7 @@ class LossBalancer(NamedTasks, ABC):
         active, taking_part = self._mask(measurement), measurement
         if self._may_read(measurement):
             self._check_losses(measurement, active)
-            taking_part = _without_idle(measurement, active)
+            taking_part = without_idle(measurement, active)
         self._learn(measurement.tasks, measurement.losses.device)
         if active is not None:
             positions = self._positions(measurement.tasks)
@@ -198,7 +173,7 @@ class LossBalancer(NamedTasks, ABC):
         before = self._weights.clone() if self.frozen else None
         self._update(taking_part, self._positions(taking_part.tasks))
         if taking_part is not measurement:
-            self.diagnostics = {tag: _spread(tag, vector, active) for tag, vector in self.diagnostics.items()}
+            self.diagnostics = {tag: spread(tag, vector, active) for tag, vector in self.diagnostics.items()}
         if before is not None:
             self._weights = before
 
@@ -217,11 +192,7 @@ class LossBalancer(NamedTasks, ABC):
 
     def _mask(self, measurement: Measurement) -> Tensor | None:
         """Which tasks have a gradient, boolean, shape ``[T]``; ``None`` where all have, or the method reads none."""
-        for name in self.needs:
-            if name.startswith("gradient_"):
-                sizes: Tensor = getattr(measurement, name)
-                return None if reading_is_free(sizes) and 0.0 not in sizes.tolist() else sizes != 0
-        return None
+        return mask_of(measurement, self.needs)
 
     def end_epoch(self) -> None:
         """A training epoch has ended; for methods that compare epochs."""

@@ -68,6 +68,8 @@ def plain_names(tasks: Iterable[object]) -> tuple[str, ...]:
     Raises:
         TypeError: if one is not a string.
     """
+    if type(tasks) is tuple and set(map(type, tasks)) == {str}:
+        return tasks  # as they are in every step but a first one
     return tuple(map(plain_name, tasks))
 
 

@@ -4,13 +4,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers.checks import check_whole
+from lightning_gradnorm.balancers.idle import mask_of, spread, without_idle
 from lightning_gradnorm.balancers.names import NamedTasks
+from lightning_gradnorm.balancers.part import Part
 from lightning_gradnorm.balancers.schedule import is_measured
 from lightning_gradnorm.losses import weighted_sum
 from lightning_gradnorm.measurement import Measurement, reading_is_free, widest_float
@@ -27,33 +29,6 @@ _WAYS_TO = {  # field of a measurement → what is said where it is missing
     "kpis": "each task's key performance indicator, and the measurement has none. Pass them with the losses: "
     "self.total_loss(losses, kpis={'task': accuracy, …}).",
 }
-_OF_IDLE = {"grad_norm": 0.0}  # diagnostic → its entry for a task without a gradient; a target or a rate it does not have
-
-
-def _without_idle(measurement: Measurement, active: Tensor | None) -> Measurement:
-    """As if the tasks that are not active were absent; all of them where none is."""
-    kept = [] if active is None else [position for position, is_active in enumerate(active.tolist()) if is_active]
-    return measurement.only(kept) if 0 < len(kept) < len(measurement.tasks) else measurement
-
-
-def _spread(tag: str, vector: Tensor, active: Tensor | None) -> Tensor:
-    """A diagnostic of the active tasks, with entries for the others."""
-    if active is None:
-        return vector
-    return vector.new_full(active.shape, _OF_IDLE.get(tag, torch.nan)).masked_scatter(active, vector)
-
-
-class Part(Protocol):
-    """A piece of a method that learns: reset, saved and restored with it."""
-
-    def reset(self) -> None:
-        """Forget what was learnt."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was learnt, as plain tensors, numbers, strings, lists and dicts."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state from ``state_dict``."""
 
 
 class LossBalancer(NamedTasks, ABC):
@@ -180,7 +155,8 @@ class LossBalancer(NamedTasks, ABC):
         """
         self.diagnostics = {}
         if measurement is not None and measurement.tasks:
-            self._take(measurement._replace(tasks=plain_names(measurement.tasks)))
+            plain = plain_names(measurement.tasks)
+            self._take(measurement if plain is measurement.tasks else measurement._replace(tasks=plain))
         self.steps += 1
 
     def _take(self, measurement: Measurement) -> None:
@@ -189,7 +165,7 @@ class LossBalancer(NamedTasks, ABC):
         active, taking_part = self._mask(measurement), measurement
         if self._may_read(measurement):
             self._check_losses(measurement, active)
-            taking_part = _without_idle(measurement, active)
+            taking_part = without_idle(measurement, active)
         self._learn(measurement.tasks, measurement.losses.device)
         if active is not None:
             positions = self._positions(measurement.tasks)
@@ -197,7 +173,7 @@ class LossBalancer(NamedTasks, ABC):
         before = self._weights.clone() if self.frozen else None
         self._update(taking_part, self._positions(taking_part.tasks))
         if taking_part is not measurement:
-            self.diagnostics = {tag: _spread(tag, vector, active) for tag, vector in self.diagnostics.items()}
+            self.diagnostics = {tag: spread(tag, vector, active) for tag, vector in self.diagnostics.items()}
         if before is not None:
             self._weights = before
 
@@ -216,11 +192,7 @@ class LossBalancer(NamedTasks, ABC):
 
     def _mask(self, measurement: Measurement) -> Tensor | None:
         """Which tasks have a gradient, boolean, shape ``[T]``; ``None`` where all have, or the method reads none."""
-        field = next((name for name in self.needs if name.startswith("gradient_")), None)
-        sizes: Tensor | None = None if field is None else getattr(measurement, field)
-        if sizes is None or (reading_is_free(sizes) and 0.0 not in sizes.tolist()):
-            return None
-        return sizes != 0
+        return mask_of(measurement, self.needs)
 
     def end_epoch(self) -> None:
         """A training epoch has ended; for methods that compare epochs."""
@@ -320,7 +292,10 @@ class LossBalancer(NamedTasks, ABC):
             self._check_not_negative(measurement.tasks, measurement.losses)
 
     def _check_not_negative(self, tasks: Iterable[str], losses: Tensor) -> None:
-        for task, loss in zip(tasks, losses.tolist(), strict=True):
+        values = losses.tolist()
+        if not min(values) < 0:
+            return
+        for task, loss in zip(tasks, values, strict=True):
             if -math.inf < loss < 0:  # what is not finite has the step skipped
                 raise ValueError(
                     f"{type(self).__name__} compares losses by their ratios, so none may be negative; the loss of task "

@@ -94,7 +94,7 @@ def check_names(name: str, tasks: Any) -> tuple[str, ...]:
     text = plain_text(tasks)
     if text is not None:
         raise TypeError(f"{name} is a list of names, got the string {text!r}. Write {name}=[{text!r}].")
-    if isinstance(tasks, bytes) or not isinstance(tasks, Iterable):
+    if isinstance(tasks, bytes) or not isinstance(tasks, Iterable) or getattr(tasks, "shape", None) == ():
         raise TypeError(f"{name} is a list of names, got {tasks!r}. Write {name}=['depth', 'normals'].")
     return tuple(map(plain_name, tasks))
 

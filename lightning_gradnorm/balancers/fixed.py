@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers.checks import check_choice, check_per_task, check_range, check_that, is_per_task
@@ -70,7 +69,7 @@ class FixedWeights(RuleBalancer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._weights = torch.tensor([self.given[task] for task in self.tasks]).to(self._weights)  # those given here and now
+        self._weights = self._weights.new_tensor([self.given[task] for task in self.tasks])  # those given here and now
 
     def _first_weight(self, task: str) -> float:
         return self.given[task]

@@ -131,6 +131,8 @@ class GradNorm(LossBalancer):
         self.max_weight = check_number(
             "max_weight", upper, lambda value: value >= 1, f"at least 1, {no_sum}; None for no bound"
         )
+        # The bounds are of the weights that are applied; on the way there, these are what any arithmetic can bear.
+        self._bearable = min(self.min_weight, LEAST), max(self.max_weight, 1 / LEAST)
         self.update_rule = check_choice("update", update, get_args(Update))
         self.reference = None if reference is None else plain_name(reference)
         if scale is None:
@@ -215,14 +217,15 @@ class GradNorm(LossBalancer):
             self.diagnostics |= {tag: self.diagnostics[tag].where(active, torch.nan) for tag in list(self.diagnostics)[1:]}
 
         # A sum carries any NaN or infinity of the losses or norms; where all norms are zero there is nothing to balance.
-        finite = (sum_among(losses + norms, with_gradient) + sum_among(targets, active)).isfinite()
-        usable = finite & (sum_among(norms, active) > 0)
+        seen = sum_among(losses + targets, active)  # and the targets carry those of the norms
+        if active is not with_gradient:
+            seen = seen + sum_among(losses + norms, with_gradient)
+        usable = seen.isfinite() & (sum_among(norms, active) > 0)
         if self.alpha > 0 and not reading_is_free(usable):  # where it is, a negative loss was refused
             usable = usable & (sum_among(ratios.clamp_max(0.0), active) == 0)
         certain = active is None and reading_is_free(usable) and bool(usable)
         accept = None if certain else usable.expand(weights.shape) if active is None else usable & active
         new = self._step(weights, weighted, targets, norms, rates, priorities, active, accept, positions)
-        # Bounds are of the weights that are applied; here it is only what any arithmetic can bear.
         new = self._rescale(new.clamp(*self._bearable), norms, measurement.tasks, weights, active)
         if accept is not None:
             self.skipped_updates += ~usable
@@ -231,10 +234,6 @@ class GradNorm(LossBalancer):
             self._weights = new
         else:
             self._weights[positions] = new
-
-    @property
-    def _bearable(self) -> tuple[float, float]:
-        return min(self.min_weight, LEAST), max(self.max_weight, 1 / LEAST)
 
     def _priorities_of(self, tasks: tuple[str, ...]) -> Tensor | None:
         return self._weights.new_tensor([self.priorities.get(task, 1.0) for task in tasks]) if self.priorities else None

@@ -38,15 +38,14 @@ class InitialLossTracker:
 
     def __init__(self, spec: InitialLosses) -> None:
         given = is_per_task(spec)
-        count = 1 if given or plain_text(spec) == "first" else plain_number(spec)
+        first = plain_text(spec) == "first"
+        count = 1 if given or first else plain_number(spec)
         rule = "'first', a number of steps to average, or a dict of task name → L(0)"
         check_that("initial_losses", spec, count is not None and count >= 1 and count % 1 == 0, rule)
         values = check_per_task("initial_losses", spec) if given else {}
         self.given = {task: _positive(task, value) for task, value in values.items()}
         self._window = int(count or 1)
-        self.setting: str | int | dict[str, float] = self._window
-        if given or isinstance(spec, str):
-            self.setting = dict(self.given) if given else "first"
+        self.setting: str | int | dict[str, float] = dict(self.given) if given else "first" if first else self._window
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         # The last vector handed out, which the usual step asks for again.

@@ -53,9 +53,9 @@ class LossRatioBalancing(RuleBalancer):
         self._check_named("initial_losses", self._initial_losses.given, measurement)
 
     def _check_losses(self, measurement: Measurement, active: Tensor | None) -> None:
+        super()._check_losses(measurement, active)
         if self.alpha > 0:
             self._initial_losses.check(measurement, active)
-        super()._check_losses(measurement, active)
 
     def _is_settled(self, tasks: Sequence[str]) -> bool:
         return super()._is_settled(tasks) and self._initial_losses.knows_all(tasks)

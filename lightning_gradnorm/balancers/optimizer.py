@@ -122,12 +122,12 @@ class VectorOptimizer:
         if not fits:
             was = was or f"one that remembers {', '.join(sorted(remembered))}"
             warnings.warn(
-                f"The weights' optimiser in the checkpoint is {was}, and now it is {self.name} with settings of its own: the "
-                "weights go on from where they were, and its memory starts anew.",
+                f"The weights' optimiser in the checkpoint is {was}, and now it is {self.name}, which remembers other things: "
+                "its memory starts anew, and the weights go on from where they were.",
                 stacklevel=2,
             )
-            return
-        self._load(copy.deepcopy(state["state"]))
+        elif remembered:
+            self._load(copy.deepcopy(state["state"]))
 
     def _names_of_memory(self) -> set[str]:
         """What this optimiser remembers once it has made a step."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.measurement import Measurement
+from lightning_gradnorm.measurement import Measurement, reading_is_free
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,10 @@ class TaskSummary:
         mean: mean of the weights that its steps applied.
         std: their standard deviation.
         final: the weight that a next step would apply.
-        share_before: its part of Σ_i n_i at its first measured step, in [0, 1]; NaN if no norms were measured.
-        share_after: its part of Σ_i w_i n_i, mean over the last epoch; NaN likewise.
-        loss_ratio: L_i(t) over its first measured loss, mean over the last epoch.
+        share_before: its part of Σ_i n_i at the first measured step in which it had a gradient, in [0, 1]; NaN if none was
+            measured.
+        share_after: its part of Σ_i w_i n_i, mean over the last epoch's steps in which it had a gradient; NaN likewise.
+        loss_ratio: L_i(t) over its loss at that first step, mean over the same steps.
         mean_after_warmup: mean of the weights without the first steps (``RunSummary.warmup_steps``); NaN if there are none.
         std_after_warmup: their standard deviation.
     """
@@ -103,24 +104,32 @@ class RunSummary:
         weights = weights.to(losses)
         usable = (losses if norms is None else losses + norms / norms.sum()).sum().isfinite()  # all norms 0 is no share
         norms = torch.full_like(losses, torch.nan) if norms is None else norms.to(losses)
+        active = norms != 0  # a task without a gradient has no share of it, and its loss is none to compare with
         at = (
             slice(None)
             if tasks == self.tasks
             else torch.tensor([self.tasks.index(task) for task in tasks], device=losses.device)
         )
-        if not self._started.issuperset(tasks) and bool(usable):
-            first = torch.stack([weights, norms / norms.sum(), losses])
-            self._first[:, at] = torch.where(self._first[:, at].isnan(), first, self._first[:, at])
-            self._started.update(tasks)
+        if not self._started.issuperset(tasks):
+            first = torch.stack([weights, *torch.where(active, torch.stack([norms / norms.sum(), losses]), torch.nan)])
+            self._first[:, at] = torch.where(self._first[:, at].isnan() & usable, first, self._first[:, at])
+            self._note_started(losses)
         if epoch != self._epoch:
             self._sums[_EPOCH:] = 0.0
             self._epoch = epoch
         one, weighted = torch.ones_like(losses), weights * norms
         added = torch.stack([one, weights, weights * weights, one, weighted / weighted.sum(), losses / self._first[2, at]])
+        added[_EPOCH:] = torch.where(active, added[_EPOCH:], 0.0)
         self._sums[:, at] += torch.where(usable, added, 0.0)
         self._added += 1
         if self._added & (self._added - 1) == 0:
             self._marks[self._added] = self._sums[:_WEIGHTS].clone()
+
+    def _note_started(self, like: Tensor) -> None:
+        """Who has a first loss; elsewhere than on the CPU asked for after 1, 2, 4, … steps only, for the host has to wait."""
+        if reading_is_free(like) or self._added & (self._added + 1) == 0:
+            firsts = zip(self.tasks, self._first[2].tolist(), strict=True)
+            self._started.update(task for task, first_loss in firsts if not math.isnan(first_loss))
 
     def rows(self, final: Mapping[str, float]) -> list[TaskSummary]:
         """One row per task that took part in a step; ``final``: task → weight of a next step."""

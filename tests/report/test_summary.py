@@ -186,6 +186,38 @@ def test_a_step_whose_gradients_all_vanish_does_not_spoil_the_shares():
     assert [row.share_after for row in summary.rows({})] == pytest.approx([0.25, 0.75])
 
 
+def test_a_task_without_a_gradient_has_no_share_and_no_first_loss_in_that_step():
+    """As a detection batch without boxes; the weights that it was given count all the same."""
+    steps = [
+        {"a": [1.0, 4.0, 1.0], "b": [1.0, 0.0, 0.0]},
+        {"a": [1.0, 2.0, 1.0], "b": [1.0, 8.0, 3.0]},
+        {"a": [2.0, 2.0, 1.0], "b": [3.0, 0.0, 0.0]},
+        {"a": [2.0, 1.0, 1.0], "b": [3.0, 4.0, 2.0]},
+    ]
+    a, b = summary_of([steps]).rows({"a": 2.0, "b": 3.0})
+    assert (b.start, b.mean, b.std, b.final) == (1.0, 2.0, 1.0, 3.0)
+    assert (b.share_before, b.share_after, b.loss_ratio) == pytest.approx((3 / 4, (3 / 4 + 6 / 8) / 2, (1 + 0.5) / 2))
+    assert (a.share_before, a.share_after, a.loss_ratio) == pytest.approx((1.0, (1 + 1 / 4 + 1 + 2 / 8) / 4, 2.25 / 4))
+
+
+def test_a_task_that_never_has_a_gradient_has_weights_and_nothing_else():
+    a, b = summary_of([[{"a": [1.0, 4.0, 1.0], "b": [1.5, 3.0, 0.0]}] * 3]).rows({"a": 1.0, "b": 1.5})
+    assert (b.start, b.mean, a.share_after) == (1.5, 1.5, 1.0)
+    assert all(math.isnan(value) for value in (b.share_before, b.share_after, b.loss_ratio))
+
+
+def test_on_a_device_who_has_started_is_asked_for_now_and_then(monkeypatch):
+    steps = [{"a": [1.0, 4.0, 1.0], "b": [1.0, 3.0, float(step > 4)]} for step in range(12)]
+    free = summary_of([steps])
+    asked = []
+    whole = torch.Tensor.tolist
+    monkeypatch.setattr("lightning_gradnorm.report.summary.reading_is_free", lambda tensor: False)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(1) or whole(self))
+    waiting = summary_of([steps])
+    assert len(asked) == 4, "after 1, 2, 4 and 8 steps"
+    assert repr(waiting.rows({})) == repr(free.rows({}))
+
+
 def test_an_epoch_without_steps_leaves_the_last_one_standing():
     summary = summary_of([[{"a": [1.0, 2.0, 1.0]}, {"a": [1.0, 1.0, 1.0]}], []])
     assert summary.rows({})[0].loss_ratio == 0.75

@@ -221,7 +221,7 @@ class LossBalancingCallback(Callback):
         self._epochs.start_epoch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epochs.log_epoch(trainer)
+        self._epochs.log_epoch(trainer, pl_module)
         if not self.balancer.frozen:
             self.balancer.end_epoch()
         self._tell_skipped()
@@ -261,13 +261,13 @@ class LossBalancingCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._link.evaluated = None
-        self._epochs.log_evaluation(trainer, "val")
+        self._epochs.log_evaluation(trainer, pl_module, "val")
         if self._stage == "fit" and not trainer.sanity_checking:
-            self._epochs.log_so_far(trainer)
+            self._epochs.log_so_far(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._link.evaluated = None
-        self._epochs.log_evaluation(trainer, "test")
+        self._epochs.log_evaluation(trainer, pl_module, "test")
 
     def _start_evaluation(self) -> None:
         self._epochs.start_evaluation()

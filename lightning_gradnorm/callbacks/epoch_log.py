@@ -7,7 +7,7 @@ import torch.distributed
 from torch import Tensor
 
 from lightning_gradnorm.callbacks.epoch_means import EpochMeans, Gather, MeanLosses, batch_size_of
-from lightning_gradnorm.callbacks.lightning_api import Trainer, rank_zero_info, setting_of
+from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, rank_zero_info, setting_of
 from lightning_gradnorm.losses import task_tag
 from lightning_gradnorm.measurement import stack_scalars
 from lightning_gradnorm.report.tags import UNWEIGHTED
@@ -53,24 +53,24 @@ class EpochLog:
         _add(self._training, self._noted, batch)
         self._noted.clear()
 
-    def log_epoch(self, trainer: Trainer) -> None:
+    def log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the end of an epoch of training; all ranks."""
         means = self._training.means(_gather_of(trainer)) if self._adds_up else None
         self._training.reset()
         if means is None:
             return
         if setting_of(trainer, "log_every_n_steps"):
-            self._log(trainer, {UNWEIGHTED: means.total}, logger=False)
+            self._log(trainer, pl_module, {UNWEIGHTED: means.total}, logger=False)
             total, per_task = f"{UNWEIGHTED}_epoch", "task_loss_epoch"
         else:  # the names of the steps are free
             total, per_task = UNWEIGHTED, "task_loss"
-        self._log(trainer, _tagged(means, total, per_task))
+        self._log(trainer, pl_module, _tagged(means, total, per_task))
 
-    def log_so_far(self, trainer: Trainer) -> None:
+    def log_so_far(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the end of a validation within an epoch of training, for whoever monitors it there; all ranks."""
         means = self._training.means(_gather_of(trainer)) if self._adds_up else None
         if means is not None:
-            self._log(trainer, {UNWEIGHTED: means.total}, logger=False)
+            self._log(trainer, pl_module, {UNWEIGHTED: means.total}, logger=False)
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ class EpochLog:
         """
         _add(self._evaluation.setdefault(dataloader_idx, EpochMeans()), totals, batch)
 
-    def log_evaluation(self, trainer: Trainer, stage: str) -> None:
+    def log_evaluation(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """At the end of an epoch of evaluation: ``<stage>_total_loss``, ``<stage>_task_loss/<task>``; all ranks.
 
         Of several dataloaders each has its own, with Lightning's ``/dataloader_idx_<n>`` at the end.
@@ -101,10 +101,10 @@ class EpochLog:
             if means is not None and not (trainer.barebones or trainer.sanity_checking):
                 suffix = "" if idx is None else f"/dataloader_idx_{idx}"
                 values = _tagged(means, f"{stage}_total_loss", f"{stage}_task_loss", suffix)
-                self._log(trainer, self._without_the_modules(trainer, values))
+                self._log(trainer, pl_module, self._without_the_modules(trainer, values))
 
     @staticmethod
-    def _log(trainer: Trainer, values: Mapping[str, float], logger: bool = True) -> None:
+    def _log(trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float], logger: bool = True) -> None:
         """As ``LightningModule.log`` in a hook of its own: what the module logs under one of the names stays apart."""
         results = trainer._results
         assert results is not None, "there are results in every loop but that of predict"
@@ -112,7 +112,7 @@ class EpochLog:
             results.log(
                 _HOOK,
                 name,
-                torch.tensor(value, dtype=torch.float32, device=trainer.strategy.root_device),
+                torch.tensor(value, dtype=torch.float32, device=pl_module.device),
                 logger=logger,
                 on_step=False,
                 on_epoch=True,

@@ -7,10 +7,12 @@ import torch.distributed
 from torch import Tensor
 
 from lightning_gradnorm.callbacks.epoch_means import EpochMeans, Gather, MeanLosses, batch_size_of
-from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, setting_of
+from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, rank_zero_info, setting_of
 from lightning_gradnorm.losses import task_tag
 from lightning_gradnorm.measurement import stack_scalars
 from lightning_gradnorm.report.tags import UNWEIGHTED
+
+_HOOK = "LossBalancing"
 
 
 class EpochLog:
@@ -25,6 +27,7 @@ class EpochLog:
         self._evaluation: dict[int | None, EpochMeans] = {}
         self._noted: list[Mapping[str, Tensor]] = []
         self._adds_up = True
+        self._has_told = False
 
     def reset(self) -> None:
         """Forget an epoch under way, which a fit before left when it broke off."""
@@ -98,19 +101,36 @@ class EpochLog:
             if means is not None and not (trainer.barebones or trainer.sanity_checking):
                 suffix = "" if idx is None else f"/dataloader_idx_{idx}"
                 values = _tagged(means, f"{stage}_total_loss", f"{stage}_task_loss", suffix)
-                self._log(trainer, pl_module, values)
+                self._log(trainer, pl_module, self._without_the_modules(trainer, values))
 
     @staticmethod
-    def _log(trainer: Trainer, pl_module: LightningModule, values: dict[str, float], logger: bool | None = None) -> None:
-        pl_module.log_dict(
-            values,
-            logger=logger,
-            on_step=False,
-            on_epoch=True,
-            batch_size=1,
-            sync_dist=trainer.world_size > 1,  # they are the same on all ranks; Lightning warns where it is not told so
-            add_dataloader_idx=False,
-        )
+    def _log(trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float], logger: bool = True) -> None:
+        """As ``LightningModule.log`` in a hook of its own: what the module logs under one of the names stays apart."""
+        results = trainer._results
+        assert results is not None, "there are results in every loop but that of predict"
+        for name, value in values.items():
+            results.log(
+                _HOOK,
+                name,
+                torch.tensor(value, dtype=torch.float32, device=pl_module.device),
+                logger=logger,
+                on_step=False,
+                on_epoch=True,
+                batch_size=1,
+                add_dataloader_idx=False,
+                sync_dist=trainer.world_size > 1,  # all ranks have the same; Lightning warns where it is not told to look
+                sync_dist_fn=trainer.strategy.reduce,
+            )
+
+    def _without_the_modules(self, trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:
+        """The module's own metrics of these names come first."""
+        logged = () if trainer._results is None else trainer._results.values()
+        own = {metric.meta.name for metric in logged if metric.meta.fx != _HOOK}
+        taken = [name for name in values if name.partition("/dataloader_idx_")[0] in own]
+        if taken and not self._has_told:
+            self._has_told = True
+            rank_zero_info(f"The module logs {', '.join(taken)} itself, so that the callback's are left out.")
+        return {name: value for name, value in values.items() if name not in taken}
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import csv
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,12 @@ class History:
         ours = {tag: points for tag, points in curves.items() if tag.partition("/")[0] in PER_TASK and points}
         self._curves = {tag: Curve(sorted(points), [points[step] for step in sorted(points)]) for tag, points in ours.items()}
         self.notes = notes
+
+    def in_order_of(self, tasks: Sequence[str]) -> "History":
+        """The same with the tasks in this order, those that are not named after the others: a CSV's columns are sorted."""
+        place = {task: number for number, task in enumerate(tasks)}
+        ordered = sorted(self._curves.items(), key=lambda item: place.get(item[0].partition("/")[2], len(place)))
+        return History({tag: dict(zip(*curve, strict=True)) for tag, curve in ordered}, self.notes)
 
     def of(self, kind: str) -> dict[str, Curve]:
         """Task → curve, for one of the tags of ``PER_TASK``; in the order of logging."""

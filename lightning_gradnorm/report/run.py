@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_gradnorm.folders import Folder
+from lightning_gradnorm.losses import task_tag
 from lightning_gradnorm.report import figure
 from lightning_gradnorm.report.history import Curve, History, read_history
 from lightning_gradnorm.report.summary import TaskSummary
@@ -110,6 +111,7 @@ def report_of(folder: str | Path) -> tuple[RunReport, History]:
         history = History({}, (f"No curves, so no figure: {error}",))
     content = read_file(place.path(FILE_NAME))
     rows = [TaskSummary.of_statistics(task, row) for task, row in content["tasks"].items()]
+    history = history.in_order_of([task_tag(row.task) for row in rows])
     settings = content.get("settings") or {}
     counts = content.get("steps", 0), content.get("warmup_steps", 0)
     return RunReport(content.get("method", ""), rows, *counts, settings, measured=content.get("measured_steps")), history

@@ -289,3 +289,27 @@ def test_one_total_per_task_is_one_total(tmp_path):
     trainer = quiet_trainer(tmp_path, callbacks=[GradNormCallback(summary=False)])
     (row,) = trainer.validate(module, batches(3), verbose=False)
     assert row["val_total_loss"] == pytest.approx(row["val_truth"], rel=1e-6)
+
+
+@pytest.mark.parametrize("where", ["validation_step", "on_validation_epoch_end", "on_validation_epoch_start"])
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_what_the_module_logs_under_the_same_name_is_the_modules(tmp_path, where, loaders, caplog):
+    memory, module = MemoryLogger(), Evaluated()
+
+    def logs(*args):
+        if where == "validation_step":
+            module.total_loss(module.losses(args[0][0]))
+        module.log("val_total_loss", 7.0)
+
+    setattr(module, where, (lambda batch, batch_idx, dataloader_idx=0: logs(batch)) if where == "validation_step" else logs)
+    callback = GradNormCallback(summary=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], logger=memory, max_epochs=3, num_sanity_val_steps=1)
+    with caplog.at_level("INFO"):
+        trainer.fit(module, batches(3), [batches(2)] * loaders)
+    rows = [row for _, row in memory.logged if any("val_total_loss" in name for name in row)]
+    assert len(rows) == 3
+    several = loaders > 1
+    suffix = "/dataloader_idx_1" if several and where == "validation_step" else ""
+    assert [row[f"val_total_loss{suffix}"] for row in rows] == [7.0] * 3
+    assert all(f"val_task_loss/odd{'/dataloader_idx_1' * several}" in row for row in rows)
+    assert "The module logs val_total_loss" in caplog.text

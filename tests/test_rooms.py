@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "pointwise": FLOOR | {"balancers"},
     "report": FLOOR | {"folders", "weights_file"},
     "mixin": FLOOR | {"shared_layer"},
-    "session": FLOOR | {"autograd_graph", "shared_layer", "gradients", "task_gradients", "window", "balancers", "pointwise"},
+    "session": FLOOR
+    | {"autograd_graph", "reading", "shared_layer", "gradients", "task_gradients", "window", "balancers", "pointwise"},
     "callbacks": FLOOR
     | {
         "session",

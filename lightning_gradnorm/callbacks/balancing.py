@@ -153,7 +153,7 @@ class LossBalancingCallback(TrainerHooks):
     @property
     def engine_used(self) -> str | None:
         """``"joint"`` or ``"per_task"``, once a step was measured."""
-        return self.session.reading.engine_used
+        return self.session.reading.engine.engine_used
 
     @property
     def shared(self) -> SharedLayer | None:
@@ -210,5 +210,5 @@ class LossBalancingCallback(TrainerHooks):
         self._load(found)
         self._is_set_up, self._last_module, self._last_mark = found["set_up"], None, found["mark"]
         reading, layer = self._session.reading, found["layer"]
-        reading.engine_used = found["engine_used"]
+        reading.engine.engine_used = found["engine_used"]
         reading.layer = None if layer is None else SharedLayer(tuple(layer["names"]), (), layer["reason"])

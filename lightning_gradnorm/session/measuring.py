@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_gradnorm.gradients import UnreachedSharedLayerError
 from lightning_gradnorm.session.loop import Loop
 from lightning_gradnorm.session.ranks import RankAgreement
-from lightning_gradnorm.session.reading import Reading, hides_parameters
+from lightning_gradnorm.session.shared import SharedReading, hides_parameters
 from lightning_gradnorm.shared_layer import SharedLayer
 from lightning_gradnorm.window import MeasurementWindow
 
@@ -25,7 +25,7 @@ class Measuring:
         window: the sums of the step under way.
     """
 
-    def __init__(self, reading: Reading, *, with_kpis: bool) -> None:
+    def __init__(self, reading: SharedReading, *, with_kpis: bool) -> None:
         self.reading, self._with_kpis = reading, with_kpis
         self._reached: set[str] = set()  # the tasks whose gradient on W was read before
         self.new_window()
@@ -93,7 +93,7 @@ class Measuring:
             where = "at the output of" if self.reading.norm_of == "features" else "on"
             loop.inform(
                 f"{loop.name} compares the tasks' gradients {where} {self.reading.layer}. They are read by the "
-                f"{self.reading.reader_type.engine!r} engine."
+                f"{self.reading.engine.engine_to_use!r} engine."
             )
         if before is None:
             return
@@ -115,7 +115,7 @@ class Measuring:
         Raises:
             IncompleteBackwardError: if it could not be read.
         """
-        gradients = self.reading.after_backward()
+        gradients = self.reading.engine.finish()
         if gradients is not None:
             self._reached.update(gradients.tasks)
             self.window.add_gradients(gradients)

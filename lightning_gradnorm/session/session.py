@@ -11,10 +11,11 @@ from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.gradients import IncompleteBackwardError
 from lightning_gradnorm.losses import TaskLosses, check_losses, plain_sum, weighted_sum
 from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
+from lightning_gradnorm.reading import Engine
 from lightning_gradnorm.session.loop import BalancedStep, Loop, warn
 from lightning_gradnorm.session.measuring import Measuring
 from lightning_gradnorm.session.noted import NotedLosses, note
-from lightning_gradnorm.session.reading import Engine, NormOf, Reading
+from lightning_gradnorm.session.shared import NormOf, SharedReading
 from lightning_gradnorm.session.telling import of_counts
 from lightning_gradnorm.shared_layer import SharedLayer, SharedLayerSpec
 from lightning_gradnorm.window import MeasurementWindow
@@ -64,7 +65,7 @@ class BalancingSession:
         points: Mapping[str, PointWeighting] | None = None,
     ) -> None:
         self.balancer, self.points = balancer, dict(points or {})
-        self.reading = Reading(engine, norm_of, balancer.needs)
+        self.reading = SharedReading(engine, norm_of, balancer.needs)
         self._close()
         if network is not None:
             self.open(Loop(network, lambda: shared_layer))
@@ -238,11 +239,13 @@ class BalancingSession:
         """
         try:
             self._measuring.after_backward()
-        except IncompleteBackwardError as error:
+        except IncompleteBackwardError:
             self.drop()
-            if self.reading.engine != "auto":
+            if self.reading.engine.engine != "auto":
                 raise
-            self.tell("engine", f"{error} From the next step on, {self._name} uses engine='per_task', which is slower.")
+        while self.reading.engine.words:
+            word = self.reading.engine.words.pop(0)
+            self.tell(word, word)
 
     # -- the optimiser's step --------------------------------------------------------------------------------------
 

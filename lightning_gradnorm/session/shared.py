@@ -1,4 +1,4 @@
-"""The shared layer of a run, and the tasks' gradients on it around each backward."""
+"""The shared layer of a run: found, kept, and read around each backward."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -8,7 +8,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradnorm.balancers.checks import check_choice
-from lightning_gradnorm.gradients import GradientReader, IncompleteBackwardError, JointBackward, PerTaskBackward
+from lightning_gradnorm.reading import Engine, Reading
 from lightning_gradnorm.shared_layer import (
     SharedLayer,
     SharedLayerSearch,
@@ -17,14 +17,11 @@ from lightning_gradnorm.shared_layer import (
     resolve_shared_layer,
     shared_features,
 )
-from lightning_gradnorm.task_gradients import TaskGradients
 
-Engine = Literal["auto", "joint", "per_task"]
 NormOf = Literal["parameters", "features"]
-_ENGINES: dict[str, type[GradientReader]] = {"auto": JointBackward, "joint": JointBackward, "per_task": PerTaskBackward}
 
 
-class Reading:
+class SharedReading:
     """Finds W, and reads what each backward brings the tasks on it.
 
     Args:
@@ -34,8 +31,7 @@ class Reading:
 
     Attributes:
         layer: the shared layer, once it is known.
-        engine_used: once a step was measured.
-        reader_type: the engine at work.
+        engine: reads the tasks' gradients on it.
         known_names: names of W's parameters, also those of the run that a state is from.
     """
 
@@ -47,26 +43,29 @@ class Reading:
     _fitting: set[str]  # the tasks that W is known to fit
 
     def __init__(self, engine: Engine, norm_of: NormOf, needs: Sequence[str] = ()) -> None:
-        check_choice("engine", engine, get_args(Engine))
         check_choice("norm_of", norm_of, get_args(NormOf))
         if "gradient_means" in needs and norm_of == "features":
             raise ValueError(
                 "norm_of='features' has norms only, and this method needs the sizes of single entries of the parameters' "
                 "gradients. Take norm_of='parameters', or a form of the method that needs norms."
             )
-        self.engine, self.norm_of = engine, norm_of
-        self.engine_used: str | None = None
-        self.reader_type = _ENGINES[engine]
+        self.engine, self.norm_of = Reading(engine), norm_of
         self.known_names: list[str] = []
         self.layer: SharedLayer | None = None
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("engine", "norm_of", "engine_used", "reader_type", "known_names")
-        return {name: vars(self)[name] for name in kept} | {"known_names": list(self.known_names)}
+        return {
+            "norm_of": self.norm_of,
+            "known_names": list(self.known_names),
+            "engine": self.engine.engine,
+            "engine_used": self.engine.engine_used,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, layer=None)
+        self.norm_of, self.known_names, self.layer = state["norm_of"], state["known_names"], None
+        self.engine = Reading(state["engine"])
+        self.engine.engine_used = state["engine_used"]
         self.close()
 
     def open(self, network: nn.Module, given: Callable[[], SharedLayerSpec | None], declared: Sequence[str]) -> None:
@@ -77,6 +76,7 @@ class Reading:
             given: what its user names as W, if anything.
             declared: the tasks that are known before the first batch.
         """
+        self.engine.restart()
         self._network, self._given, self._declared = network, given, tuple(declared)
         self.layer, self._search = None, None
         self._fitting = set()
@@ -88,13 +88,10 @@ class Reading:
         self._fitting = set()
         self._features: list[tuple[Tensor, GradientEdge]] = []
         self._hooks: list[RemovableHandle] = []
-        self._reader: GradientReader | None = None
 
     def drop(self) -> None:
         """Let go of everything that belongs to a backward under way, graphs included."""
-        if self._reader is not None:
-            self._reader.discard()
-            self._reader = None
+        self.engine.discard()
         self.stop_watching()
 
     # -- the layer's outputs ---------------------------------------------------------------------------------------
@@ -197,26 +194,8 @@ class Reading:
             tensors, edges = [tensor for tensor, _ in self._features], [edge for _, edge in self._features]
         if not tensors:
             return False
-        self._reader = self.reader_type(root, losses, tensors, edges)
+        self.engine.begin(root, losses, tensors, edges)
         return True
-
-    def after_backward(self) -> TaskGradients | None:
-        """What the backward brought; ``None`` where nothing was to be read.
-
-        Raises:
-            IncompleteBackwardError: if it could not be read; ``engine="auto"`` goes on with the other engine.
-        """
-        reader, self._reader = self._reader, None
-        if reader is None:
-            return None
-        try:
-            gradients = reader.gradients()
-        except IncompleteBackwardError:
-            if self.engine == "auto":
-                self.reader_type = PerTaskBackward
-            raise
-        self.engine_used = reader.engine
-        return gradients
 
 
 def hides_parameters(root: Tensor) -> bool:

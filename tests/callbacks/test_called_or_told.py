@@ -35,6 +35,9 @@ class OnlyInName(Vendor, MultiTaskMixin):
     pass
 
 
+@pytest.mark.feature(
+    "a `training_step` that never calls `total_loss`", "refused", "after the first step: “never called total_loss(), …”"
+)
 def test_a_module_that_never_calls_total_loss_ends_after_the_first_step_with_what_to_write(tmp_path):
     module = OnlyInName()
     words = (
@@ -229,6 +232,9 @@ class Unwrapped(OnTensors):
         optimizer.step()
 
 
+@pytest.mark.feature(
+    "an optimiser that the Trainer does not see (`use_pl_optimizer=False`)", "warned", "“trainer.global_step does not move”"
+)
 def test_an_unwrapped_optimiser_is_told_at_the_first_batch(tmp_path):
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -275,6 +281,9 @@ class Dropped(OnTensors):
         }
 
 
+@pytest.mark.feature(
+    "a step in which no task reaches the shared layer (LayerDrop, routing)", "supported", "skipped, and told once"
+)
 @pytest.mark.parametrize("skipped", [(2, 3), (0,)], ids=["later", "at the start"])
 @pytest.mark.parametrize("settings", [{"engine": "joint"}, {"engine": "per_task"}, {"norm_of": "features"}], ids=str)
 def test_a_step_in_which_no_task_reaches_the_shared_layer_is_skipped_with_a_word(tmp_path, settings, skipped):
@@ -324,6 +333,7 @@ class HasStep(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.feature("a `training_step` from another base, after the mixin", "supported", "it is not hidden")
 def test_the_mixin_hides_no_training_step_that_another_base_brings(tmp_path):
     class Both(MultiTaskMixin, HasStep):
         pass

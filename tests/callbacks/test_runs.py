@@ -71,7 +71,7 @@ def test_the_tuner_changes_nothing(tmp_path):
     assert_same_history(run(True), run(False), rtol=0)
 
 
-@pytest.mark.feature("two `fit`s in a row", "supported", "the second goes on; `callback.balancer.reset()` starts anew")
+@pytest.mark.feature("two `fit`s of one module", "supported", "the second goes on; `callback.balancer.reset()` starts anew")
 def test_two_fits_go_on_with_the_weights(tmp_path):
     module, callback = TrunkAndHeads(), Watch()
     quiet_trainer(tmp_path, callbacks=[callback]).fit(module, batches(4))

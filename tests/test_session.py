@@ -218,6 +218,18 @@ def test_with_declared_tasks_it_is_not_settled_before_each_was_there():
     assert session.shared.names == ("trunk.2.weight",)
 
 
+def test_a_declared_task_that_never_comes_is_told_at_the_end_of_the_epoch():
+    told, module = Told(), made()
+    session = BalancingSession(GradNorm(lr=0.1, tasks=["small", "odd", "typo"]))
+    session.open(told.loop(module))
+    for x in data():
+        step_with(session, module, x, ["small", "odd"])
+    session.end_epoch()
+    assert len(told.warned) == 1
+    assert "every declared task ('small', 'odd', 'typo') has had a batch" in told.warned[0]
+    assert session.balancer.steps == 6
+
+
 class Branching(OnTensors):
     """Two tasks that meet at ``trunk.4``, and one that leaves before it."""
 

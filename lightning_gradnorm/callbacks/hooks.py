@@ -136,10 +136,7 @@ class TrainerHooks(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epochs.log_epoch(trainer, pl_module)
-        balancer = self._session.balancer
-        if not balancer.frozen:
-            balancer.end_epoch()
-        self._session.tell_counts()
+        self._session.end_epoch()
         self._watch.end_epoch(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,6 @@
 """What a total leaves behind for the backward and the step that follow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,3 +85,11 @@ def note(
     }
     terms = tap_losses(terms) if tapped else terms
     return NotedLosses(terms, tapped, balancer.weights_at(terms), indicators, weighed)
+
+
+def called_twice(first: Iterable[str], now: Iterable[str]) -> str:
+    """What is said of a second total in one step, with the tasks of both."""
+    return (
+        f"total_loss() was called twice in one step: first for the tasks {list(first)}, now for {list(now)}. Call it once with "
+        "the losses of all tasks; add terms that are not to be balanced to what it returns."
+    )

@@ -14,9 +14,9 @@ from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
 from lightning_gradnorm.reading import Engine
 from lightning_gradnorm.session.loop import BalancedStep, Loop, warn
 from lightning_gradnorm.session.measuring import Measuring
-from lightning_gradnorm.session.noted import NotedLosses, note
+from lightning_gradnorm.session.noted import NotedLosses, called_twice, note
 from lightning_gradnorm.session.shared import NormOf, SharedReading
-from lightning_gradnorm.session.telling import of_counts
+from lightning_gradnorm.session.telling import of_counts, unsettled
 from lightning_gradnorm.shared_layer import SharedLayer, SharedLayerSpec
 from lightning_gradnorm.window import MeasurementWindow
 
@@ -173,11 +173,7 @@ class BalancingSession:
         if loop is None or not (self._recording and grad):
             return self._evaluate(checked)
         if self.noted and loop.one_total:
-            raise RuntimeError(
-                f"total_loss() was called twice in one step: first for the tasks {list(self.noted[-1].losses)}, now for "
-                f"{list(checked)}. Call it once with the losses of all tasks; add terms that are not to be balanced to what it "
-                "returns."
-            )
+            raise RuntimeError(called_twice(self.noted[-1].losses, checked))
         self.totals += 1
         if not checked:  # all tasks are absent: a batch without labels trains nothing
             return plain_sum(checked)
@@ -296,6 +292,14 @@ class BalancingSession:
             return torch.stack(list(here.values()))
         would = zip(tasks, self.balancer.weights_for(tasks).unbind(), strict=True)
         return torch.stack([here.get(task, weight).to(weight) for task, weight in would])
+
+    def end_epoch(self) -> None:
+        """An epoch of training is over; for methods that compare epochs, and for what is worth a word by then."""
+        if not self.balancer.frozen:
+            self.balancer.end_epoch()
+        self.tell_counts()
+        if self.totals and self.shared is None and self.balancer.needs_gradients:
+            self.tell("unsettled", unsettled(self.balancer.known_tasks))
 
     # -- what is told ----------------------------------------------------------------------------------------------
 

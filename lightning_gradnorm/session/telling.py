@@ -1,6 +1,6 @@
 """What a balancer has counted, in words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -34,3 +34,17 @@ def of_counts(balancer: LossBalancer, name: str) -> Iterator[tuple[str, str]]:
                 "its output saturates or is clamped, and whether its batches have labels. The counts are in "
                 "balancer.idle_steps.",
             )
+
+
+def unsettled(tasks: Sequence[str]) -> str:
+    """What is said at the end of an epoch in which the shared layer could not be settled.
+
+    Args:
+        tasks: those that are known or declared.
+    """
+    declared = f" ({', '.join(map(repr, tasks))})" if tasks else ""
+    return (
+        "No gradient was measured in this epoch, so the weights are what they were: the shared layer is settled once every "
+        f"declared task{declared} has had a batch, and two tasks at least have shown a gradient. Take out the names of tasks "
+        "that do not come, or name the layer with shared_layer()."
+    )

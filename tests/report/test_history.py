@@ -137,6 +137,16 @@ def test_a_history_takes_points_in_any_order():
     assert history.of("loss_weight") == {"a/b": ([1, 7], [2.0, 3.0])}
 
 
+def test_a_history_in_the_order_of_training():
+    history = History(
+        {"loss_weight/a": {0: 1.0}, "task_loss/a": {0: 1.0}, "loss_weight/b": {0: 2.0}, "loss_weight/x": {0: 3.0}}, ("n",)
+    )
+    ordered = history.in_order_of(["c", "b", "a"])
+    assert (history.tasks, ordered.tasks, ordered.notes) == (("a", "b", "x"), ("b", "a", "x"), ("n",))
+    assert ordered.of("loss_weight")["b"] == ([0], [2.0])
+    assert ordered.of("task_loss") == history.of("task_loss")
+
+
 def test_a_folder_that_is_none(tmp_path):
     for folder in (tmp_path / "none", tmp_path / "file"):
         (tmp_path / "file").touch()

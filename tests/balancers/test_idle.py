@@ -129,8 +129,8 @@ def test_a_device_is_not_asked_for_numbers_once_all_is_settled(monkeypatch, upda
 
 
 def test_on_a_device_a_negative_loss_skips_the_update(monkeypatch):
-    """It cannot be refused there without waiting; a negative target would be worse."""
-    balancer = GradNorm(1.5)
+    """It cannot be refused there without waiting; a negative target would be worse. (The root of α = 1.5 is no number.)"""
+    balancer = GradNorm(1.0)
     balancer.update(measured([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]))
     before = balancer.weights
     waits(monkeypatch)

@@ -37,8 +37,8 @@ def measured(losses, norms, tasks=TASKS):
 def random_steps(count, seed=0):
     """Losses and norms of which some, and sometimes all, are zero."""
     draws = torch.rand(count, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    for k, (losses, norms, idle) in enumerate(draws):
-        norms = 10 * norms * (idle > (0.4 if k % 7 else 1.0))
+    for k, (losses, norms, draw) in enumerate(draws):
+        norms = 10 * norms * (draw > (0.4 if k % 7 else 1.0))
         yield measured((losses + 0.1).tolist(), (norms if k else norms + 1).tolist())
 
 

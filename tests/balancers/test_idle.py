@@ -37,8 +37,8 @@ def measured(losses, norms, tasks=TASKS):
 def random_steps(count, seed=0):
     """Losses and norms of which some, and sometimes all, are zero."""
     draws = torch.rand(count, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    for k, (losses, norms, idle) in enumerate(draws):
-        norms = 10 * norms * (idle > (0.4 if k % 7 else 1.0))
+    for k, (losses, norms, draw) in enumerate(draws):
+        norms = 10 * norms * (draw > (0.4 if k % 7 else 1.0))
         yield measured((losses + 0.1).tolist(), (norms if k else norms + 1).tolist())
 
 
@@ -129,8 +129,8 @@ def test_a_device_is_not_asked_for_numbers_once_all_is_settled(monkeypatch, upda
 
 
 def test_on_a_device_a_negative_loss_skips_the_update(monkeypatch):
-    """It cannot be refused there without waiting; a negative target would be worse."""
-    balancer = GradNorm(1.5)
+    """It cannot be refused there without waiting; a negative target would be worse. (The root of α = 1.5 is no number.)"""
+    balancer = GradNorm(1.0)
     balancer.update(measured([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]))
     before = balancer.weights
     waits(monkeypatch)

@@ -68,16 +68,15 @@ def test_the_case_that_was_found():
 
 
 def test_loss_ratios_of_a_late_task_do_not_stop_the_others():
-    balancer = LossRatioBalancing(1.0, initial_losses=2)
+    balancer = LossRatioBalancing(2.0, initial_losses=2)
     for losses in ((1.0, 1.0), (1.0, 1.0), (1.0, 3.0)):
         balancer.update(measured("ab", losses))
-    before = balancer.weights
+    assert balancer.weights == pytest.approx({"a": 0.2, "b": 1.8})
+    balancer.update(measured("abc", (1.0, 2.0, 7.0)))
+    assert balancer.weights == pytest.approx({"a": 0.4, "b": 1.6, "c": 1.0})
     balancer.update(measured("abc", (1.0, 1.0, 7.0)))
-    assert balancer.weights == pytest.approx({"a": 1.0, "b": 1.0, "c": 1.0})
-    assert before == pytest.approx({"a": 0.5, "b": 1.5})
-    balancer.update(measured("abc", (1.0, 3.0, 7.0)))
     balancer.update(measured("abc", (1.0, 1.0, 14.0)))
-    assert balancer.weights == pytest.approx({"a": 0.75, "b": 0.75, "c": 1.5})
+    assert balancer.weights == pytest.approx({"a": 0.5, "b": 0.5, "c": 2.0})
 
 
 def test_a_name_that_is_no_task_is_told_by_loss_ratios_too():

@@ -65,7 +65,7 @@ def seeded(instead, steps):
 def test_a_loss_without_a_gradient_is_a_term_left_out(tmp_path, engine, steps):
     """A first detection batch without boxes among them. Its head is not trained, as by a term that is left out."""
     ours, recorded = run(tmp_path, seeded(no_gradient, steps), engine=engine)
-    other, left_out = run(tmp_path, seeded(no_key, steps), engine=engine)
+    _, left_out = run(tmp_path, seeded(no_key, steps), engine=engine)
     for mine, its in zip(recorded.weights, left_out.weights, strict=True):
         assert {task: mine[task] for task in its} == pytest.approx(its, rel=1e-5)
     idle = dict(zip(ours.balancer.tasks, ours.balancer.idle_steps.tolist(), strict=True))

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def read_history(folder: str | Path) -> History:
     if not place.exists():
         raise FileNotFoundError(f"There is no log folder {folder}. Give the one that the table at the end of fit named.")
     if events := place.find(_EVENTS):
-        with place.here(*events) as files:
+        with place.here(*sorted(events, key=_as_written)) as files:
             history = _of_events(files)
     elif place.has(_TABLE):
         with place.here(_TABLE) as (table,):
@@ -84,6 +85,11 @@ def read_history(folder: str | Path) -> History:
             "another folder."
         )
     return history
+
+
+def _as_written(name: str) -> list[str | int]:
+    """Sorts event files as they were begun: a process numbers those of one second, and 10 comes after 9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _of_events(files: list[Path]) -> History:

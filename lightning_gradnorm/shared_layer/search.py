@@ -121,7 +121,7 @@ class SharedLayerSearch:
         refuse_sharded({part: weights.part_names[part] for part in chosen})
         reason = choice.reason()
         if look.by_graph:
-            reason += "; by the graph alone, part of which can run backward only once"
+            reason += "; by the graph alone, part of which can run backward only once or is sharded"
         if self.silent_tasks:
             reason += f"; {', '.join(f'task {task!r}' for task in self.silent_tasks)} had no gradient so far, and no say"
         reason += "; found from the graph, override shared_layer() to choose another"

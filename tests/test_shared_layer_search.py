@@ -325,7 +325,7 @@ def test_a_compiled_region_below_the_layer_does_not_hinder():
 
 def test_a_reentrant_checkpoint_below_the_layer_does_not_hinder():
     net = Network()
-    z = net.trunk[2:](checkpoint(net.trunk[:2], torch.randn(7, 6, requires_grad=True), use_reentrant=True))
+    z = net.trunk[2:](checkpoint(net.trunk[1], net.trunk[0](torch.randn(7, 6)), use_reentrant=True))
     p = torch.cat([head(z) for head in net.heads.values()], 1)
     losses = {task: p[:, i].square().mean() for i, task in enumerate("abc")}
     assert detect_shared_layer(losses, net).names == TRUNK
@@ -369,3 +369,23 @@ def test_weights_are_numbered_by_their_first_use_and_know_what_lies_above():
     assert above["trunk.2.weight"] == set(order[2:])
     assert above["decoder.weight"] == {"heads.a.weight"}
     assert above["heads.a.weight"] == above["heads.c.weight"] == set()
+
+
+def test_of_weights_that_lie_above_each_other_in_a_circle_the_one_first_used_last_is_the_last():
+    net = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    x, losses = torch.randn(3, 4), {}
+    for i in range(3):
+        one, other, third = (net[(i + k) % 3] for k in range(3))
+        losses[f"task{i}"] = (one(other(x).tanh()) + third(x)).square().mean()
+    graph = WeightGraph(losses, {layer.weight: f"{i}" for i, layer in enumerate(net)})
+    last = graph.last_of(torch.ones(3, dtype=torch.bool))
+    assert last.tolist() == [False, False, True]
+    assert not graph.last_of(torch.zeros(3, dtype=torch.bool)).any()
+
+
+def test_the_gradient_of_a_large_table_stays_sparse(monkeypatch):
+    net = nn.ModuleDict({"words": nn.Embedding(20, 8, sparse=True), "a": nn.Linear(8, 1), "b": nn.Linear(8, 1)})
+    z = net["words"](torch.randint(20, (7,)))
+    losses = {task: net[task](z).square().mean() for task in "ab"}
+    monkeypatch.setattr(torch.Tensor, "to_dense", None)
+    assert detect_shared_layer(losses, net).names == ("words.weight",)

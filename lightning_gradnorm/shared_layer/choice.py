@@ -81,7 +81,8 @@ class Chooser:
 
     def common(self) -> Tensor:
         """``[K]``: the weights that every task reaches."""
-        return torch.tensor([all(name in weights for weights in self.reached.values()) for name in self.graph.names])
+        every = [all(name in weights for weights in self.reached.values()) for name in self.graph.names]
+        return torch.tensor(every, dtype=torch.bool)
 
     def _choice(self, weights: Tensor, kind: str) -> Choice:
         return Choice(self._names(weights), kind, {self.graph.names[weight]: why for weight, why in self.passed.items()})

@@ -32,12 +32,6 @@ class Evidence:
     def __init__(self) -> None:
         self._supports: dict[str, dict[str, _Support | None]] = {}  # task → weight → where, None: nowhere
 
-    def copy(self) -> "Evidence":
-        """The same, to add to."""
-        other = Evidence()
-        other._supports = {task: dict(supports) for task, supports in self._supports.items()}
-        return other
-
     def has(self, task: str, weight: str) -> bool:
         """Whether the task has a gradient on the weight, as far as is known."""
         return self._supports.get(task, {}).get(weight, []) is not None
@@ -78,13 +72,7 @@ class Evidence:
         where = iter(found)
         for weight, parts in weights.items():
             support = [next(where) for _ in parts]
-            known[weight] = _united(known.get(weight), support if any(support) else None)
-
-
-def _united(a: _Support | None, b: _Support | None) -> _Support | None:
-    if not a or not b:
-        return a or b
-    return [[x | y for x, y in zip(p, q, strict=True)] if p and q else p or q for p, q in zip(a, b, strict=True)]
+            known[weight] = known.get(weight) or (support if any(support) else None)
 
 
 def _supports(gradients: Sequence[Tensor | None]) -> _Support:

@@ -97,7 +97,7 @@ class SharedLayerSearch:
             task: [name for name, there in zip(graph.names, row, strict=True) if there][::-1]
             for task, row in zip(graph.tasks, graph.reached.tolist(), strict=True)
         }
-        chooser = Chooser(graph, self._evidence.copy(), {task: set(own) for task, own in reached.items()})
+        chooser = Chooser(graph, self._evidence, {task: set(own) for task, own in reached.items()})
         common = chooser.common()
         if not common.any():
             refuse_sharded({part: name for part, name in weights.part_names.items() if part.ndim >= 2})
@@ -107,8 +107,8 @@ class SharedLayerSearch:
             checked[:] = False  # a backward of our own would have shards gathered and given back once more
         for task, loss in losses.items():
             parts = {name: weights.parts[name] for name, check in zip(graph.names, checked, strict=True) if check}
-            chooser.evidence.look(task, loss, parts)
-        self._reached, self._evidence, self._looks = reached, chooser.evidence, self._looks + 1
+            self._evidence.look(task, loss, parts)
+        self._reached, self._looks = reached, self._looks + 1
         names = [name for name, there in zip(graph.names, common, strict=True) if there]
         self.silent_tasks = tuple(task for task in reached if self._evidence.is_silent(task, names))
         return _Look(weights, chooser, bool((common & ~checked).any()))
@@ -121,7 +121,7 @@ class SharedLayerSearch:
         refuse_sharded({part: weights.part_names[part] for part in chosen})
         reason = choice.reason()
         if look.by_graph:
-            reason += "; by the graph alone, part of which can run backward only once"
+            reason += "; by the graph alone, part of which can run backward only once or is sharded"
         if self.silent_tasks:
             reason += f"; {', '.join(f'task {task!r}' for task in self.silent_tasks)} had no gradient so far, and no say"
         reason += "; found from the graph, override shared_layer() to choose another"

@@ -192,10 +192,11 @@ def in_graph_task(function: Callable[..., None], *args: Any) -> None:
 
 @contextlib.contextmanager
 def undone() -> Iterator[None]:
-    """What modules have counted in their buffers meanwhile is put back.
+    """What modules have counted in their buffers meanwhile is put back, and random numbers go on as before.
 
     A checkpointed region runs the forward pass of its modules once more, and they count once more (BatchNorm, spectral norm).
     """
+    devices = [torch.cuda.current_device()] if cast(Any, torch.cuda).is_initialized() else []
     before: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
 
     def keep(module: nn.Module, inputs: Any) -> None:
@@ -204,7 +205,8 @@ def undone() -> Iterator[None]:
 
     handle = register_module_forward_pre_hook(keep)
     try:
-        yield
+        with torch.random.fork_rng(devices):
+            yield
     finally:
         handle.remove()
         for (_, name), (module, buffer, value) in before.items():

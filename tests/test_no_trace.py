@@ -267,9 +267,15 @@ def test_norms_inside_a_checkpoint(engine):
 
 
 @ENGINES
-def test_random_numbers_go_on_as_after_the_plain_backward(engine):
+@pytest.mark.parametrize("preserved", [True, False])
+def test_random_numbers_go_on_as_after_the_plain_backward(engine, preserved):
     def losses(net):
-        z = checkpoint(lambda z: F.dropout(net.shared(z), 0.5), net.first(torch.ones(5, 6)).tanh(), use_reentrant=False)
+        z = checkpoint(
+            lambda z: F.dropout(net.shared(z), 0.5),
+            net.first(torch.ones(5, 6)).tanh(),
+            use_reentrant=False,
+            preserve_rng_state=preserved,
+        )
         return {f"task{i}": head(z).square().mean() for i, head in enumerate(net.heads)}
 
     draws = []

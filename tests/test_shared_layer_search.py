@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
+from lightning_gradnorm.descent import gradients_of
 from lightning_gradnorm.shared_layer import SharedLayer, SharedLayerSearch, detect_shared_layer
 from lightning_gradnorm.shared_layer.layer import weight_names
 from lightning_gradnorm.shared_layer.weight_graph import WeightGraph
@@ -80,7 +81,7 @@ def test_whether_a_batch_fits_is_told_without_a_backward(monkeypatch):
     net = Network()
     layer = SharedLayerSearch(net).look(net.losses("ab"))
     search = SharedLayerSearch(net)
-    monkeypatch.setattr(torch.autograd, "grad", None)
+    monkeypatch.setattr("lightning_gradnorm.shared_layer.evidence.gradients_of", None)
     assert search.fits(layer, net.losses("ab"))
     assert search.fits(layer, net.losses("b"))
     assert not search.fits(layer, net.losses("abc"))
@@ -94,16 +95,21 @@ def test_a_look_that_can_bring_nothing_new_costs_nothing(monkeypatch):
     search = SharedLayerSearch(net, "abc")
     assert search.look(net.losses("ab")) is None
     losses = net.losses("ab")
-    monkeypatch.setattr(torch.autograd, "grad", None)
+    monkeypatch.setattr("lightning_gradnorm.shared_layer.evidence.gradients_of", None)
     monkeypatch.setattr("lightning_gradnorm.shared_layer.search.WeightGraph", None)
     assert search.look(losses) is None
 
 
 def test_of_tasks_that_are_known_no_gradient_is_read_again(monkeypatch):
-    net, read, grad = Network(), [], torch.autograd.grad
+    net, read = Network(), []
     search = SharedLayerSearch(net, "abc")
     search.look(net.losses("ab"))
-    monkeypatch.setattr(torch.autograd, "grad", lambda loss, *args, **how: read.append(loss) or grad(loss, *args, **how))
+
+    def reading(losses, tensors):
+        read.extend(losses.values())
+        return gradients_of(losses, tensors)
+
+    monkeypatch.setattr("lightning_gradnorm.shared_layer.evidence.gradients_of", reading)
     losses = net.losses("abc")
     assert search.look(losses).names == TRUNK
     assert read == [losses["c"]]

@@ -1,26 +1,15 @@
 """Where a task has a gradient: on which weights, and in which of their entries."""
 
-import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+
+from lightning_gradnorm.descent import gradients_of
 
 _HALF_PRECISION = 2.0**15  # what a gradient that half precision rounds to zero is multiplied by; float16 ends at 65,504
 
 _Support = list[list[Tensor]]  # part of a weight → per dimension, the indices with an entry that is not zero; none: no part
-
-
-def gradients_of(losses: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> list[list[Tensor | None]]:
-    """Each loss's gradient on each tensor, ``None`` where it does not reach it; the graph and ``.grad`` stay as they are.
-
-    Args:
-        losses: task name → scalar loss.
-        tensors: leaves, or whatever else the gradients are wanted of.
-    """
-    return [list(torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)) for loss in losses.values()]
 
 
 class Evidence:
@@ -65,10 +54,9 @@ class Evidence:
         if not weights or (known.keys() >= weights.keys() and not self.is_silent(task, weights)):
             return
         tensors = [part for parts in weights.values() for part in parts]
-        with _state_kept(tensors):
-            found = _supports(gradients_of({task: loss}, tensors)[0])
-            if not any(found):
-                found = _supports(gradients_of({task: loss * _HALF_PRECISION}, tensors)[0])
+        found = _supports(gradients_of({task: loss}, tensors)[0])
+        if not any(found):
+            found = _supports(gradients_of({task: loss * _HALF_PRECISION}, tensors)[0])
         where = iter(found)
         for weight, parts in weights.items():
             support = [next(where) for _ in parts]
@@ -99,24 +87,3 @@ def _along_each_dimension(gradient: Tensor) -> list[Tensor]:
     if there.ndim < 2:
         return [there.reshape(-1)]
     return [there.any(dim=[other for other in range(there.ndim) if other != dim]) for dim in range(there.ndim)]
-
-
-@contextlib.contextmanager
-def _state_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Undo what a forward that a checkpoint repeats within changes: buffers, as a BatchNorm's, and random numbers."""
-    kept: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
-
-    def keep(module: nn.Module, inputs: Any) -> None:
-        if module not in kept:
-            kept[module] = {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
-
-    handle = register_module_forward_pre_hook(keep)
-    try:
-        with torch.random.fork_rng({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}):
-            yield
-    finally:
-        handle.remove()
-        for module, buffers in kept.items():
-            for name, (buffer, before) in buffers.items():
-                buffer.data.copy_(before)  # by .data: whoever saved the buffer for the backward may still use it
-                module._buffers[name] = buffer

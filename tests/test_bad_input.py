@@ -263,7 +263,8 @@ def learnt(callback):
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize(("spoil", "error", "words"), IN_A_STEP.values(), ids=IN_A_STEP)
 def test_a_bad_step_ends_the_fit_and_leaves_the_state_of_the_step_before(tmp_path, spoil, error, words, at):
-    callback, clean = (GradNormCallback(tasks=["small", "middle", "large", "odd", "new"], summary=False) for _ in "ab")
+    tasks = None if "'new'" in words else ["small", "middle", "large", "odd"]
+    callback, clean = (GradNormCallback(tasks=tasks, summary=False) for _ in "ab")
     with pytest.raises(error, match=words):
         quiet_trainer(tmp_path, callbacks=[callback]).fit(Spoilt(spoil, at), batches(4))
     if at:

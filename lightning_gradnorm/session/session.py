@@ -300,7 +300,7 @@ class BalancingSession:
         if not self.balancer.frozen:
             self.balancer.end_epoch()
         self.tell_counts()
-        if self._loop is None or not self._seen or self.shared is not None or not self.balancer.needs_gradients:
+        if self._loop is None or self.shared is not None or not self.reading.was_looked_for:
             return
         tasks = self.balancer.known_tasks
         if len(self._seen) == 1 and not tasks:

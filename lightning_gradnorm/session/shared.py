@@ -143,6 +143,11 @@ class SharedReading:
             self._fitting = set() if self.layer is None else self._fitting | losses.keys()
         return self.layer is not None
 
+    @property
+    def was_looked_for(self) -> bool:
+        """Whether a batch of this run was asked where W is."""
+        return self._search is not None
+
     def remember(self) -> None:
         """A step was measured: a run that goes on from here, or from a state, takes the same layer."""
         if self.layer is not None and self.norm_of == "parameters":

@@ -64,6 +64,10 @@ class GradientReader(ABC):
             place once the layer has returned it, as by ``nn.ReLU(inplace=True)``, stands for something else from then on: take
             its ``torch.autograd.graph.get_gradient_edge`` before.
 
+    Attributes:
+        tasks: task names.
+        parameters: the tensors of W, each once.
+
     Raises:
         UnreachedSharedLayerError: if a task's loss does not reach any of the parameters.
         CompiledSharedLayerError: if a compiled backward would have to run more than once.
@@ -82,8 +86,8 @@ class GradientReader(ABC):
         given = list(parameters)
         first = {id(parameter): k for k, parameter in reversed(list(enumerate(given)))}  # one given twice counts once
         kept = sorted(first.values())
-        self._parameters = [given[k] for k in kept]
-        self._wanted: list[Tensor] | list[GradientEdge] = list(self._parameters)
+        self.parameters = [given[k] for k in kept]
+        self._wanted: list[Tensor] | list[GradientEdge] = list(self.parameters)
         if edges is not None:
             edges = list(edges)
             self._wanted = [edges[k] for k in kept]
@@ -93,6 +97,11 @@ class GradientReader(ABC):
     @abstractmethod
     def _begin(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
         """Whatever is to be done before ``root.backward()``."""
+
+    @property
+    def wanted(self) -> list[Tensor] | list[GradientEdge]:
+        """The tensors of W, or the edges on which their gradients arrive, while the backward is to come."""
+        return self._wanted
 
     @abstractmethod
     def gradients(self) -> TaskGradients:

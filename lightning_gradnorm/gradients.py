@@ -87,7 +87,7 @@ class PerTaskBackward(GradientReader):
             arrivals.add(task, node, number, seeds[task])
         Descent(list(graph.edges), graph.edges, graph.targets, arrivals).lower_all()
         self._wanted = []
-        self._gradients = TaskGradients(self.tasks, arrivals.gradients, stack_scalars(seeds), self._parameters)
+        self._gradients = TaskGradients(self.tasks, arrivals.gradients, stack_scalars(seeds), self.parameters)
 
     @staticmethod
     def _seeds(
@@ -191,7 +191,7 @@ class JointBackward(GradientReader):
                 f"The total gives {', '.join(f'task {task!r}' for task in unseen)} the weight 0, so nothing of its gradient is "
                 "in the backward. Leave it out of the losses, give it a small weight, or choose engine='per_task'."
             )
-        return TaskGradients(self.tasks, self._arrivals.gradients, stack_scalars(cotangents), self._parameters, self._factors)
+        return TaskGradients(self.tasks, self._arrivals.gradients, stack_scalars(cotangents), self.parameters, self._factors)
 
     @property
     def shapes(self) -> tuple[Any, ...]:
@@ -233,7 +233,7 @@ class JointBackward(GradientReader):
             ways = [(i, child, nr, None if child in graph.edges else graph.targets[child, nr]) for i, child, nr in leaving]
             self._handles.append(node.register_hook(self._read(graph.owners[node], ways)))
         if graph.has_reentrant_checkpoint():  # then count how often W takes in a gradient: once is all that we can see
-            leaves: list[Any] = [tensor for tensor in self._parameters if tensor.is_leaf]
+            leaves: list[Any] = [tensor for tensor in self.parameters if tensor.is_leaf]
             self._handles += [leaf.register_post_accumulate_grad_hook(self._count) for leaf in leaves]
         self._handles += [node.register_prehook(_lower(descent, node)) for node in merged]
         self._handles += [node.register_prehook(self._read_cotangent(task)) for node, task in taps.items()]

@@ -26,9 +26,8 @@ from lightning_gradnorm.task_gradients import TaskGradients
 
 Engine = Literal["auto", "joint", "per_task"]
 
-_AGREE = 1e-3  # relative difference of the norms
-_AGREE_IN_HALF = 5e-2  # where a part of the way is in half precision
-_NOTHING = 1e-4  # of the largest norm: what is below is rounding
+_AGREE = 1e-3, 1e-4  # relative difference of the norms; and of the largest norm, what is below is rounding
+_AGREE_IN_HALF = 5e-2, 1e-2  # where a part of the way is in half precision
 _MOST_CHECKS = 8  # shapes may differ from batch to batch
 
 
@@ -87,8 +86,8 @@ class Reading:
                 self._second = None  # that way is not open here
             self._reader = reader = JointBackward(root, losses, tensors, edges)
             if self._second is not None:
-                self._audit = Audit(reader.graph, tensors)
-                self._whole = gradients_of({"total": root}, tensors if edges is None else edges)[0]
+                self._audit = Audit(reader.graph, reader.parameters)
+                self._whole = gradients_of({"total": root}, reader.wanted)[0]
 
     def finish(self) -> TaskGradients | None:
         """What the backward brought; ``None`` where nothing was begun.
@@ -116,7 +115,7 @@ class Reading:
         difference = _difference(found.norms(), slow.norms(), tolerance)
         # Where hooks of the user change gradients, which the second reading does not see, it explains the backward no more than
         # it does the first reading.
-        explained = difference is not None and audit.is_explained_by(whole, tolerance)
+        explained = difference is not None and audit.is_explained_by(whole, tolerance[0])
         audit.discard()
         if difference is None or not explained:
             return found
@@ -138,12 +137,12 @@ class Reading:
         self._whole = []
 
 
-def _difference(found: Tensor, expected: Tensor, tolerance: float) -> tuple[int, float, float] | None:
+def _difference(found: Tensor, expected: Tensor, tolerance: tuple[float, float]) -> tuple[int, float, float] | None:
     """(task, its norm, its norm the other way) where the two differ most, if by more than rounding; numbers alone decide."""
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     if not bool(torch.isfinite(expected).all()) or not len(found):
         return None
-    off = (found - expected).abs() / torch.maximum(expected, _NOTHING * expected.max()).clamp_min(1e-300)
+    off = (found - expected).abs() / torch.maximum(expected, tolerance[1] * expected.max()).clamp_min(1e-300)
     off = torch.where(off.isnan(), torch.inf, off)
     task = int(off.argmax())
-    return None if off[task] <= tolerance else (task, float(found[task]), float(expected[task]))
+    return None if off[task] <= tolerance[0] else (task, float(found[task]), float(expected[task]))

@@ -152,6 +152,27 @@ def test_a_wrong_reading_beside_a_term_that_is_no_task_gives_way_too(monkeypatch
     assert len(reading.words) == 1
 
 
+def test_a_tensor_given_twice_is_one_for_the_proof_too(counted):
+    torch.manual_seed(0)
+    net, losses = net_and_losses(hook=lambda gradient: 3 * gradient)
+    reading = Reading("auto")
+    assert torch.isfinite(read(reading, losses, [net[0].weight, net[0].weight]).norms()).all()
+    assert counted
+    assert not reading.words
+
+
+def test_hooks_on_the_way_to_a_complex_layer_are_no_fault_of_the_reading(counted):
+    torch.manual_seed(0)
+    net, x = nn.Linear(6, 4, dtype=torch.complex64), torch.randn(5, 6, dtype=torch.complex64)
+    z = net(x)
+    own = z.abs()
+    own.register_hook(lambda gradient: 3 * gradient)
+    reading = Reading("auto")
+    read(reading, {"a": own.square().mean(), "b": (z.real - 1).square().mean()}, [net.weight])
+    assert counted
+    assert not reading.words
+
+
 def test_half_precision_is_compared_as_half_precision_can_be():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2), nn.Linear(64, 2))

@@ -185,7 +185,7 @@ class BalancingSession:
     def _evaluate(self, losses: Mapping[str, Tensor]) -> Tensor:
         # A term is the plain mean of its points here: they are not those that have masks.
         scalars = {task: loss.mean() if loss.ndim else loss for task, loss in losses.items()}
-        if self.on_evaluation is not None:
+        if scalars and self.on_evaluation is not None:
             self.on_evaluation({task: loss.detach() for task, loss in scalars.items()})
         return plain_sum(scalars)
 

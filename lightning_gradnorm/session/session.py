@@ -1,6 +1,6 @@
 """``BalancingSession``: one training run in which a balancer weighs the losses, whatever loop drives it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 from lightning_gradnorm.autograd_graph import is_built_from
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.gradients import IncompleteBackwardError
-from lightning_gradnorm.losses import TaskLosses, check_losses, plain_sum, weighted_sum
 from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
 from lightning_gradnorm.reading import Engine
 from lightning_gradnorm.session.loop import BalancedStep, Loop, warn
 from lightning_gradnorm.session.measuring import Measuring
-from lightning_gradnorm.session.noted import NotedLosses, called_twice, note
+from lightning_gradnorm.session.noted import NotedLosses
 from lightning_gradnorm.session.shared import NormOf, SharedReading
 from lightning_gradnorm.session.telling import idle_tasks, lone, of_idle, of_skipped, unsettled
+from lightning_gradnorm.session.totals import Totals
 from lightning_gradnorm.shared_layer import SharedLayer, SharedLayerSpec
 from lightning_gradnorm.window import MeasurementWindow
 
 
-class BalancingSession:
+class BalancingSession(Totals):
     """Weighs the losses of a training run, reads the tasks' gradients and updates the weights, in any loop::
 
         session = BalancingSession(GradNorm(), network)
@@ -51,8 +51,6 @@ class BalancingSession:
         on_evaluation: called with the losses of a total outside training, task → detached scalar.
         totals: how many totals this run has weighed so far.
     """
-
-    _loop: Loop | None
 
     def __init__(
         self,
@@ -90,10 +88,7 @@ class BalancingSession:
         self._told: set[str] = set()
         self._seen: set[str] = set()  # the tasks of this run
         self._measuring = Measuring(self.reading, with_kpis="kpis" in self.balancer.needs)
-        self.on_evaluation: Callable[[dict[str, Tensor]], None] | None = None
-        self.totals = 0
-        self.noted: list[NotedLosses] = []
-        self._recording = False
+        self._note_nothing()
         self._new_window()
 
     def _new_window(self) -> None:
@@ -131,67 +126,6 @@ class BalancingSession:
         for task, weighting in self.points.items():
             if task in state["points"]:
                 weighting.load_state_dict(state["points"][task])
-
-    # -- one batch -------------------------------------------------------------------------------------------------
-
-    def begin_batch(self) -> None:
-        """Weigh and note totals from now on. Needed where batches and steps are not one to one."""
-        self._recording = True
-        self.noted.clear()
-        if self._measures:
-            self.reading.watch()
-
-    def end_batch(self) -> None:
-        """Weigh nothing until the next batch begins: a total is the plain sum, as in evaluation."""
-        self._recording = False
-        self.noted.clear()
-        self.reading.stop_watching()
-
-    def total(
-        self,
-        losses: TaskLosses,
-        *,
-        kpis: Mapping[str, Any] | None = None,
-        points: Mapping[str, Tensor] | None = None,
-        differentiable: bool | None = None,
-    ) -> Tensor:
-        """The loss to train on, scalar: Σ_i w_i L_i with the present weights; outside training Σ_i L_i.
-
-        Args:
-            losses: task name → scalar loss, or one loss per point for a task of ``points``.
-            kpis: task name → key performance indicator, for methods that need it.
-            points: task name → what identifies the points of its losses.
-            differentiable: whether a backward is to follow; by default where gradients are on and the network trains.
-
-        Raises:
-            TypeError, ValueError: for losses that cannot be used.
-            RuntimeError: for a second total in a loop that allows one.
-        """
-        loop, grad = self._loop, torch.is_grad_enabled()
-        if differentiable is None:
-            differentiable = grad and (loop is None or loop.network.training)
-        checked = check_losses(losses, differentiable=differentiable, per_point=self.points)
-        if loop is None or not (self._recording and grad):
-            return self._evaluate(checked)
-        if self.noted and loop.one_total:
-            raise RuntimeError(called_twice(self.noted[-1].losses, checked))
-        self.totals += 1
-        if not checked:  # all tasks are absent: a batch without labels trains nothing
-            return plain_sum(checked)
-        noted = note(self.balancer, self.points, checked, loop.network, kpis or {}, points or {}, tapped=self._measures)
-        self.noted.append(noted)
-        return weighted_sum(noted.weights, noted.losses)
-
-    def _evaluate(self, losses: Mapping[str, Tensor]) -> Tensor:
-        # A term is the plain mean of its points here: they are not those that have masks.
-        scalars = {task: loss.mean() if loss.ndim else loss for task, loss in losses.items()}
-        if self.on_evaluation is not None:
-            self.on_evaluation({task: loss.detach() for task, loss in scalars.items()})
-        return plain_sum(scalars)
-
-    @property
-    def _measures(self) -> bool:
-        return self.balancer.due and self.balancer.needs_gradients
 
     # -- around the backward ---------------------------------------------------------------------------------------
 

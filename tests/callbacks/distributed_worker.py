@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_gradnorm import DynamicTaskPrioritization, GradNormCallback, LossBalancingCallback, SelfAdaptivePoints
 from lightning_gradnorm.session import RankAgreement
 from tests.callbacks.two_processes import WORLD
-from tests.helpers import TrunkAndHeads, quiet_trainer
+from tests.helpers import SCALES, TrunkAndHeads, quiet_trainer
 
 STEPS = 6
 
@@ -27,11 +27,15 @@ class Scenario(TrunkAndHeads):
         self.automatic_optimization = case != "manual optimisation"
 
     def shared_layer(self):
-        return self.trunk[2]
+        return None if "layer found" in self.case else self.trunk[2]
 
     def training_step(self, batch, batch_idx):
         losses = self.losses(batch)
         rank = int(os.environ.get("LOCAL_RANK", 0))
+        if self.case == "layer found on one rank" and rank == 1 and batch_idx < 3:
+            del losses["middle"]
+        if self.case == "layer found late" and batch_idx < 2:
+            del losses["middle"]
         if self.case == "absent on one rank" and rank == 1 and batch_idx % 2 == 0:
             del losses["middle"]
         if self.case == "absent everywhere, every other step" and batch_idx % 2:
@@ -65,13 +69,16 @@ CASES = {
     "features": ({}, {"norm_of": "features"}, {}),
     "closed form": ({}, {"update": "closed_form", "scale": "gradient"}, {}),
     "manual optimisation": ({}, {}, {}),
+    "layer found": ({}, {}, {}),
+    "layer found late": ({"find_unused_parameters": True}, {"tasks": list(SCALES)}, {}),
+    "layer found on one rank": ({"find_unused_parameters": True}, {"tasks": list(SCALES)}, {}),
     "absent everywhere, every other step": ({"find_unused_parameters": True}, {}, {}),
     "absent on one rank": ({"find_unused_parameters": True}, {}, {}),
     "not a number on one rank": ({}, {}, {"detect_anomaly": False}),
     "new task on one rank": ({"find_unused_parameters": True}, {}, {}),
 }
 # Those in which the weights must equal one process's on the same global batches.
-DIFFER = ("absent on one rank", "not a number on one rank", "new task on one rank")
+DIFFER = ("layer found on one rank", "absent on one rank", "not a number on one rank", "new task on one rank")
 SAME_AS_ONE_PROCESS = [case for case in CASES if case not in DIFFER]
 
 

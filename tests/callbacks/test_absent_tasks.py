@@ -81,6 +81,21 @@ def test_a_batch_in_which_all_terms_are_absent_trains_nothing_and_goes_on(tmp_pa
     assert callback.balancer.steps == 4, "what was balanced"
 
 
+def test_an_evaluation_batch_in_which_all_terms_are_absent_counts_in_no_mean(tmp_path):
+    class Evaluated(TrunkAndHeads):
+        def validation_step(self, batch, batch_idx):
+            losses = self.losses(batch[0])
+            self.sums.append(sum(losses.values()))
+            self.total_loss(losses if batch_idx else dict.fromkeys(losses, 0.0))
+
+    module, callback = Evaluated(lr=0.0), GradNormCallback(summary=False)
+    module.sums = []
+    trainer = quiet_trainer(tmp_path, callbacks=[callback])
+    trainer.fit(module, batches(2), batches(3, seed=2))
+    expected = sum(module.sums[1:]) / 2
+    assert trainer.callback_metrics["val_total_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 class Named(TrunkAndHeads):
     """Its tasks are called what a column of a table holds."""
 

@@ -63,7 +63,8 @@ def test_indicators_and_masks_equal_those_of_one_process(tmp_path):
 @pytest.mark.feature('`strategy="ddp"`', "supported", "one collective per update")
 @pytest.mark.parametrize("case", [case for case in CASES if case != "new task on one rank"])
 def test_one_collective_per_update(ranks, case):
-    updates = {"accumulation": 3, "short last window": 2, "update_every": 3}.get(case, STEPS)
+    # While no rank knows the layer there is nothing to add up.
+    updates = {"accumulation": 3, "short last window": 2, "update_every": 3, "layer found late": STEPS - 2}.get(case, STEPS)
     assert ranks[0][case]["collectives"] == ranks[1][case]["collectives"] == updates
 
 
@@ -79,6 +80,14 @@ def test_a_task_absent_on_one_rank_is_measured_where_it_is(ranks):
     assert dict(zip(_order(ranks), ranks[0]["absent on one rank"]["history"][0][1], strict=True)) == pytest.approx(
         dict(zip(SCALES, norms, strict=True)), rel=1e-4
     )
+
+
+@pytest.mark.feature("a shared layer that one rank can find before the others", "supported", "the others take it, by its name")
+def test_a_layer_that_one_rank_has_found_is_taken_by_the_other(ranks):
+    for rank in ranks:
+        history = rank["layer found on one rank"]["history"]
+        assert all(len(weights) == len(norms) == len(SCALES) for weights, norms in history)
+        assert len({tuple(weights.values()) for weights, _ in history}) == STEPS
 
 
 def _order(ranks):

@@ -86,7 +86,7 @@ class BalancingSession(Totals):
     def _close(self) -> None:
         self._loop = None
         self._told: set[str] = set()
-        self._seen: set[str] = set()  # the tasks of this run
+        self._seen: set[str] = set()  # the tasks of this run's steps that were to be measured
         self._measuring = Measuring(self.reading, with_kpis="kpis" in self.balancer.needs)
         self._note_nothing()
         self._new_window()
@@ -155,7 +155,7 @@ class BalancingSession(Totals):
         if self._stepping and not self._balanced.isdisjoint(noted.losses):
             return {}
         self._balanced.update(noted.losses)
-        self._seen.update(noted.losses)
+        self._seen.update(noted.losses if noted.tapped else ())
         losses = {task: loss.detach() for task, loss in noted.losses.items()}
         if not noted.tapped or self._measuring.before_backward(root, noted.losses, loop, self.tell):
             self._measuring.window.add_losses(losses, noted.weights, noted.kpis)

@@ -10,7 +10,8 @@ from lightning_gradnorm.losses import TaskLosses, check_losses, plain_sum
 from lightning_gradnorm.shared_layer import SharedLayerSpec
 
 _METHODS = "total_loss", "task_losses"
-_NAMES = *_METHODS, "shared_layer", "training_step"
+_GUARDED = *_METHODS, "shared_layer"
+_NAMES = *_GUARDED, "training_step"
 
 
 class _GivenLayer:
@@ -47,7 +48,8 @@ class MultiTaskMixin:
         _hide_nothing(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _check_attribute(name, value)
+        if name in _GUARDED:  # a Trainer sets dozens of others in every step
+            _check_attribute(name, value)
         if name == "shared_layer" and isinstance(value, nn.Parameter):
             vars(self)["_parameters"][name] = value  # register_parameter takes the method for something that is there already
         else:
@@ -159,7 +161,7 @@ def check_attributes(module: Any) -> None:
         TypeError: naming the attribute.
     """
     held: dict[str, Any] = vars(module) | module._modules | module._parameters | module._buffers
-    for name in (*_METHODS, "shared_layer"):
+    for name in _GUARDED:
         if name in held:
             _check_attribute(name, held[name])
 

@@ -163,7 +163,7 @@ class LossBalancingCallback(TrainerHooks):
     @property
     def state_key(self) -> str:
         """Of the method, not of this class: a named subclass and the general callback find each other's state."""
-        key = f"LossBalancing[{self.balancer.state_name}]"
+        key = f"LossBalancing[{self._session.balancer.state_name}]"
         # Until setup, a Trainer asks for keys only to refuse two equal ones, without a word of the way out; setup says it.
         return key if self._is_set_up else f"{key} of {id(self)}"
 

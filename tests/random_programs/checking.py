@@ -1,0 +1,182 @@
+"""Whether the readers agree with the oracle on a program, and with each other, and leave the step as it was."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.gradients import UnreachedSharedLayerError
+from tests.random_programs.description import Program
+from tests.random_programs.running import DTYPES, READERS, Left, Read, Truth, reached_by, run_plainly, run_read, truth
+
+# How far a number may be from the exact one, relative to the exact norm; and how many times the error of the plain
+# ``autograd.grad`` in the same precision (which is all that there is where the exact gradient cancels).
+RELATIVE = {"float64": 1e-7, "float32": 1e-4, "bfloat16": 2e-2}
+TIMES_PLAIN = {"float64": 100.0, "float32": 4.0, "bfloat16": 1.0}
+
+
+@dataclass
+class Verdict:
+    """What came of a program.
+
+    Attributes:
+        outcome: ``"agreed"``, ``"refused"`` (as the oracle says), ``"DIFFERENT"``, or ``"no program"``: it does not run
+            plainly.
+        differences: (reader, what of it) → in words.
+        notes: reader → how it read, for the counts.
+    """
+
+    outcome: str
+    differences: dict[tuple[str, str], str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Expected:
+    """The oracle's word on a program.
+
+    Attributes:
+        exact: the gradients; ``None`` where they are not judged.
+        noise: per task, the error of plain autograd in the program's precision, ``[T]``.
+        refusals: (kind of error, what its message holds): one of them has to be raised, if there are any.
+        may_refuse: likewise, need not.
+    """
+
+    exact: Tensor | None
+    noise: Tensor
+    refusals: list[tuple[type[Exception], str]]
+    may_refuse: list[tuple[type[Exception], str]]
+
+
+def check(program: Program) -> Verdict:
+    """Run a program in every way and compare."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            plain = run_plainly(program)
+            expected = expect(program)
+        except Exception as error:  # whatever: it is no fault of the readers
+            return Verdict("no program", notes=[f"no program: {type(error).__name__}: {str(error)[:60]}"])
+        verdict = Verdict("refused" if expected.refusals else "agreed")
+        for reader in READERS:
+            if reader == "watch" and program.w.kind in ("value", "part"):
+                continue
+            for what, words in _differences(program, reader, plain, expected, verdict.notes):
+                verdict.outcome = "DIFFERENT"
+                verdict.differences[reader, what] = words
+    return verdict
+
+
+def expect(program: Program) -> Expected:
+    """Gradients or refusals, by plain torch alone."""
+    dtype = DTYPES[program.precision]
+    judged, active = _hooks_that_count(program)
+    # In float64 where the precision allows; noise is what is left of the same in the program's own precision.
+    here = truth(program, dtype, active.__contains__)
+    if program.precision == "bfloat16":
+        exact, other = here, truth(program, torch.float64, active.__contains__)
+    elif program.precision == "float32":
+        exact, other = truth(program, torch.float64, active.__contains__), here
+    else:
+        exact, other = here, truth(program, torch.float32, active.__contains__)
+    noise = torch.linalg.vector_norm(exact.rows - other.rows, dim=1).nan_to_num(0, 0, 0)
+    if program.precision == "float64":
+        noise = noise * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return Expected(exact.rows if judged else None, noise, _refusals(program, here), _may_refuse(program))
+
+
+def _hooks_that_count(program: Program) -> tuple[bool, set[int]]:
+    """Whether norms can be judged at all, and the hooks that scale and are part of a task's gradient.
+
+    A hook where several tasks have met is not run by the reading; one on a task's own part is.
+    """
+    scaling = [number for number, hook in enumerate(program.hooks) if hook.factor != 1]
+    if not scaling:
+        return True, set()
+    derivatives = any(task.derivative_of is not None for task in program.tasks) or any(
+        piece.kind == "differentiated" for piece in program.pieces()
+    )
+    modules = any("module" in program.hooks[number].kind for number in scaling)
+    return not (derivatives or modules), {number for number, tasks in reached_by(program).items() if len(tasks) == 1}
+
+
+def _refusals(program: Program, found: Truth) -> list[tuple[type[Exception], str]]:
+    if found.detached:
+        return [(ValueError, f"The loss of task {found.detached[0]!r} is detached from the network")]
+    refusals: list[tuple[type[Exception], str]] = []
+    if not all(task.in_total for task in program.tasks):
+        missing = [f"task{i}" for i, task in enumerate(program.tasks) if not task.in_total]
+        refusals.append((ValueError, f"not built from the tapped loss of {', '.join(f'task {name!r}' for name in missing)}"))
+    unreached = [f"task{i}" for i, reached in enumerate(found.reached) if not reached]
+    if unreached:
+        names = ", ".join(f"task {name!r}" for name in unreached)
+        refusals.append((UnreachedSharedLayerError, f"The loss of {names} does not reach the shared layer"))
+    return refusals
+
+
+def _may_refuse(program: Program) -> list[tuple[type[Exception], str]]:
+    """What may be refused instead of being read."""
+    return [(ValueError, "weight")] if any(task.weight == 0 for task in program.tasks) else []
+
+
+def _differences(program: Program, reader: str, plain: Left, expected: Expected, notes: list[str]) -> Iterator[tuple[str, str]]:
+    try:
+        read, left = run_read(program, reader)
+    except Exception as error:
+        allowed = expected.refusals + expected.may_refuse
+        blocked = any(piece.kind == "function" for piece in program.pieces()) and isinstance(error, UnreachedSharedLayerError)
+        if not blocked and not any(isinstance(error, kind) and words in str(error) for kind, words in allowed):
+            said = "not refused by the oracle" if not expected.refusals else f"the oracle: {expected.refusals[0][1]}"
+            yield "error", f"{type(error).__name__}: {str(error)[:160]} ({said})"
+        notes.append(f"{reader}: {type(error).__name__}")
+        return
+    notes.append(f"{reader}: {read.engine}")
+    if expected.refusals and not any(piece.kind == "function" for piece in program.pieces()):
+        yield "error", f"none, and the oracle: {expected.refusals[0][1]}"
+        return
+    yield from ((words.partition(":")[0], words) for words in plain.differences(left))
+    if expected.exact is not None:
+        yield from _numbers(program, read, expected.exact, expected.noise)
+
+
+def _numbers(program: Program, read: Read, exact: Tensor, noise: Tensor) -> Iterator[tuple[str, str]]:
+    """Norms, gradients and cosines against the exact ones."""
+    norms = torch.linalg.vector_norm(exact, dim=1)
+    allowed = RELATIVE[program.precision] * norms + TIMES_PLAIN[program.precision] * noise
+    off = (read.norms.double() - norms).abs()
+    if _beyond(off, allowed, norms):
+        yield "norms", f"{read.norms.tolist()}, exactly {norms.tolist()}, of which {noise.tolist()} is rounding"
+    if read.flat.shape != exact.shape:
+        yield "flat", f"shape {tuple(read.flat.shape)}, should be {tuple(exact.shape)}"
+    else:
+        off = torch.linalg.vector_norm(read.flat.double() - exact, dim=1)
+        if _beyond(off, allowed, norms):
+            yield "flat", f"off by {off.tolist()}, norms {norms.tolist()}, of which {noise.tolist()} is rounding"
+    unit = exact / norms.unsqueeze(1)
+    uncertain = allowed / norms  # of the angle
+    off = (read.cosines.double() - unit @ unit.T).abs()
+    known = (uncertain < 0.1) & (norms > 0) & norms.isfinite()
+    wrong = (~(off <= 2 * (uncertain + uncertain.unsqueeze(1)))) & known & known.unsqueeze(1)
+    if wrong.any():
+        yield "cosines", f"{read.cosines.tolist()}, exactly {(unit @ unit.T).tolist()}"
+
+
+def _beyond(off: Tensor, allowed: Tensor, norms: Tensor) -> bool:
+    """Where the exact norm is not finite, whatever is not finite will do."""
+    return bool(torch.where(norms.isfinite(), ~(off <= allowed), off.isfinite()).any())
+
+
+def least(program: Program, verdict: Verdict) -> tuple[Program, Verdict]:
+    """A program as simple as can be that shows one of the same differences."""
+    key = next(iter(verdict.differences))
+    for _ in range(200):
+        for simpler in program.simpler():
+            found = check(simpler)
+            if key in found.differences:
+                program, verdict = simpler, found
+                break
+        else:
+            break
+    return program, verdict

@@ -58,9 +58,8 @@ def main() -> int:
             total.add(waiting.result())
             print(f"{total.outcomes.total()} programs, {len(total.differences)} different", file=sys.stderr, flush=True)
     _report(total)
-    print(
-        f"{total.outcomes.total()} programs, seed {arguments.seed}, {time.perf_counter() - start:.0f} s, torch {torch.__version__}"
-    )
+    seconds = time.perf_counter() - start
+    print(f"{total.outcomes.total()} programs, seed {arguments.seed}, {seconds:.0f} s, torch {torch.__version__}")
     return int(bool(total.differences))
 
 

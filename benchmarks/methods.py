@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.workloads import Losses, Workload
-from lightning_gradnorm import GradNorm, JointBackward, LayerWatch, PerTaskBackward, tap_losses
+from lightning_gradnorm import GradNorm, JointBackward, PerTaskBackward, tap_losses
 from lightning_gradnorm.gradients import GradientReader
 
 
@@ -67,31 +67,21 @@ class GradNormMethod(Method):
 
 
 class JointEngine(GradNormMethod):
-    """GradNorm, its norms read from the one joint backward, with one product per task through any kind of layer."""
+    """GradNorm, its norms read from the one joint backward: the default."""
 
-    name = "GradNorm, product per task"
+    name = "GradNorm"
     reader = JointBackward
 
 
-class WatchedLayer(GradNormMethod):
-    """GradNorm, its norms read from the one joint backward, all tasks at once through a Linear or convolution: the default."""
+class _ProductsMade(JointBackward):
+    _keeps_factors = False
 
-    name = "GradNorm"
 
-    def __init__(self, workload: Workload, optimizer: torch.optim.Optimizer, update_every: int = 1) -> None:
-        super().__init__(workload, optimizer, update_every)
-        owners = [m for m in workload.network.modules() if any(p is workload.shared[0] for p in m.parameters(recurse=False))]
-        self.watch = LayerWatch(owners[0], workload.shared)
-        self.watch.stop()
+class ProductPerTask(GradNormMethod):
+    """GradNorm, its norms read from the one joint backward, with one product per task through any kind of layer."""
 
-    def step(self) -> None:
-        if self.gradnorm.due:
-            self.watch.start()
-        super().step()
-        self.watch.stop()
-
-    def reader(self, root: Tensor, losses: Losses, parameters: list[Tensor]) -> GradientReader:
-        return self.watch.reader(root, losses)
+    name = "GradNorm, product per task"
+    reader = _ProductsMade
 
 
 class FeatureNorms(GradNormMethod):
@@ -153,9 +143,9 @@ class DoubleBackward(Method):
 
 
 BALANCED: dict[str, type[Method]] = {
-    "gradnorm": WatchedLayer,
+    "gradnorm": JointEngine,
     "features": FeatureNorms,
-    "joint": JointEngine,
+    "joint": ProductPerTask,
     "per-task": PerTaskEngine,
     "double": DoubleBackward,
 }

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import workloads
-from benchmarks.methods import FeatureNorms, JointEngine, Method, PlainSum, WatchedLayer
+from benchmarks.methods import FeatureNorms, JointEngine, Method, PlainSum, ProductPerTask
 from benchmarks.overhead import CLOCKS, Timer, flops, machine, markdown, peak_bytes
 from benchmarks.workloads import WORKLOADS, Losses, Workload
 
@@ -131,9 +131,9 @@ class Pina(Method):
 
 
 PEERS: dict[str, type[Method]] = {
-    "ours": WatchedLayer,
+    "ours": JointEngine,
     "features": FeatureNorms,
-    "product": JointEngine,
+    "product": ProductPerTask,
     "gradnorm-pytorch": GradNormPytorch,
     "libmtl": LibMTL,
     "torchjd": TorchJD,

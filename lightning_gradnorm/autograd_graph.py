@@ -1,16 +1,17 @@
 """Walks over the autograd graph: which nodes lead to W, and which task each of them belongs to."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
 # Owners of a graph node, beside the number of the one task that it belongs to.
 REST = -1  # no task: the nodes above the taps, and terms that were added to the total
 MERGED = -2  # several: the engine sums their gradients before the node runs
 
 _COMPILED = "CompiledFunctionBackward"
+_REENTRANT = "CheckpointFunctionBackward"
 
 Edge = tuple[int, Node, int]  # output of the parent, child node, input of the child
 _Ways = tuple[tuple[Node | None, int], ...]  # of a node's outputs: child and the child's input
@@ -40,20 +41,16 @@ class TaskGraph:
 
         Such a node may run only once: its buffers are given away as it runs. A merged one would run once per task.
         """
-        if not self._has(_COMPILED):
-            return False
-        return any(type(node).__name__ == _COMPILED and (not merged_only or self.owners[node] == MERGED) for node in self.edges)
+        return self._leads_through(_COMPILED, merged_only=merged_only)
 
-    def has_reentrant_checkpoint(self) -> bool:
+    def has_reentrant_checkpoint(self, *, merged_only: bool = False) -> bool:
         """Whether a part of the graph is hidden in a reentrant ``torch.utils.checkpoint``."""
-        return self._has("CheckpointFunctionBackward")
+        return self._leads_through(_REENTRANT, merged_only=merged_only)
 
-    def _has(self, kind: str) -> bool:
-        return kind in {cls.__name__ for cls in set(map(type, self.edges))}
-
-    def is_pushed(self, node: Node) -> bool:
-        """Whether gradients that arrive here have to be carried on to W task by task."""
-        return node in self.edges and self.owners[node] == MERGED
+    def _leads_through(self, kind: str, *, merged_only: bool) -> bool:
+        if kind not in {cls.__name__ for cls in set(map(type, self.edges))}:
+            return False
+        return any(type(node).__name__ == kind and (not merged_only or self.owners[node] == MERGED) for node in self.edges)
 
 
 def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | GradientEdge]) -> TaskGraph:
@@ -167,25 +164,6 @@ def _uses(root: Node, ends: Collection[Node], seen: dict[Node, _Ways | None]) ->
         made_of[node] = next(iter(through)) if alone else None
         if not alone:
             yield from ((leaf, child, node) for leaf, child in through.items() if leaf is not None)
-
-
-def are_used_in_calls_only(parameters: Iterable[Tensor], outputs: Collection[Node], root: Node) -> bool:
-    """Whether the graph uses the parameters of a layer in some calls of it alone, once in each.
-
-    A penalty on a weight uses it too, and so does a derivative with respect to the network's input.
-
-    Args:
-        parameters: those of the layer.
-        outputs: the nodes of the calls' outputs; they need not all be in the graph.
-        root: where the graph begins.
-    """
-    uses = dict.fromkeys([get_gradient_edge(parameter).node for parameter in parameters], 0)
-    seen: dict[Node, _Ways | None] = {}
-    for leaf, _, _ in _uses(root, outputs, seen):
-        if leaf in uses:
-            uses[leaf] += 1
-    calls = sum(output in seen for output in outputs)
-    return all(count == calls for count in uses.values())
 
 
 def first_uses(root: Node | None) -> dict[nn.Parameter, tuple[int, int]]:

@@ -1,10 +1,12 @@
 """What a backward brought for each task on the shared parameters: gradients, and what is made of them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lightning_gradnorm.factors import WeightFactors
 from lightning_gradnorm.measurement import widest_float
 
 
@@ -15,20 +17,27 @@ class TaskGradients:
     Attributes:
         tasks: task names, ``T`` of them.
         gradients: per task, per parameter, c_i ∇_W L_i in the parameter's shape, or ``None`` where the task does not
-            use that parameter.
+            use that parameter, and where ``factors`` has it.
         cotangents: c_i = s · ∂total/∂L_i, shape ``[T]``: what to divide by for the unweighted gradient.
         parameters: the shared parameters.
+        factors: number of a parameter → the factors of all tasks' gradients on it.
     """
 
     tasks: tuple[str, ...]
     gradients: list[list[Tensor | None]]
     cotangents: Tensor
     parameters: list[Tensor]
+    factors: Mapping[int, WeightFactors] = field(default_factory=dict)
 
     def norms(self) -> Tensor:
         """n_i = ‖∇_W L_i‖₂ of the unweighted losses, shape ``[T]``, summed in float64 where the device has it."""
+        device = self.cotangents.device
         norms = [_norm([g for g in row if g is not None]) for row in self.gradients]
-        return torch.stack([norm.to(self.cotangents.device) for norm in norms]) / self.cotangents.abs()
+        found = torch.stack([self.cotangents.new_zeros(()) if norm is None else norm.to(device) for norm in norms])
+        if self.factors:
+            parts = [found, *(factors.squares().to(device).sqrt() for factors in self.factors.values())]
+            found = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        return found / self.cotangents.abs()
 
     @property
     def entries(self) -> int:
@@ -37,23 +46,39 @@ class TaskGradients:
 
     def cosines(self) -> Tensor:
         """Cosine of the angle between every two tasks' gradients, ``[T, T]``; NaN beside one of zeros."""
-        return cosines(self.flat())
+        if not self.factors:
+            return cosines(self.flat())
+        device = self.cotangents.device
+        inner = torch.stack([factors.inner().to(device) for factors in self.factors.values()]).sum(0)
+        others = [k for k in range(len(self.parameters)) if k not in self.factors]
+        if others:
+            rows = self._rows([[row[k] for k in others] for row in self.gradients], [self.parameters[k] for k in others])
+            rows = rows.to(inner)
+            inner = inner + rows @ rows.mT
+        norms, signs = inner.diagonal().clamp_min(0).sqrt(), self.cotangents.sign()
+        return inner / torch.outer(norms, norms) * torch.outer(signs, signs)
 
     def flat(self) -> Tensor:
         """∇_W L_i of the unweighted losses, shape ``[T, |W|]``, in at least float32; 0 where a task uses none of it."""
+        made = {k: factors.dense() for k, factors in self.factors.items()}
+        whole = [[made[k][i] if k in made else g for k, g in enumerate(row)] for i, row in enumerate(self.gradients)]
+        rows = self._rows(whole, self.parameters)
+        return rows / self.cotangents.to(rows.dtype).unsqueeze(1)
+
+    def _rows(self, gradients: list[list[Tensor | None]], parameters: list[Tensor]) -> Tensor:
+        """``[T, entries]``, in at least float32."""
         device = self.cotangents.device
         rows = [
             torch.cat(
                 [
                     _plain(torch.zeros_like(p) if g is None else g).flatten().to(device)
-                    for g, p in zip(row, self.parameters, strict=True)
+                    for g, p in zip(row, parameters, strict=True)
                 ]
             )
-            for row in self.gradients
+            for row in gradients
         ]
         stacked = torch.stack(rows)
-        stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
-        return stacked / self.cotangents.to(stacked.dtype).unsqueeze(1)
+        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
 
 def _plain(gradient: Tensor) -> Tensor:
@@ -66,8 +91,10 @@ def _plain(gradient: Tensor) -> Tensor:
 _FEW = 1 << 16  # elements
 
 
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """Euclidean norm of all the gradients as one vector, scalar, as wide as the device allows."""
+def _norm(gradients: list[Tensor]) -> Tensor | None:
+    """Euclidean norm of all the gradients as one vector, scalar, as wide as the device allows; ``None`` if there are none."""
+    if not gradients:
+        return None
     gradients = [_plain(g) for g in gradients]
     kinds = {(g.device, g.dtype) for g in gradients}
     if len(gradients) > 1 and len(kinds) == 1 and sum(g.numel() for g in gradients) <= _FEW:

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import workloads
-from benchmarks.methods import DoubleBackward, JointEngine, PerTaskEngine, PlainSum
+from benchmarks.methods import DoubleBackward, PerTaskEngine, PlainSum, ProductPerTask
 from benchmarks.overhead import flops
 from lightning_gradnorm import GradNormCallback
 from tests.helpers import SCALES, TrunkAndHeads, batches, quiet_trainer
@@ -42,10 +42,10 @@ def steps(name, method, count=1, **settings):
 def test_the_joint_engine_adds_one_gradient_of_w_per_task_and_nothing_else(name):
     (plain,) = steps(name, PlainSum)
     assert plain > 0
-    assert [balanced - plain for balanced in steps(name, JointEngine, 3)] == [T_GRADIENTS_OF_W[name]] * 3
+    assert [balanced - plain for balanced in steps(name, ProductPerTask, 3)] == [T_GRADIENTS_OF_W[name]] * 3
 
 
-@pytest.mark.parametrize("engine", [JointEngine, PerTaskEngine])
+@pytest.mark.parametrize("engine", [ProductPerTask, PerTaskEngine])
 @pytest.mark.parametrize("name", SMALL)
 def test_steps_that_are_not_due_add_nothing(name, engine):
     (plain,) = steps(name, PlainSum)
@@ -56,7 +56,7 @@ def test_steps_that_are_not_due_add_nothing(name, engine):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_other_ways_cost_more(name):
-    (joint,), (per_task,), (double,) = (steps(name, method) for method in (JointEngine, PerTaskEngine, DoubleBackward))
+    (joint,), (per_task,), (double,) = (steps(name, method) for method in (ProductPerTask, PerTaskEngine, DoubleBackward))
     assert joint < per_task < double
 
 

@@ -1,6 +1,5 @@
 """How a callback measures: the shared layer, the engine around the backward, the micro-batches, the ranks."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -12,13 +11,10 @@ from lightning_gradnorm.balancers.checks import check_choice
 from lightning_gradnorm.callbacks.link import NotedLosses
 from lightning_gradnorm.callbacks.ranks import RankAgreement
 from lightning_gradnorm.gradients import GradientReader, IncompleteBackwardError, JointBackward, PerTaskBackward
-from lightning_gradnorm.layer_watch import LayerWatch
 from lightning_gradnorm.shared_layer import (
     SharedLayer,
     detect_shared_layer,
     feature_modules,
-    is_compiled,
-    owner_of,
     resolve_shared_layer,
     shared_features,
 )
@@ -58,7 +54,6 @@ class Measuring:
         self.engine_used: str | None = None
         self.reader_type = _ENGINES[engine]
         self._reader: GradientReader | None = None
-        self._watch: LayerWatch | None = None
         self.known_names: list[str] = []  # of W in the run that a checkpoint is from
         self._features: list[tuple[Tensor, GradientEdge]] = []
         self._hooks: list[RemovableHandle] = []
@@ -66,7 +61,7 @@ class Measuring:
 
     def restart(self) -> None:
         """A new fit: the layer is looked up again, and the ranks agree again."""
-        self.shared = self._watch = None
+        self.shared = None
         self._agreement = RankAgreement()
         self.let_go()
 
@@ -83,20 +78,9 @@ class Measuring:
 
     def watch(self, module: Any) -> None:
         """Keep what will be needed of the shared layer's calls in the batch that begins."""
-        if self.norm_of == "parameters" and self.shared is None and self._are_names_of(module):
-            # A resumed run reads its first step as the run before would have: the layer is known. (Before the forward a
-            # layer may still be sharded; it is read in the general way then, before and after.)
-            with contextlib.suppress(ValueError):
-                self._watch_layer(resolve_shared_layer(self.known_names, module), module)
-        if self._watch is not None:
-            self._watch.start()
         if self.norm_of == "features":
             for layer in feature_modules(module.shared_layer(), module):
                 self._hooks.append(layer.register_forward_hook(self._keep_output))
-
-    def _are_names_of(self, module: Any) -> bool:
-        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        return bool(self.known_names) and trained.issuperset(self.known_names)
 
     def _keep_output(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         features = output[0] if isinstance(output, tuple) else output
@@ -105,8 +89,6 @@ class Measuring:
 
     def stop_watching(self) -> None:
         """The batch is over."""
-        if self._watch is not None:
-            self._watch.stop()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -123,19 +105,7 @@ class Measuring:
             self.shared = shared_features(spec, module)
         else:
             self.shared = detect_shared_layer(losses, module) if spec is None else resolve_shared_layer(spec, module)
-            self._watch_layer(self.shared, module)
             self.known_names = list(self.shared.names)
-
-    def _watch_layer(self, shared: SharedLayer, module: Any) -> None:
-        """From the next batch on, read all tasks at once through the layer that owns W, if it is one."""
-        if self._watch is not None and self._watch.parameters == list(shared.parameters):
-            return
-        self.stop_watching()
-        self._watch = None
-        owner = owner_of(shared.parameters, module)
-        if owner is not None and self.reader_type is JointBackward and not is_compiled(module):
-            self._watch = LayerWatch(owner, shared.parameters)
-            self._watch.stop()
 
     def before_backward(self, root: Tensor, noted: NotedLosses) -> bool:
         """Get ready for the backward of ``root``.
@@ -153,10 +123,7 @@ class Measuring:
             tensors, edges = [tensor for tensor, _ in self._features], [edge for _, edge in self._features]
         if not tensors:
             return False
-        if self._watch is not None and self.reader_type is JointBackward and tensors == list(self._watch.parameters):
-            self._reader = self._watch.reader(root, noted.losses)
-        else:
-            self._reader = self.reader_type(root, noted.losses, tensors, edges)
+        self._reader = self.reader_type(root, noted.losses, tensors, edges)
         return True
 
     def after_backward(self) -> None:

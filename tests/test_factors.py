@@ -1,17 +1,17 @@
-"""All tasks at once through a shared layer: equal to one autograd.grad per task, whichever way it was done."""
+"""Matrix products and convolutions have their factors kept: equal to one autograd.grad per task, whichever way it is done."""
 
-import copy
-import pickle
+import functools
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.overhead import flops
 from lightning_gradnorm import JointBackward, LayerWatch, tap_losses
-from lightning_gradnorm.layer_gradients import LayerGradients
-from lightning_gradnorm.layer_watch import LayerBackward
+from lightning_gradnorm.factors import WeightFactors
 from tests.helpers import in_another_thread, use_up_node_numbers
 
 pytestmark = [
@@ -43,7 +43,7 @@ LAYERS = {
 def tasks(z, count=3):
     """Losses of a shared output, of other size each; all its places count."""
     draws = torch.Generator().manual_seed(1)
-    weights = [torch.randn(z.shape, generator=draws, dtype=z.dtype) for _ in range(count)]
+    weights = [torch.randn(z.shape, generator=draws, dtype=torch.float64).to(z.dtype) for _ in range(count)]
     return {f"task{i}": 100.0**i * (z.tanh() * w).pow(2).mean() for i, w in enumerate(weights)}
 
 
@@ -57,14 +57,13 @@ def oracle(losses, parameters):
     )
 
 
-def read(watch, make_losses, scale=1.0):
-    """What the watch's reader gives around one backward, and the reader."""
-    watch.start()
+def read(parameters, make_losses, scale=1.0):
+    """What is read around one backward."""
     losses = tap_losses(make_losses())
     root = sum((i + 0.5) * loss for i, loss in enumerate(losses.values())) * scale
-    reader = watch.reader(root, losses)
+    reader = JointBackward(root, losses, parameters)
     root.backward()
-    return reader.gradients(), reader
+    return reader.gradients()
 
 
 def assert_equal(found, expected):
@@ -80,15 +79,15 @@ def assert_equal(found, expected):
 def test_equal_to_one_autograd_grad_per_task(make, shape, form, scale):
     torch.manual_seed(0)
     layer, x = make(), torch.randn(shape)
-    found, reader = read(LayerWatch(layer), lambda: tasks(layer(x)), scale)
-    assert type(reader) is (LayerBackward if form == "gram" else JointBackward)
+    found = read(layer.parameters(), lambda: tasks(layer(x)), scale)
+    assert bool(found.factors) == (form == "gram")
     assert_equal(found, oracle(tasks(layer(x)), list(layer.parameters())))
 
 
 @pytest.fixture
 def always_gram(monkeypatch):
     """Whatever the operations say."""
-    monkeypatch.setattr("lightning_gradnorm.layer_watch.gram_is_less", lambda *sizes: True)
+    monkeypatch.setattr("lightning_gradnorm.factors._gram_is_less", lambda *sizes: True)
 
 
 @pytest.mark.usefixtures("always_gram")
@@ -96,8 +95,8 @@ def always_gram(monkeypatch):
 def test_the_gram_form_is_right_where_it_would_not_be_chosen_too(make, shape, form):
     torch.manual_seed(0)
     layer, x = make(), torch.randn(shape)
-    found, _ = read(LayerWatch(layer), lambda: tasks(layer(x)))
-    assert isinstance(found, LayerGradients)
+    found = read(layer.parameters(), lambda: tasks(layer(x)))
+    assert list(found.factors) == [0]
     assert_equal(found, oracle(tasks(layer(x)), list(layer.parameters())))
 
 
@@ -105,7 +104,7 @@ def test_the_gram_form_is_right_where_it_would_not_be_chosen_too(make, shape, fo
 def test_w_may_be_the_weight_alone_or_in_another_order(part):
     layer, x = nn.Linear(6, 5), torch.randn(4, 6)
     parameters = [layer.weight] if part == "weight" else [layer.bias, layer.weight]
-    found, _ = read(LayerWatch(layer, parameters), lambda: tasks(layer(x)))
+    found = read(parameters, lambda: tasks(layer(x)))
     assert_equal(found, oracle(tasks(layer(x)), parameters))
 
 
@@ -118,17 +117,16 @@ def test_a_layer_called_several_times_adds_up():
         of_both = tasks(torch.cat([first, second]))
         return of_both | {"first alone": first.pow(2).mean()}
 
-    found, reader = read(LayerWatch(layer), losses)
-    assert isinstance(reader, LayerBackward)
-    assert len(reader._at_outputs._parameters) == 3
+    found = read(layer.parameters(), losses)
+    assert len(found.factors[0]._deltas) == 3
     assert_equal(found, oracle(losses(), list(layer.parameters())))
 
 
 @pytest.mark.usefixtures("always_gram")
 def test_an_output_that_is_changed_in_place_is_read_as_the_layer_gave_it():
     layer, x = nn.Linear(6, 6), torch.randn(4, 6)
-    found, reader = read(LayerWatch(layer), lambda: tasks(F.relu(layer(x), inplace=True) + 1))
-    assert isinstance(reader, LayerBackward)
+    found = read(layer.parameters(), lambda: tasks(F.relu(layer(x), inplace=True) + 1))
+    assert found.factors
     assert_equal(found, oracle(tasks(layer(x).relu() + 1), list(layer.parameters())))
 
 
@@ -144,8 +142,8 @@ def test_a_derivative_uses_the_weight_too(with_respect_to, bias):
         slopes = torch.autograd.grad(u.sum(), x if with_respect_to == "input" else y, create_graph=True)[0]
         return {"slopes": slopes.square().mean(), "u": (u - 1).square().mean()}
 
-    found, reader = read(LayerWatch(layer), losses)
-    assert isinstance(reader, JointBackward if with_respect_to == "input" else LayerBackward)
+    found = read(layer.parameters(), losses)
+    assert bool(found.factors) == (with_respect_to == "output")  # else one task alone uses the weight once more
     assert_equal(found, oracle(losses(), list(layer.parameters())))
 
 
@@ -161,52 +159,43 @@ def test_nodes_that_another_thread_has_numbered_are_found():
         assert slopes.grad_fn._sequence_nr() < features.grad_fn._sequence_nr()
         return {"slopes": slopes.square().mean() + u.square().mean(), "u": (u - 1).square().mean()}
 
-    found, reader = read(LayerWatch(layer), losses)
-    assert isinstance(reader, LayerBackward)
+    found = read(layer.parameters(), losses)
+    assert found.factors
     assert_equal(found, oracle(losses(), list(layer.parameters())))
 
 
 def test_gradients_of_any_size_have_their_norms():
     layer, x = nn.Linear(300, 200).float(), torch.randn(8, 300, dtype=torch.float32)
-    watch = LayerWatch(layer)
     for size in (1e-25, 1e-12, 1.0, 1e12):
-        found, _ = read(watch, lambda size=size: {t: size * loss for t, loss in tasks(layer(x), 2).items()})
+        found = read(layer.parameters(), lambda size=size: {t: size * loss for t, loss in tasks(layer(x), 2).items()})
         expected = oracle({t: loss.double() for t, loss in tasks(layer(x), 2).items()}, list(layer.parameters())).double()
-        assert isinstance(found, LayerGradients)
+        assert found.factors
         torch.testing.assert_close(found.norms() / size, expected.norm(dim=1), rtol=1e-4, atol=0)
 
 
 def test_a_gradient_of_zero_has_norm_zero():
     layer, x = nn.Linear(30, 40), torch.randn(4, 30)
-    found, _ = read(
-        LayerWatch(layer), lambda: tasks(layer(x), 2) | {"none": 0.0 * layer(x).sum() + tasks(layer(x))["task0"] * 0}
-    )
+    found = read(layer.parameters(), lambda: tasks(layer(x), 2) | {"none": 0.0 * layer(x).sum() + tasks(layer(x))["task0"] * 0})
     assert found.norms()[2] == 0
 
 
-# -- where the general way is taken ----------------------------------------------------------------------------------
+# -- which uses have factors, and which are read in the general way ---------------------------------------------------
 
-general = {}
+factored, general = {}, {}
 
 
-def case(make):
-    general[make.__name__.replace("_", " ")] = make
+def case(make, of=None):
+    of[make.__name__.replace("_", " ")] = make
     return make
 
 
-@case
+@functools.partial(case, of=factored)
 def used_without_calling_it():
     layer, x = nn.Linear(6, 5), torch.randn(4, 6)
     return layer, lambda: tasks(layer(x) + F.linear(x, layer.weight))
 
 
-@case
-def a_term_on_the_weight_itself():
-    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
-    return layer, lambda: tasks(layer(x)) | {"decay": layer.weight.pow(2).sum() + layer(x).sum()}
-
-
-@case
+@functools.partial(case, of=factored)
 def a_kind_of_its_own():
     class Mine(nn.Linear):
         def forward(self, x):
@@ -216,94 +205,203 @@ def a_kind_of_its_own():
     return layer, lambda: tasks(layer(x))
 
 
-@case
+@functools.partial(case, of=factored)
 def a_hook_that_changes_the_output():
     layer, x = nn.Linear(6, 5), torch.randn(4, 6)
     layer.register_forward_hook(lambda module, inputs, output: output * 3)
     return layer, lambda: tasks(layer(x))
 
 
-@case
+@functools.partial(case, of=factored)
 def called_by_keyword():
     layer, x = nn.Linear(6, 5), torch.randn(4, 6)
     return layer, lambda: tasks(layer(input=x))
 
 
-@case
+@functools.partial(case, of=factored)
 def called_in_vain_too():
     layer, x = nn.Linear(6, 5), torch.randn(4, 6)
     return layer, lambda: (layer(x + 1), tasks(layer(x)))[1]
 
 
-@case
+@functools.partial(case, of=factored)
+def with_substituted_parameters_that_are_its_own():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    return layer, lambda: tasks(functional_call(layer, dict(layer.named_parameters()), (x,)))
+
+
+@functools.partial(case, of=factored)
+def with_a_forward_of_its_own():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    layer.forward = lambda x: F.linear(2 * x, layer.weight, layer.bias)
+    return layer, lambda: tasks(layer(x))
+
+
+@functools.partial(case, of=factored)
+def multiplied_from_the_right():
+    layer, x = nn.Linear(6, 5, bias=False), torch.randn(4, 5)
+    return layer, lambda: tasks(x @ layer.weight)
+
+
+@functools.partial(case, of=general)
+def a_term_on_the_weight_itself():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    return layer, lambda: tasks(layer(x)) | {"decay": layer.weight.pow(2).sum() + layer(x).sum()}
+
+
+@functools.partial(case, of=general)
 def every_task_with_calls_of_its_own():
     """Nothing merges above W: the gradients pass by on their way to it, and cost nothing to read there."""
     layer, x = nn.Linear(6, 5), torch.randn(4, 6)
     return layer, lambda: {f"task{i}": layer(x + i).pow(2).mean() for i in range(3)}
 
 
-@case
+@functools.partial(case, of=general)
 def parametrised():
     layer, x = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), torch.randn(4, 6)
     return layer, lambda: tasks(layer(x))
 
 
-@case
+@functools.partial(case, of=general)
 def another_kind():
     layer, x = nn.Bilinear(6, 6, 5), torch.randn(4, 6)
     return layer, lambda: tasks(layer(x, x))
 
 
-@case
+@functools.partial(case, of=general)
 def transposed():
     layer, x = nn.ConvTranspose2d(3, 4, 3), torch.randn(2, 3, 5, 5)
     return layer, lambda: tasks(layer(x))
+
+
+@functools.partial(case, of=general)
+def with_substituted_parameters():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    return layer, lambda: tasks(functional_call(layer, {"weight": 2 * layer.weight, "bias": layer.bias}, (x,)))
+
+
+@functools.partial(case, of=general)
+def both_turned_and_not():
+    layer, x = nn.Linear(6, 6, bias=False), torch.randn(4, 6)
+    return layer, lambda: tasks(x @ layer.weight + layer(x))
+
+
+@functools.partial(case, of=general)
+def scaled_as_it_is_added():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    return layer, lambda: tasks(torch.addmm(layer.bias, x, layer.weight.T, alpha=2))
+
+
+@functools.partial(case, of=general)
+def transposed_by_another_node():
+    layer, x = nn.Linear(6, 5, bias=False), torch.randn(4, 6)
+    return layer, lambda: tasks(x @ layer.weight.transpose(0, 1))
+
+
+@functools.partial(case, of=general)
+def in_a_checkpoint():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    return layer, lambda: tasks(checkpoint(layer, x, use_reentrant=False))
+
+
+@pytest.mark.usefixtures("always_gram")
+@pytest.mark.parametrize("make", factored.values(), ids=factored)
+def test_uses_as_the_operand_of_a_product_have_factors(make):
+    layer, losses = make()
+    found = read(layer.parameters(), losses)
+    assert found.factors
+    assert_equal(found, oracle(losses(), list(layer.parameters())))
 
 
 @pytest.mark.usefixtures("always_gram")
 @pytest.mark.parametrize("make", general.values(), ids=general)
 def test_other_uses_are_read_in_the_general_way_and_right(make):
     layer, losses = make()
-    found, reader = read(LayerWatch(layer), losses)
-    assert type(reader) is JointBackward
+    found = read(layer.parameters(), losses)
+    assert not found.factors
     assert_equal(found, oracle(losses(), list(layer.parameters())))
 
 
-def test_steps_without_a_start_are_read_in_the_general_way():
-    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
-    watch = LayerWatch(layer)
-    watch.stop()
-    assert not layer._forward_hooks
+def test_a_complex_layer_is_read_in_the_general_way():
+    layer, x = nn.Linear(30, 40, dtype=torch.complex128), torch.randn(4, 30, dtype=torch.complex128)
+
+    def losses():
+        z = layer(x)
+        return {"a": z.abs().square().mean(), "b": (z.real * 3 - z.imag).square().mean()}
+
+    found = read(layer.parameters(), losses)
+    assert not found.factors
+    expected = [torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True) for loss in losses().values()]
+    norms = torch.stack([sum(g.abs().square().sum() for g in row).sqrt() for row in expected])
+    torch.testing.assert_close(found.norms(), norms)
+
+
+def test_a_batch_without_rows_has_norms_of_zero():
+    layer, x = nn.Linear(30, 40), torch.randn(0, 30)
+    found = read(layer.parameters(), lambda: {"a": layer(x).sum(), "b": layer(x).square().sum()})
+    assert found.norms().tolist() == [0, 0]
+
+
+def test_the_watch_of_the_version_before_says_what_to_write():
+    layer, x = nn.Linear(30, 40), torch.randn(4, 30)
+    with pytest.warns(DeprecationWarning, match=r"Write JointBackward\(total, losses, layer.parameters\(\)\)"):
+        watch = LayerWatch(layer)
+    watch.start()
     losses = tap_losses(tasks(layer(x)))
     root = sum(losses.values())
     reader = watch.reader(root, losses)
     root.backward()
+    watch.stop()
     assert_equal(reader.gradients(), oracle(tasks(layer(x)), list(layer.parameters())))
 
 
-def test_a_copy_of_a_watched_layer_is_a_layer():
-    """Copied or pickled in the middle of a step, as weight averaging does."""
-    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
-    watch = LayerWatch(layer)
-    y = layer(x)
-    other, unpickled = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
-    for copied in (other, unpickled):
-        torch.testing.assert_close(copied(x), y)
-    assert len(watch._calls) == 1
+# -- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_step_under_way_is_held():
-    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
-    watch = LayerWatch(layer)
-    found, reader = read(watch, lambda: tasks(layer(x)))
-    layer(x)
-    assert watch._calls is None
-    assert reader._calls == []
-    del found
-    with torch.no_grad():
-        watch.start()
-        layer(x)
-    assert watch._calls == []
+@pytest.mark.parametrize("mean", [1.0, 30.0, 300.0, 1000.0])
+@pytest.mark.parametrize("kind", ["linear", "convolution", "grouped"])
+def test_a_large_common_part_of_the_inputs_does_not_drown_the_rest(kind, mean):
+    """A normalisation over the rows follows, so that the common part has no say in the gradient."""
+    torch.manual_seed(0)
+    layer, x = {
+        "linear": lambda: (nn.Linear(60, 50), mean + torch.randn(32, 60)),
+        "convolution": lambda: (nn.Conv2d(48, 64, 3), mean + torch.randn(4, 48, 5, 5)),
+        "grouped": lambda: (nn.Conv2d(96, 64, 3, groups=2), mean + torch.randn(4, 96, 5, 5)),
+    }[kind]()
+    norm = nn.BatchNorm1d(50) if kind == "linear" else nn.BatchNorm2d(64)
+    x = x.float().double()
+    for module in (layer, norm):
+        module.float().double()
+    expected = oracle(tasks(norm(layer(x)), 2), [layer.weight]).norm(dim=1)
+    for module in (layer, norm):
+        module.float()
+    found = read([layer.weight], lambda: tasks(norm(layer(x.float())), 2))
+    assert found.factors
+    torch.testing.assert_close(found.norms(), expected, rtol=1e-4, atol=0)
+
+
+def test_what_float32_cannot_hold_is_computed_again():
+    """Nothing normalises here: the rows' common part has its say, and nearly cancels."""
+    torch.manual_seed(0)
+    x, delta = 1e4 + torch.randn(30, 60).float(), torch.randn(30, 50).float()
+    delta = delta - delta.mean(0)
+    factors = WeightFactors(1, torch.empty(50, 60), turned=True)
+    factors._inputs, factors._deltas = [x], [{0: delta}]
+    expected = (delta.double().T @ x.double()).square().sum()
+    torch.testing.assert_close(factors.squares()[0], expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-22, 1e-20, 1.0, 1e19])
+def test_where_nobody_waits_factors_are_scaled_before_they_are_squared(size, monkeypatch):
+    """As elsewhere than on the CPU: one try in float32 has to do."""
+    torch.manual_seed(0)
+    x, delta = torch.randn(8, 300).float(), torch.randn(8, 200).float()
+    expected = (delta.double().T @ x.double()).norm() * size
+    monkeypatch.setattr("lightning_gradnorm.factors._can_wait", lambda device: False)
+    for a, b in ((size, 1.0), (1.0, size), (size**0.5, size**0.5)):
+        factors = WeightFactors(1, torch.empty(200, 300), turned=True)
+        factors._inputs, factors._deltas = [a * x], [{0: b * delta}]
+        torch.testing.assert_close(factors.squares()[0].sqrt(), expected, rtol=1e-4, atol=0)
 
 
 # -- operations, counted ---------------------------------------------------------------------------------------------
@@ -315,28 +413,34 @@ def extra_flops(rows, read_norms):
     """FLOPs that the norms add to a step: the plain step's are taken off."""
     torch.manual_seed(0)
     layer, x = nn.Linear(INPUTS, OUTPUTS), torch.randn(rows, INPUTS, requires_grad=True)
-    watch = LayerWatch(layer)
 
     def plain():
         sum(tasks(layer(x), TASKS).values()).backward()
 
     def balanced():
-        found, _ = read(watch, lambda: tasks(layer(x), TASKS))
+        found = read(layer.parameters(), lambda: tasks(layer(x), TASKS))
         read_norms(found)
 
     return flops(balanced) - flops(plain)
 
 
+def common(rows, inputs, outputs):
+    """What the rows have in common, taken out: X̃ μ once, and two columns times Δᵀ per task."""
+    return 2 * rows * inputs + TASKS * 2 * rows * outputs * 2
+
+
 def test_few_rows_take_the_gram_form_and_its_operations():
-    gram = 2 * ROWS * ROWS * INPUTS + TASKS * 2 * ROWS * ROWS * OUTPUTS
+    gram = 2 * ROWS * ROWS * INPUTS + TASKS * 2 * ROWS * ROWS * OUTPUTS + common(ROWS, INPUTS, OUTPUTS)
     assert extra_flops(ROWS, lambda found: found.norms()) == gram < TASKS * 2 * ROWS * INPUTS * OUTPUTS
 
 
 def test_symmetry_saves_a_part_where_rows_are_many_enough():
     rows, inputs, outputs = 128, 512, 256
     layer, x = nn.Linear(inputs, outputs), torch.randn(rows, inputs)
-    found, _ = read(LayerWatch(layer), lambda: tasks(layer(x), TASKS))
-    assert flops(found.norms) == 2 * rows * rows * inputs + TASKS * 2 * rows * rows * outputs * 5 // 8
+    found = read(layer.parameters(), lambda: tasks(layer(x), TASKS))
+    assert flops(found.norms) == 2 * rows * rows * inputs + TASKS * 2 * rows * rows * outputs * 5 // 8 + common(
+        rows, inputs, outputs
+    )
 
 
 def test_many_rows_take_one_product_per_task():

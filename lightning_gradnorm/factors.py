@@ -1,0 +1,348 @@
+"""The tasks' gradients on one weight, kept as the factors that they are products of: the Gram form of their norms.
+
+A product Y = X Wᵀ, rows X ``[R, inputs]``, gives task i the gradient Δ_iᵀ X, with Δ_i ``[R, outputs]`` what arrives at Y. Its
+norm needs no such product: ‖Δ_iᵀ X‖² = ⟨X Xᵀ, Δ_i Δ_iᵀ⟩, the Gram form, which takes fewer operations where rows are few. That
+is counted, and where it takes more, the product is made. A convolution is a product with its unfolded input; a weight used in
+several products has the rows of all of them.
+
+X and Δ_i are taken from the product's own node in the graph, and only where the weight is its operand as it is, or
+transposed, or cast to another precision.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.nn import functional as F
+
+from lightning_gradnorm.measurement import widest_float
+from lightning_gradnorm.vector_jacobian import dtype_of, rows_of, shape_of
+
+_WEIGHT = {"MmBackward0": 1, "AddmmBackward0": 2, "ConvolutionBackward0": 1}  # product's node → which operand may be a weight
+_TURNS = "TBackward0"
+_CASTS = "ToCopyBackward0"
+_NORMALISES = {"NativeBatchNormBackward0": "_saved_training", "CudnnBatchNormBackward0": "_saved_training"}  # while training
+_TRUSTED = 1e-4  # largest relative error of a square that is let pass
+
+
+class WeightFactors:
+    """Factors of the tasks' gradients on one weight.
+
+    Args:
+        tasks: how many.
+        weight: the parameter.
+        turned: whether the gradient on the weight is Δᵀ X (as of a Linear, and of convolutions) instead of Xᵀ Δ.
+        sums_to_zero: whether the rows of each product's Δ_i sum to 0, as behind a normalisation over the batch. In floating
+            point they do so but for rounding, which a large common part of the inputs would make much of.
+    """
+
+    def __init__(self, tasks: int, weight: Tensor, turned: bool, sums_to_zero: bool = False) -> None:
+        self._tasks, self._weight, self._turned, self._sums_to_zero = tasks, weight, turned, sums_to_zero
+        self._inputs: list[Tensor] = []
+        self._deltas: list[dict[int, Tensor]] = []
+
+    def add(self, node: Any, cotangents: Mapping[int, Tensor]) -> None:
+        """Take a product's operand and what each task brought to its output."""
+        if type(node).__name__ == "ConvolutionBackward0":
+            self._inputs.append(_unfolded(node))
+            self._deltas.append({task: _places(node, delta) for task, delta in cotangents.items()})
+        else:
+            self._inputs.append((node._saved_self if type(node).__name__ == "MmBackward0" else node._saved_mat1).detach())
+            self._deltas.append({task: delta.detach() for task, delta in cotangents.items()})
+        if self._sums_to_zero and self._inputs[-1].numel():
+            self._inputs[-1] = self._inputs[-1] - self._inputs[-1].mean(-2, keepdim=True)
+
+    def _rows(self, least: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """X and each Δ_i over all products, ``[(groups,) R, …]``, in at least that dtype."""
+        kinds = {x.dtype for x in self._inputs} | {delta.dtype for deltas in self._deltas for delta in deltas.values()}
+        wide = least
+        for kind in kinds:
+            wide = torch.promote_types(wide, kind)
+        outputs = next(iter(next(filter(None, self._deltas)).values())).shape[-1]
+        deltas = []
+        for task in range(self._tasks):
+            parts = [
+                by_task[task].to(wide) if task in by_task else x.new_zeros((*x.shape[:-1], outputs), dtype=wide)
+                for x, by_task in zip(self._inputs, self._deltas, strict=True)
+            ]
+            deltas.append(_joined(parts))
+        return _joined([x.to(wide) for x in self._inputs]), deltas
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no task brought anything."""
+        return not any(self._deltas)
+
+    @torch.no_grad()
+    def squares(self) -> Tensor:
+        """‖gradient on the weight‖² of each task, ``[T]``, as wide as the device allows.
+
+        On the CPU, what float32 cannot hold to 1e-4 is computed again in float64; elsewhere nobody waits for the answer, and
+        the factors are scaled so that their squares neither over- nor underflow.
+        """
+        if self.is_empty:
+            return torch.zeros(self._tasks, dtype=widest_float(self._weight.device), device=self._weight.device)
+        gram = _Gram(*self._rows(torch.float32))
+        squares, errors = gram.squares()
+        if _can_wait(squares.device) and not bool(((errors <= _TRUSTED * squares) & squares.isfinite()).all()):
+            squares, _ = _Gram(*self._rows(torch.float64)).squares()
+        return squares.clamp_min(0)
+
+    @torch.no_grad()
+    def dense(self) -> list[Tensor | None]:
+        """Each task's gradient on the weight, in its shape."""
+        if self.is_empty:
+            return [None] * self._tasks
+        inputs, deltas = self._rows(torch.float32)
+        rows = [delta.mT @ inputs if self._turned else inputs.mT @ delta for delta in deltas]
+        return [row.reshape(self._weight.shape) for row in rows]
+
+    @torch.no_grad()
+    def inner(self) -> Tensor:
+        """⟨gradient of task i, of task j⟩, ``[T, T]``."""
+        if self.is_empty:
+            return torch.zeros(self._tasks, self._tasks, dtype=widest_float(self._weight.device), device=self._weight.device)
+        inputs, deltas = self._rows(widest_float(self._weight.device))
+        stacked = torch.stack(deltas)
+        carried = (inputs @ inputs.mT) @ stacked
+        return stacked.flatten(1) @ carried.flatten(1).mT
+
+
+class _Gram:
+    """‖Δ_iᵀ X‖² of each task, with what all rows of X have in common taken out first.
+
+    With μ the mean of the rows, X = X̃ + 1 μᵀ and s_i = Δ_iᵀ 1: ‖Δ_iᵀ X‖² = ⟨X̃ X̃ᵀ, Δ_i Δ_iᵀ⟩ + 2 ⟨s_i, Δ_iᵀ X̃ μ⟩ + ‖s_i‖² ‖μ‖².
+    Behind a normalisation over the rows s_i is 0 but for rounding, and a large common part would drown the rest.
+    """
+
+    def __init__(self, inputs: Tensor, deltas: Sequence[Tensor]) -> None:
+        self._eps = torch.finfo(inputs.dtype).eps
+        self._scaled = not _can_wait(inputs.device) and inputs.dtype != torch.float64
+        self._unit = inputs.new_ones(())
+        if self._scaled and inputs.numel():
+            self._unit = _largest(inputs)
+            inputs = inputs / self._unit
+        rows = max(inputs.shape[-2], 1)
+        mean = inputs.sum(-2, keepdim=True) / rows
+        inputs = inputs - mean
+        gram = inputs @ inputs.mT
+        self._size = torch.linalg.vector_norm(gram)
+        self._strips = _strips(gram)
+        self._mean_square = mean.square().sum((-1, -2))  # per group
+        # Columns 1 and X̃ μ: Δᵀ times both at once.
+        self._columns = torch.cat([torch.ones_like(inputs[..., :1]), inputs @ mean.mT], dim=-1)
+        self._deltas = deltas
+
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """The squares, and a bound on what rounding has made of them, ``[T]`` each, as wide as the device allows."""
+        found = [self._square(delta) for delta in self._deltas]
+        squares, errors = (
+            torch.stack([part.to(widest_float(part.device)) for part in parts]) for parts in zip(*found, strict=True)
+        )
+        return squares, errors
+
+    def _square(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        wide = widest_float(delta.device)
+        unit = self._unit
+        if self._scaled and delta.numel():
+            largest = _largest(delta)
+            delta, unit = delta / largest, unit * largest
+        width, whole, size = self._strips[0].shape[-2], delta.new_zeros((), dtype=wide), delta.new_zeros((), dtype=wide)
+        for k, strip in enumerate(self._strips):
+            block = delta[..., k * width : (k + 1) * width, :] @ delta[..., k * width :, :].mT
+            whole = whole + torch.dot(block.flatten(), strip.flatten()).to(wide)
+            size = size + 2 * torch.dot(block.flatten(), block.flatten()).to(wide)
+        sums, crossed = (delta.mT @ self._columns).unbind(-1)  # [(groups,) outputs] each
+        # What is left of a sum that rounding alone has kept from 0 counts as 0.
+        noise = 4 * self._eps * math.sqrt(max(delta.shape[-2], 1)) * torch.linalg.vector_norm(delta)
+        sums = torch.where(torch.linalg.vector_norm(sums) > noise, sums, torch.zeros_like(sums))
+        common = 2 * (sums * crossed).sum().to(wide) + (sums.square().sum(-1).to(wide) * self._mean_square.to(wide)).sum()
+        factor = unit.to(wide) ** 2
+        bound = 4 * self._eps * (self._size.to(wide) * size.sqrt() + common.abs())
+        # A square that has no normal number of this precision left has lost digits that the bound does not know of.
+        tiny = torch.finfo(delta.dtype).tiny / self._eps * delta.shape[-2]
+        return (whole + common) * factor, torch.where(size > tiny, bound, bound + tiny) * factor
+
+
+def _can_wait(device: torch.device) -> bool:
+    """Whether asking for a number makes no host wait."""
+    return device.type == "cpu"
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """The largest entry in size, scalar, or 1 where all are 0; no one waits for it."""
+    largest = tensor.abs().amax()
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
+
+
+def _strip_count(rows: int) -> int:
+    """Into how many strips a symmetric matrix is cut: none so thin that its products are slow."""
+    return 4 if rows >= 128 else 1
+
+
+def _part_of_square(rows: int) -> float:
+    """How much of a symmetric matrix of that many rows its triangle of blocks is."""
+    strips = _strip_count(rows)
+    return (strips + 1) / (2 * strips)
+
+
+def _strips(gram: Tensor) -> list[Tensor]:
+    """Of a symmetric ``[…, R, R]``: rows in so many strips, each from its diagonal block on; what lies beside it doubled."""
+    rows = gram.shape[-1]
+    width = max(-(-rows // _strip_count(rows)), 1)
+    strips = []
+    for start in range(0, max(rows, 1), width):
+        strip = 2 * gram[..., start : start + width, start:]
+        strip[..., :width] /= 2
+        strips.append(strip)
+    return strips
+
+
+# -- which nodes are such products ---------------------------------------------------------------------------------
+
+
+def find_factors(
+    nodes: Iterable[Node],
+    leaving: Mapping[Node, Iterable[tuple[int, Node, int]]],
+    targets: Mapping[tuple[Node, int], int],
+    wanted: Sequence[Any],
+    tasks: int,
+) -> tuple[dict[Node, tuple[int, WeightFactors]], dict[int, WeightFactors]]:
+    """The products whose gradient on a weight of W is better kept as factors.
+
+    A weight qualifies if all that brings gradients to it, of several tasks together, are such products.
+
+    Args:
+        nodes: those where several tasks have met.
+        leaving: a task's own node → the edges on which its gradient leaves what is its own.
+        targets: (node, its input) → number of the tensor of W.
+        wanted: the tensors of W.
+        tasks: how many.
+
+    Returns:
+        Product's node → (which child is the weight, factors); number of the tensor of W → factors.
+    """
+    nodes = list(nodes)
+    products, between = _products(nodes, targets, wanted)
+    if not products:
+        return {}, {}
+    candidates = {product.number for product in products.values()}
+    above: dict[Node, list[Node]] = {node: [] for node in products}
+    edges = [(node, child, nr) for node in nodes if node not in between for child, nr in _others(node, products)]
+    edges += [(node, child, nr) for node, ways in leaving.items() for _, child, nr in ways]
+    for parent, child, number in edges:
+        candidates.discard(targets.get((child, number), between.get(child, -1)))  # something else brings a gradient there
+        if child in above:
+            above[child].append(parent)
+    by_weight: dict[int, list[Node]] = {}
+    for node, product in products.items():
+        if product.number in candidates:
+            by_weight.setdefault(product.number, []).append(node)
+    chosen = {}
+    for k, users in by_weight.items():
+        turns = {products[node].turned for node in users}
+        if len(turns) == 1 and _gram_is_less(users, wanted[k], tasks):
+            normalised = all(_normalises(parent) for node in users for parent in above[node])
+            chosen[k] = WeightFactors(tasks, wanted[k], turns.pop(), normalised)
+    return {node: (p.operand, chosen[p.number]) for node, p in products.items() if p.number in chosen}, chosen
+
+
+class _Product(NamedTuple):
+    operand: int  # which child is the weight
+    number: int  # of the weight among the tensors of W
+    turned: bool
+
+
+def _products(
+    nodes: Iterable[Node], targets: Mapping[tuple[Node, int], int], wanted: Sequence[Any]
+) -> tuple[dict[Node, _Product], dict[Node, int]]:
+    """The products with a weight of W among the nodes, and the nodes between the two → number of the weight."""
+    products: dict[Node, _Product] = {}
+    between: dict[Node, int] = {}
+    for node in nodes:
+        operand = _WEIGHT.get(type(node).__name__)
+        found = None if operand is None else _way_to_weight(node.next_functions[operand], targets)
+        if operand is not None and found is not None and isinstance(wanted[found[0]], Tensor) and _is_plain(node):
+            number, turned, passed = found
+            products[node] = _Product(operand, number, turned or type(node).__name__ == "ConvolutionBackward0")
+            between |= dict.fromkeys(passed, number)
+    return products, between
+
+
+def _others(node: Node, products: Mapping[Node, _Product]) -> Iterator[tuple[Node, int]]:
+    """The ways down from a node but for the one to a product's weight."""
+    own = products[node].operand if node in products else None
+    return ((child, nr) for i, (child, nr) in enumerate(node.next_functions) if child is not None and i != own)
+
+
+def _normalises(node: Node) -> bool:
+    """Whether what leaves the node sums to 0 over all rows."""
+    setting = _NORMALISES.get(type(node).__name__)
+    return setting is not None and bool(getattr(node, setting, False))
+
+
+def _way_to_weight(
+    edge: tuple[Node | None, int], targets: Mapping[tuple[Node, int], int]
+) -> tuple[int, bool, list[Node]] | None:
+    """From a product's operand to a tensor of W: its number, whether transposed, and the nodes between."""
+    node, number = edge
+    turned, passed = False, list[Node]()
+    while node is not None:
+        if (node, number) in targets:
+            return targets[node, number], turned, passed
+        kind = type(node).__name__
+        if kind not in (_TURNS, _CASTS):
+            return None
+        turned ^= kind == _TURNS
+        passed.append(node)
+        node, number = node.next_functions[0]
+    return None
+
+
+def _is_plain(node: Any) -> bool:
+    """A product of real numbers, unscaled and not transposed."""
+    if getattr(node, "_saved_alpha", 1) != 1 or getattr(node, "_saved_transposed", False):
+        return False
+    return not bool(dtype_of(node).is_complex)
+
+
+def _gram_is_less(nodes: Sequence[Any], weight: Tensor, tasks: int) -> bool:
+    """Whether the norms take fewer operations by the Gram form than by one product per task."""
+    first = nodes[0]
+    if type(first).__name__ == "ConvolutionBackward0":
+        inputs, outputs = weight[0].numel(), weight.shape[0] // int(first._saved_groups)
+        rows = sum(math.prod(shape_of(node)) // weight.shape[0] for node in nodes)
+    else:
+        outputs = shape_of(first)[-1]
+        inputs = weight.numel() // max(outputs, 1)
+        rows = sum(rows_of(node) for node in nodes)
+    return rows * (inputs + tasks * outputs * _part_of_square(rows)) < tasks * inputs * outputs
+
+
+def _unfolded(node: Any) -> Tensor:
+    """What each output place of a convolution sees of its input, ``[(groups,) R, inputs]``."""
+    x, kernel, groups = node._saved_input.detach(), node._saved_weight.shape[2:], node._saved_groups
+    x = F.pad(x, [end for pad in reversed(node._saved_padding) for end in (pad, pad)])
+    dims = len(kernel)
+    for i in range(dims):
+        reach = node._saved_dilation[i] * (kernel[i] - 1) + 1
+        x = x.unfold(2 + i, reach, node._saved_stride[i])[..., :: node._saved_dilation[i]]
+    x = x.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))  # batch, places, channels, kernel
+    per_group = math.prod(x.shape[1 + dims :]) // groups
+    x = x.reshape(math.prod(x.shape[: 1 + dims]), groups, per_group).transpose(0, 1)
+    return x[0] if groups == 1 else x
+
+
+def _places(node: Any, y: Tensor) -> Tensor:
+    """A gradient at a convolution's output, ``[(groups,) R, outputs]``."""
+    groups = node._saved_groups
+    y = y.detach().movedim(1, -1)
+    y = y.reshape(math.prod(y.shape[:-1]), groups, y.shape[-1] // groups).transpose(0, 1)
+    return y[0] if groups == 1 else y

@@ -1,0 +1,140 @@
+"""Which way the tasks' gradients are read, and the proof that it is right.
+
+On the first measured step, and again where tasks, layer or shapes are new, the gradients are read a second, slow way, one
+backward per task, and the norms are compared. Where they differ, the slow way is used from then on, and a sentence says so.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_gradnorm.audit import Audit
+from lightning_gradnorm.balancers.checks import check_choice
+from lightning_gradnorm.gradients import (
+    CompiledSharedLayerError,
+    GradientReader,
+    HiddenUseError,
+    IncompleteBackwardError,
+    JointBackward,
+    PerTaskBackward,
+)
+from lightning_gradnorm.task_gradients import TaskGradients
+
+Engine = Literal["auto", "joint", "per_task"]
+
+_AGREE = 1e-3  # relative difference of the norms
+_AGREE_IN_HALF = 5e-2  # where a part of the way is in half precision
+_NOTHING = 1e-4  # of the largest norm: what is below is rounding
+_MOST_CHECKS = 8  # shapes may differ from batch to batch
+
+
+class Reading:
+    """Reads the tasks' gradients around each backward, by the engine that was chosen and has proved right.
+
+    Args:
+        engine: ``"joint"``: from the one backward; ``"per_task"``: by one backward per task, slower; ``"auto"``: the first,
+            and the second where the backward cannot be read.
+
+    Attributes:
+        engine: what was chosen.
+        engine_used: ``"joint"`` or ``"per_task"``, once something was read.
+        words: what is to be told of a change of engine, once each; whoever tells takes it out.
+    """
+
+    def __init__(self, engine: Engine = "auto") -> None:
+        check_choice("engine", engine, get_args(Engine))
+        self.engine = engine
+        self.restart()
+
+    def restart(self) -> None:
+        """Another training: everything is to be proved again."""
+        self.engine_used: str | None = None
+        self.words: list[str] = []
+        self._type: type[GradientReader] = PerTaskBackward if self.engine == "per_task" else JointBackward
+        self._proved: set[Any] = set()
+        self._reader: GradientReader | None = None
+        self._second: PerTaskBackward | None = None
+        self._audit: Audit | None = None
+
+    @property
+    def engine_to_use(self) -> str:
+        """What the next backward is read by."""
+        return self._type.engine
+
+    def begin(
+        self,
+        root: Tensor,
+        losses: Mapping[str, Tensor],
+        tensors: Sequence[Tensor],
+        edges: Sequence[GradientEdge] | None = None,
+    ) -> None:
+        """Get ready for the backward of ``root``; arguments and errors are those of ``GradientReader``."""
+        self.discard()
+        reader = self._type(root, losses, tensors, edges)
+        self._reader = reader
+        kind = (tuple(losses), tuple((tuple(t.shape), t.dtype, id(t) if t.is_leaf else 0) for t in tensors), reader.shapes)
+        if isinstance(reader, JointBackward) and kind not in self._proved and len(self._proved) < _MOST_CHECKS:
+            self._proved.add(kind)
+            try:
+                self._second = PerTaskBackward(root, losses, tensors, edges)
+            except (CompiledSharedLayerError, HiddenUseError):
+                return  # that way is not open here
+            self._audit = Audit(reader.graph, tensors)
+
+    def finish(self) -> TaskGradients | None:
+        """What the backward brought; ``None`` where nothing was begun.
+
+        Raises:
+            IncompleteBackwardError: if it could not be read; ``engine="auto"`` goes on with the other engine.
+        """
+        reader, second, audit = self._reader, self._second, self._audit
+        self._reader = self._second = self._audit = None
+        if reader is None:
+            return None
+        try:
+            found = reader.gradients()
+        except IncompleteBackwardError as error:
+            if self.engine == "auto":
+                self._type = PerTaskBackward
+                self.words.append(f"{error} From the next step on, engine='per_task' is used, which is slower.")
+            raise
+        self.engine_used = reader.engine
+        if second is None or audit is None:
+            return found
+        slow = second.gradients()
+        tolerance = _AGREE_IN_HALF if audit.in_half_precision else _AGREE
+        difference = _difference(found.norms(), slow.norms(), tolerance)
+        # What users' hooks do to a task's own part of the graph is in the backward, and not in the second reading.
+        proved = difference is None or audit.accounts_for(found, tolerance)
+        audit.discard()
+        if difference is None or proved:
+            return found
+        task, one, other = difference
+        self._type, self.engine_used = PerTaskBackward, PerTaskBackward.engine
+        self.words.append(
+            "The gradients read from the one backward are not those of one backward per task: the norm of task "
+            f"{slow.tasks[task]!r} is {one:.4g} by the first, {other:.4g} by the second. From now on engine='per_task' is "
+            "used, which is slower. Please report the network: this should not happen."
+        )
+        return slow
+
+    def discard(self) -> None:
+        """Let go of what was begun."""
+        for part in (self._reader, self._second, self._audit):
+            if part is not None:
+                part.discard()
+        self._reader = self._second = self._audit = None
+
+
+def _difference(found: Tensor, expected: Tensor, tolerance: float) -> tuple[int, float, float] | None:
+    """(task, its norm, its norm the other way) where the two differ most, if by more than rounding; numbers alone decide."""
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    if not bool(torch.isfinite(expected).all()) or not len(found):
+        return None
+    off = (found - expected).abs() / torch.maximum(expected, _NOTHING * expected.max()).clamp_min(1e-300)
+    off = torch.where(off.isnan(), torch.inf, off)
+    task = int(off.argmax())
+    return None if off[task] <= tolerance else (task, float(found[task]), float(expected[task]))

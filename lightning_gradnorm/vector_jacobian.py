@@ -1,0 +1,217 @@
+"""One node of the autograd graph run by hand: its vector-Jacobian product, and nothing else.
+
+The engine runs more than a node's formula: the hooks that users have laid on tensors, modules and nodes, ``retain_grad``, and
+what it adds to ``.grad``. Reading a gradient must not do any of that a second time. A node called by hand runs its formula
+alone.
+
+What a node has saved may come through hooks of its own (``torch.utils.checkpoint``, saving on the CPU), which expect the
+engine, and may run the forward pass of modules once more. Such nodes are run by the engine, and what that changes is put back.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+Gradients = list[Tensor | None]
+
+_MODULE_HOOK = "BackwardHookFunctionBackward"  # identity nodes that carry a module's full backward hooks
+
+
+def inputs_of(node: Node) -> int:
+    """How many gradients the node takes: as many as its operation had outputs."""
+    return len(_metadata(node))
+
+
+def rows_of(node: Node) -> int:
+    """Length of the first dimension of the node's (first) output; 1 for a scalar."""
+    shape = _metadata(node)[0].shape
+    return int(shape[0]) if shape else 1
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """Of the node's (first) output."""
+    return tuple(_metadata(node)[0].shape)
+
+
+def dtype_of(node: Node) -> torch.dtype:
+    """Of the node's (first) output."""
+    return cast(torch.dtype, _metadata(node)[0].dtype)
+
+
+def _metadata(node: Node) -> Sequence[Any]:
+    return cast(Sequence[Any], cast(Any, node)._input_metadata)
+
+
+def vector_jacobian_product(node: Node, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]) -> Gradients:
+    """What the node sends down for what arrives at it, one entry per ``node.next_functions``; no hook runs.
+
+    Args:
+        node: not a leaf, and not used up.
+        cotangents: one per output of the node's operation, at least one of them given.
+        wanted: which entries are asked for; others may be ``None``. Matrix products and convolutions leave out what is not.
+    """
+    part = None if all(wanted) else _PARTS.get(type(node).__name__)
+    if part is not None:
+        found: Sequence[Tensor | None] = part(node, cast(Tensor, cotangents[0]), wanted)
+    elif isinstance(node, BackwardCFunction):
+        found = _of_python_function(node, cotangents)
+    else:
+        result = cast(Callable[..., Any], node)(*cotangents)
+        found = result if isinstance(result, tuple) else (result,)
+    return [
+        None if gradient is None or child is None else _as_taken(gradient, child, number)
+        for gradient, (child, number) in zip(found, node.next_functions, strict=True)
+    ]
+
+
+def _as_taken(gradient: Tensor, child: Node, number: int) -> Tensor:
+    """As the engine hands it over: summed over what was broadcast, in the dtype of what it is the gradient of."""
+    metadata = _metadata(child)[number]
+    if list(gradient.shape) != metadata.shape:
+        gradient = gradient.sum_to_size(metadata.shape)
+    if gradient.dtype != metadata.dtype:
+        gradient = (gradient if metadata.dtype.is_complex or not gradient.is_complex() else gradient.real).to(metadata.dtype)
+    return gradient
+
+
+def _of_python_function(node: Any, cotangents: Sequence[Tensor | None]) -> Gradients:
+    """The ``backward`` that somebody wrote: it may return an entry for arguments that are no tensors too."""
+    given = [
+        torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device) if cotangent is None else cotangent
+        for cotangent, metadata in zip(cotangents, _metadata(node), strict=True)
+    ]
+    result = node.apply(*given)
+    found = iter(
+        [
+            gradient
+            for gradient, needed in zip(result if isinstance(result, tuple) else (result,), node.needs_input_grad, strict=False)
+            if needed
+        ]
+    )
+    return [None if child is None else next(found, None) for child, _ in node.next_functions]
+
+
+# -- products of which one side is not asked for -------------------------------------------------------------------
+
+
+def _scaled(tensor: Tensor, factor: Any) -> Tensor:
+    return tensor if factor == 1 else tensor * (factor.conjugate() if isinstance(factor, complex) else factor)
+
+
+def _of_mm(node: Any, cotangent: Tensor, wanted: Sequence[bool]) -> Gradients:
+    return [
+        cotangent @ node._saved_mat2.mH if wanted[0] else None,
+        node._saved_self.mH @ cotangent if wanted[1] else None,
+    ]
+
+
+def _of_addmm(node: Any, cotangent: Tensor, wanted: Sequence[bool]) -> Gradients:
+    alpha = node._saved_alpha
+    return [
+        _scaled(cotangent, node._saved_beta) if wanted[0] else None,
+        _scaled(cotangent @ node._saved_mat2.mH, alpha) if wanted[1] else None,
+        _scaled(node._saved_mat1.mH @ cotangent, alpha) if wanted[2] else None,
+    ]
+
+
+def _of_convolution(node: Any, cotangent: Tensor, wanted: Sequence[bool]) -> Gradients:
+    return list(
+        torch.ops.aten.convolution_backward(
+            cotangent,
+            node._saved_input,
+            node._saved_weight,
+            node._saved_bias_sym_sizes_opt,
+            node._saved_stride,
+            node._saved_padding,
+            node._saved_dilation,
+            node._saved_transposed,
+            node._saved_output_padding,
+            node._saved_groups,
+            list(wanted),
+        )
+    )
+
+
+_PARTS: dict[str, Callable[[Any, Tensor, Sequence[bool]], Gradients]] = {
+    "MmBackward0": _of_mm,
+    "AddmmBackward0": _of_addmm,
+    "ConvolutionBackward0": _of_convolution,
+}
+
+
+# -- whether the engine is needed, and what it must not change -----------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _saved_by(kind: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved"))
+
+
+def need_engine(nodes: Sequence[Node]) -> set[Node]:
+    """Those of the nodes whose saved tensors come through hooks; all of them, where they lie on several devices.
+
+    Each device has its streams, which the engine knows how to wait for.
+    """
+    found, devices = set(), set()
+    for node in nodes:
+        if any(_has_hooks(getattr(node, name)) for name in _saved_by(type(node))):
+            found.add(node)
+        for metadata in _metadata(node):
+            if metadata.is_nested_tensor:
+                found.add(node)
+            devices.add(metadata.device)
+    return found if len(devices) <= 1 else set(nodes)
+
+
+def _has_hooks(saved: Any) -> bool:
+    if isinstance(saved, tuple):
+        return any(map(_has_hooks, saved))
+    return getattr(saved, "unpack_hook", math.nan) is not None  # before torch could be asked: they may have
+
+
+@contextlib.contextmanager
+def undone(nodes: Iterable[Node], leaves: Iterable[Tensor]) -> Iterator[None]:
+    """What running these nodes by the engine would leave behind is put back: buffers of modules, calls of hooks.
+
+    A checkpointed region runs the forward pass of its modules once more, and with it what they count (BatchNorm, spectral
+    norm). Hooks on leaves and on modules do not run. (Hooks on other tensors cannot be found, and do.)
+    """
+    before: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
+
+    def keep(module: nn.Module, inputs: Any) -> None:
+        for name, buffer in module.named_buffers(recurse=False):
+            before.setdefault((id(module), name), (module, buffer, buffer.detach().clone()))
+
+    muted = [hooks for hooks in (*(leaf._backward_hooks for leaf in leaves), *_hooks_of(nodes)) if hooks]
+    held = [dict(hooks) for hooks in muted]
+    for hooks in muted:
+        hooks.clear()
+    handle = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for hooks, entries in zip(muted, held, strict=True):
+            hooks.update(entries)
+        for (_, name), (module, buffer, value) in before.items():
+            buffer.data.copy_(value)  # past the version counter: the graph may have saved it
+            module._buffers[name] = buffer
+
+
+def _hooks_of(nodes: Iterable[Node]) -> Iterator[dict[int, Any]]:
+    """The hooks of modules, as their nodes hold them: a handle leads to the dict that it is an entry of."""
+    for node in nodes:
+        if type(node).__name__ == _MODULE_HOOK:
+            for handle in (node.register_hook(lambda *_: None), node.register_prehook(lambda *_: None)):
+                hooks = handle.hooks_dict_ref()
+                handle.remove()
+                if hooks:
+                    yield hooks

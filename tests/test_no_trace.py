@@ -1,0 +1,372 @@
+"""Reading leaves the network as the plain backward does: every ``.grad``, how often hooks run, what modules count."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lightning_gradnorm import JointBackward, PerTaskBackward, tap_losses
+from lightning_gradnorm.descent import gradients_of
+from lightning_gradnorm.gradients import IncompleteBackwardError
+
+pytestmark = pytest.mark.usefixtures("float64")
+ENGINES = pytest.mark.parametrize("engine", [JointBackward, PerTaskBackward])
+
+
+class Net(nn.Module):
+    """Two heads on a trunk of two layers, W the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.heads = nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 3)])
+        self.kept = []
+
+    def forward(self, x):
+        z = self.shared(self.first(x).tanh())
+        self.kept = [z]
+        z = F.relu(z)
+        self.kept.append(z)
+        return [head(z) for head in self.heads]
+
+    def losses(self, x):
+        return {f"task{i}": y.square().mean() for i, y in enumerate(self(x))}
+
+
+def plain(net, losses):
+    sum(losses.values()).backward()
+
+
+def read(engine, net, losses, w=None):
+    losses = tap_losses(losses)
+    total = sum(losses.values())
+    reader = engine(total, losses, list(net.shared.parameters()) if w is None else w)
+    total.backward()
+    return reader.gradients()
+
+
+def oracle(net, losses, w=None):
+    w = list(net.shared.parameters()) if w is None else w
+    rows = [torch.autograd.grad(loss, w, retain_graph=True, allow_unused=True) for loss in losses.values()]
+    return torch.stack([torch.cat([g.flatten() for g in row if g is not None]).norm() for row in rows])
+
+
+def grads(net):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value, name
+
+
+def lay_counters(net, counts, losses_of):
+    """A hook of every kind, at and above W, and what they count."""
+
+    def counting(name):
+        def hook(*args):
+            counts[name] = counts.get(name, 0) + 1
+
+        return hook
+
+    net.shared.weight.register_hook(counting("W"))
+    net.shared.weight.register_post_accumulate_grad_hook(counting("W has its grad"))
+    net.first.weight.register_hook(counting("below W"))
+    net.heads[0].weight.register_hook(counting("head"))
+    for name in ("first", "shared"):
+        getattr(net, name).register_full_backward_hook(counting(f"{name} backward"))
+        getattr(net, name).register_full_backward_pre_hook(counting(f"{name} before backward"))
+    losses = losses_of()
+    for i, tensor in enumerate(net.kept):
+        tensor.register_hook(counting(f"tensor {i}"))
+        tensor.grad_fn.register_hook(counting(f"node {i}"))
+        tensor.grad_fn.register_prehook(counting(f"before node {i}"))
+    return losses
+
+
+@ENGINES
+@pytest.mark.parametrize("w", ["shared", "all"])
+def test_hooks_run_as_often_as_in_the_plain_backward(engine, w):
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(5, 6, requires_grad=True)
+    other, counts, expected = copy.deepcopy(net), {}, {}
+    parameters = list(net.shared.parameters()) if w == "shared" else list(net.parameters())
+    read(engine, net, lay_counters(net, counts, lambda: net.losses(x)), parameters)
+    plain(other, lay_counters(other, expected, lambda: other.losses(x)))
+    assert counts == expected
+    assert set(expected.values()) == {1}
+    assert_same(grads(net), grads(other))
+
+
+@ENGINES
+def test_tensors_that_retain_their_gradient_have_the_plain_one(engine):
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(5, 6)
+    other = copy.deepcopy(net)
+    losses, others = net.losses(x), other.losses(x)
+    for tensor in (*net.kept, *other.kept):
+        tensor.retain_grad()
+    found = read(engine, net, losses)
+    plain(other, others)
+    for tensor, expected in zip(net.kept, other.kept, strict=True):
+        assert torch.equal(tensor.grad, expected.grad)
+    torch.testing.assert_close(found.norms(), oracle(net, Net.losses(net, x)))
+
+
+@ENGINES
+@pytest.mark.parametrize("where", ["tensor", "module", "W"])
+def test_hooks_that_change_a_gradient_where_tasks_have_met_change_grad_once_and_no_norm(engine, where):
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(5, 6)
+    other = copy.deepcopy(net)
+    expected = oracle(net, net.losses(x))
+
+    def prepared(network):
+        if where == "module":
+            network.shared.register_full_backward_hook(lambda module, down, up: tuple(0.1 * g for g in down))
+        if where == "W":
+            network.shared.weight.register_hook(lambda gradient: 0.1 * gradient)
+        losses = network.losses(x)
+        if where == "tensor":
+            network.kept[1].register_hook(lambda gradient: 0.1 * gradient)
+        return losses
+
+    found = read(engine, net, prepared(net))
+    plain(other, prepared(other))
+    assert_same(grads(net), grads(other))
+    torch.testing.assert_close(found.norms(), expected)
+
+
+@ENGINES
+def test_a_module_whose_hook_changes_gradients_and_that_a_task_leaves_from_inside(engine):
+    """The task's own way out lies within the module: the hook works on what arrives at the module's input, once."""
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.auxiliary = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+        def forward(self, x):
+            z = self.a(x).tanh()
+            self.side = self.auxiliary(z)
+            return self.b(z)
+
+    class Whole(Net):
+        def __init__(self):
+            super().__init__()
+            self.inside = Inside()
+            self.inside.register_full_backward_hook(lambda module, down, up: tuple(0.1 * g for g in down))
+
+        def losses(self, x):
+            y = self.inside(self.shared(x.tanh()))
+            return {"main": self.heads[0](y).square().mean(), "auxiliary": self.inside.side.square().mean()}
+
+    torch.manual_seed(0)
+    net, x = Whole(), torch.randn(5, 8)
+    other = copy.deepcopy(net)
+    read(engine, net, net.losses(x))
+    plain(other, other.losses(x))
+    assert_same(grads(net), grads(other))
+
+
+class Checkpointed(Net):
+    """W, a BatchNorm and a spectral norm inside a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+        self.old_spectral = torch.nn.utils.spectral_norm(nn.Linear(8, 8))
+        self.instance = nn.BatchNorm1d(8, affine=False)
+
+    def block(self, z):
+        return self.instance(self.old_spectral(self.spectral(self.norm(self.shared(z)).tanh())))
+
+    def forward(self, x):
+        z = checkpoint(self.block, self.first(x).tanh(), use_reentrant=False)
+        return [head(z) for head in self.heads]
+
+
+@ENGINES
+def test_what_modules_count_inside_a_checkpoint(engine):
+    torch.manual_seed(0)
+    net, x = Checkpointed(), torch.randn(5, 6)
+    other = copy.deepcopy(net)
+    for network in (net, other):
+        network.shared.weight.register_hook(lambda gradient: 0.5 * gradient)
+    for _ in range(3):
+        found = read(engine, net, net.losses(x))
+        plain(other, other.losses(x))
+        assert_same(dict(net.named_buffers()), dict(other.named_buffers()))
+        assert_same(grads(net), grads(other))
+    assert torch.isfinite(found.norms()).all()
+
+
+@ENGINES
+def test_norms_inside_a_checkpoint(engine):
+    torch.manual_seed(0)
+    net, x = Checkpointed().eval(), torch.randn(5, 6)
+    torch.testing.assert_close(read(engine, net, net.losses(x)).norms(), oracle(net, net.losses(x)))
+
+
+@ENGINES
+def test_random_numbers_go_on_as_after_the_plain_backward(engine):
+    def losses(net):
+        z = checkpoint(lambda z: F.dropout(net.shared(z), 0.5), net.first(torch.ones(5, 6)).tanh(), use_reentrant=False)
+        return {f"task{i}": head(z).square().mean() for i, head in enumerate(net.heads)}
+
+    draws = []
+    torch.manual_seed(0)
+    net = Net()
+    for backward in (plain, lambda *args: read(engine, *args)):
+        torch.manual_seed(1)
+        backward(net, losses(net))
+        draws.append(torch.rand(3))
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("make", [Net, Checkpointed])
+def test_gradients_of_single_losses(make):
+    torch.manual_seed(0)
+    net, x, ran = make(), torch.randn(5, 6), []
+    losses = net.losses(x)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    net.shared.weight.register_hook(lambda gradient: ran.append(gradient))
+    tensors = [net.shared.weight, net.heads[1].bias, net.first.weight]
+    gradients_of(losses, tensors)
+    assert_same(dict(net.named_buffers()), before)
+    assert not ran
+    assert all(gradient is None for gradient in grads(net).values())
+    for row, loss in zip(found, losses.values(), strict=True):
+        for gradient, expected in zip(
+            row, torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True), strict=True
+        ):
+            assert (gradient is None) == (expected is None)
+            if gradient is not None:
+                torch.testing.assert_close(gradient, expected)
+
+
+# -- graphs that are not of the usual kind -------------------------------------------------------------------------
+
+
+@ENGINES
+def test_a_tensor_given_twice_counts_once(engine):
+    net, x = Net(), torch.randn(5, 6)
+    found = read(engine, net, net.losses(x), [net.shared.weight, net.shared.weight])
+    torch.testing.assert_close(found.norms(), oracle(net, net.losses(x), [net.shared.weight]))
+
+
+@ENGINES
+def test_a_feature_that_is_one_of_several_outputs(engine):
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(5, 6)
+
+    def losses():
+        a, b = net.shared(net.first(x).tanh()).split([3, 5], dim=1)
+        return (a, b), {"a": a.square().sum() + b.sum(), "both": a.exp().sum() * b.square().sum()}
+
+    (a, _), made = losses()
+    found = read(engine, net, made, [a])
+    (a, _), made = losses()
+    torch.testing.assert_close(found.norms(), oracle(net, made, [a]))
+
+
+@ENGINES
+def test_a_feature_of_a_module_with_a_backward_hook(engine):
+    torch.manual_seed(0)
+    net, x, features = Net(), torch.randn(5, 6), []
+    net.shared.register_full_backward_hook(lambda module, down, up: None)
+    net.shared.register_forward_hook(lambda module, inputs, output: features.append(output))
+    losses = net.losses(x)
+    found = read(engine, net, losses, [features[-1]])
+    losses = net.losses(x)
+    torch.testing.assert_close(found.norms(), oracle(net, losses, [features[-1]]))
+
+
+class Blocks(torch.autograd.Function):
+    """Gives nothing to its first argument."""
+
+    @staticmethod
+    def forward(ctx, x, factor, y):
+        return x * factor + y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None, gradient
+
+
+@ENGINES
+def test_a_function_whose_backward_gives_none_is_a_gradient_of_zero(engine):
+    net, x = Net(), torch.randn(5, 6)
+    zero = torch.zeros(5, 8, requires_grad=True)
+
+    def losses():
+        z = net.shared(net.first(x).tanh())
+        return {"a": z.square().mean(), "blocked": Blocks.apply(z, 2.0, zero).square().mean()}
+
+    assert read(engine, net, losses()).norms()[1] == 0
+
+
+@ENGINES
+def test_a_function_with_arguments_that_are_no_tensors_below_the_meeting_place(engine):
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, name, x, factor, y):
+            ctx.factor = factor
+            return x * factor, y + 1
+
+        @staticmethod
+        def backward(ctx, to_x, to_y):
+            return None, to_x * ctx.factor, None, to_y
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(5, 6)
+
+    def losses():
+        h = net.first(x).tanh()
+        z, other = Scale.apply("name", net.shared(h), 3.0, h)
+        return {"a": z.square().mean(), "b": (z.exp() * other).mean()}
+
+    torch.testing.assert_close(read(engine, net, losses()).norms(), oracle(net, losses()))
+
+
+def test_a_task_without_a_say_in_the_total_cannot_be_read_from_it():
+    net, x = Net(), torch.randn(5, 6)
+    losses = tap_losses(net.losses(x))
+    total = losses["task0"] + 0 * losses["task1"]
+    reader = JointBackward(total, losses, net.shared.parameters())
+    total.backward()
+    with pytest.raises(IncompleteBackwardError, match=r"task 'task1' the weight 0.*or choose engine='per_task'"):
+        reader.gradients()
+
+
+def test_a_task_without_a_say_in_the_total_is_read_by_the_other_engine():
+    net, x = Net(), torch.randn(5, 6)
+    losses = tap_losses(net.losses(x))
+    total = losses["task0"] + 0 * losses["task1"]
+    reader = PerTaskBackward(total, losses, net.shared.parameters())
+    total.backward()
+    torch.testing.assert_close(reader.gradients().norms(), oracle(net, net.losses(x)))
+
+
+@ENGINES
+@pytest.mark.parametrize("broadcast", ["bias", "dtype", "complex"])
+def test_what_the_engine_fits_on_the_way_is_fitted(engine, broadcast):
+    """Sums over what was broadcast, casts, the real part of what was made complex."""
+    torch.manual_seed(0)
+    w, x = nn.Parameter(torch.randn(8)), torch.randn(5, 8)
+
+    def losses():
+        z = {"bias": lambda: x + w, "dtype": lambda: x.float() * w, "complex": lambda: (torch.complex(x, x) * w).abs()}[
+            broadcast
+        ]()
+        z = (z * z.detach()).tanh()
+        return {"a": z.square().mean(), "b": (z.double().sum(1) * x.sum(1)).square().mean()}
+
+    found = read(engine, None, losses(), [w])
+    torch.testing.assert_close(found.norms(), oracle(None, losses(), [w]))
+    assert found.gradients[0][0].shape == w.shape

@@ -16,6 +16,7 @@ from tests.random_programs.description import Hook, Piece, Program, Shared, Task
 from tests.random_programs.looking import Found, look
 
 _CHUNK = 250  # programs that one seed of hypothesis draws
+_SHOWN = 4  # programs that differ in the same ways
 
 
 def _report(found: Found) -> None:
@@ -23,15 +24,15 @@ def _report(found: Found) -> None:
         print(f"\n{title}")
         for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
             print(f"{count:8} {name}")
-    by_kind: dict[tuple[object, ...], list[tuple[Program, Verdict]]] = {}
+    by_kind: dict[tuple[tuple[str, str], ...], list[tuple[Program, Verdict]]] = {}
     for program, verdict in found.differences:
-        kind = (*sorted(verdict.differences), *sorted(program.ingredients()))
-        by_kind.setdefault(kind, []).append((program, verdict))
-    for same in sorted(by_kind.values(), key=len, reverse=True):
-        program, verdict = min(same, key=lambda pair: len(repr(pair[0])))
-        print(f"\nDIFFERENT, {len(same)} like it\n  {program!r}")
-        for (reader, _), words in verdict.differences.items():
-            print(f"    {reader}: {words}")
+        by_kind.setdefault(tuple(sorted(verdict.differences)), []).append((program, verdict))
+    for kind, alike in sorted(by_kind.items(), key=lambda item: -len(item[1])):
+        print(f"\nDIFFERENT, {len(alike)} in {', '.join(f'{what} ({reader})' for reader, what in kind)}")
+        for program, verdict in sorted(alike, key=lambda pair: len(repr(pair[0])))[:_SHOWN]:
+            print(f"  {program!r}")
+            for (reader, _), words in verdict.differences.items():
+                print(f"    {reader}: {words}")
     print("\n" + ", ".join(f"{count} {outcome}" for outcome, count in found.outcomes.most_common()))
 
 

@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_gradnorm import JointBackward, LayerWatch, PerTaskBackward, tap_losses
+from lightning_gradnorm import JointBackward, PerTaskBackward, tap_losses
+from lightning_gradnorm.reading import Reading
 from tests.random_programs.description import Program
 from tests.random_programs.network import Forward, Network
 
-READERS = ("joint", "per task", "watch")
+READERS = ("joint", "per task", "audited")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 
 
@@ -46,12 +46,12 @@ class Left:
 
 @dataclass
 class Read:
-    """What a reader gave; ``[T]``, ``[T, T]`` and ``[T, |W|]``."""
+    """What a reader gave, ``[T]``, ``[T, T]`` and ``[T, |W|]``; and how, in words."""
 
     norms: Tensor
     cosines: Tensor
     flat: Tensor
-    engine: str
+    how: str
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -71,9 +71,9 @@ def _shown(t: Tensor | None) -> str:
     return "None" if t is None else f"{dense(t).abs().double().norm():.6g} in size"
 
 
-def autocast(program: Program, dtype: torch.dtype) -> AbstractContextManager:
-    """Where the forward of a program of half precision runs."""
-    half = program.precision == "bfloat16" and dtype == torch.float32
+def autocast(program: Program, *, half: bool = True) -> AbstractContextManager:
+    """Where the forward of a program runs: under autocast, if it is one of half precision and that is wanted."""
+    half = half and program.precision == "bfloat16"
     return torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
 
 
@@ -92,7 +92,7 @@ def run_plainly(program: Program) -> Left:
     """The ordinary step."""
     dtype = DTYPES[program.precision]
     network = Network(program, dtype)
-    with autocast(program, dtype):
+    with autocast(program):
         made = network.run()
     network.total(made.losses, made.losses).backward()
     return _left(network, made)
@@ -102,17 +102,13 @@ def run_read(program: Program, kind: str) -> tuple[Read, Left]:
     """The same with a reader around the backward. Whatever it raises is raised."""
     dtype = DTYPES[program.precision]
     network = Network(program, dtype)
-    watch = None
-    if kind == "watch":
-        watch = LayerWatch(network.owner, network.w)
-        watch.start()
-    with autocast(program, dtype):
+    with autocast(program):
         made = network.run()
     taps = tap_losses(made.losses)
     root = network.total(taps, made.losses)
-    if watch is not None:
-        reader: Any = watch.reader(root, taps)
-        watch.stop()
+    reading = Reading()
+    if kind == "audited":
+        reading.begin(root, taps, made.w, made.edges)
     else:
         reader = {"joint": JointBackward, "per task": PerTaskBackward}[kind](root, taps, made.w, made.edges)
     root.backward()
@@ -120,8 +116,10 @@ def run_read(program: Program, kind: str) -> tuple[Read, Left]:
     for parameter in network.parameters():  # clipping, say, comes before the norms are asked for
         if parameter.grad is not None:
             parameter.grad.zero_()
-    found = reader.gradients()
-    return Read(found.norms(), found.cosines(), found.flat(), f"{type(reader).__name__}"), left
+    found = reading.finish() if kind == "audited" else reader.gradients()
+    assert found is not None
+    how = "with factors" if found.factors else "with a word" if reading.words else "plainly"
+    return Read(found.norms(), found.cosines(), found.flat(), how), left
 
 
 @dataclass
@@ -139,12 +137,12 @@ class Truth:
     detached: list[str]
 
 
-def truth(program: Program, dtype: torch.dtype, scaling: Callable[[int], bool]) -> Truth:
+def truth(program: Program, dtype: torch.dtype, scaling: Callable[[int], bool], *, half: bool = True) -> Truth:
     """Each task on an equal program of its own: nothing that one backward leaves can touch the next."""
     rows, reached, detached = [], [], []
     for task in range(len(program.tasks)):
         network = Network(program, dtype, scaling)
-        with autocast(program, dtype):
+        with autocast(program, half=half):
             made = network.run()
         name, loss = list(made.losses.items())[task]
         w = list(dict.fromkeys(made.edges or made.w))
@@ -166,7 +164,7 @@ def _flat(gradient: Tensor | None, like: Tensor) -> Tensor:
 def reached_by(program: Program) -> dict[int, set[int]]:
     """Hook → the tasks whose loss reaches the place where it lies; -1 for a further term of the total."""
     network = Network(program, DTYPES[program.precision])
-    with autocast(program, DTYPES[program.precision]):
+    with autocast(program):
         made = network.run()
     found: dict[int, set[int]] = {number: set() for number in made.places}
     for task, loss in enumerate(made.losses.values()):

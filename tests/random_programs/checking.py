@@ -74,7 +74,9 @@ def expect(program: Program) -> Expected:
     # The joint backward brings what hooks on a task's own part make of its gradient; the other way sees no hook.
     without = _exact(program, set())[0] if own else exact
     choices = {"joint": [exact], "per task": [without], "audited": [exact, without]}
-    return Expected(choices if judged else dict.fromkeys(READERS, []), noise, _refusals(program, here), _may_refuse(program))
+    return Expected(
+        choices if judged else {reader: [] for reader in READERS}, noise, _refusals(program, here), _may_refuse(program)
+    )
 
 
 def _exact(program: Program, scaling: set[int]) -> tuple[Tensor, Tensor, Truth]:
@@ -120,7 +122,7 @@ def _refusals(program: Program, found: Truth) -> list[tuple[type[Exception], str
 def _may_refuse(program: Program) -> dict[str, list[tuple[type[Exception], str]]]:
     """Reader → what it may refuse instead of reading it."""
     if all(task.weight for task in program.tasks):
-        return dict.fromkeys(READERS, [])
+        return {reader: [] for reader in READERS}
     unseen = [(IncompleteBackwardError, "the weight 0, so nothing of its gradient is in the backward")]
     return {"joint": unseen, "per task": [], "audited": unseen}
 

@@ -10,7 +10,7 @@ from tests.random_programs.checking import Verdict, check, least
 from tests.random_programs.description import Program
 from tests.random_programs.strategies import programs
 
-_SIMPLIFIED = 3  # programs of a chunk that differ in the same ways
+_SIMPLIFIED = 1  # programs of a chunk that differ in the same ways
 
 
 @dataclass

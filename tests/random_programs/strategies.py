@@ -25,6 +25,17 @@ def _around(inner: st.SearchStrategy[Piece]) -> st.SearchStrategy[Piece]:
 
 
 _pieces = st.one_of(_simple, _simple, _simple, _around(st.one_of(_simple, _simple, _around(_simple))))
+
+
+def pieces_but_for(*kinds: str) -> st.SearchStrategy[Piece]:
+    """Pieces of any kind, but neither these nor others that hold them."""
+
+    def holds(piece: Piece) -> bool:
+        return piece.kind in kinds or any(map(holds, piece.inner))
+
+    return _pieces.filter(lambda piece: not holds(piece))
+
+
 _rare = st.sampled_from([False] * 7 + [True])
 _maybe_earlier = st.one_of(st.none(), st.none(), st.none(), st.none(), st.none(), _numbers)
 

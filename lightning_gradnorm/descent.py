@@ -2,19 +2,19 @@
 
 Where several tasks' graphs have met, the backward carries their sum, so each task's part has to be pushed down beside it: one
 vector-Jacobian product per task and node, each node once per task however many meeting places lie above it, and nothing that
-users have hung on the graph (see ``vector_jacobian``). From a node that needs the engine, ``torch.autograd.grad`` goes the rest
-of the way.
+users have hung on the graph (see ``vector_jacobian``). What a checkpoint has saved can be had once in each run of the engine,
+so there each task gets a run of its own.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from lightning_gradnorm.autograd_graph import task_graph
 from lightning_gradnorm.factors import WeightFactors
-from lightning_gradnorm.vector_jacobian import inputs_of, need_engine, undone, vector_jacobian_product
+from lightning_gradnorm.vector_jacobian import frames_of, in_graph_task, inputs_of, undone, vector_jacobian_product
 
 Target = tuple[Node, int]
 
@@ -57,14 +57,12 @@ class Arrivals:
 
 
 class Descent:
-    """Carries what has arrived at a node on.
+    """Carries what has arrived at a node on, by hand.
 
     Args:
-        nodes: those that will be asked for, and all below them that lead to W.
-        engine_first: those of the nodes from which the engine goes the rest of the way.
+        nodes: those that will be asked for, and all below them that lead to W; children before parents.
         edges: node → its children that lead to W.
         targets: (node, its input) → number of the tensor of W whose gradient arrives there.
-        wanted: the tensors of W, or the edges on which their gradients arrive.
         arrivals: where to take cotangents from, and where to put them.
         factors: product's node → which of its children is a weight of W, and where to put the factors of that weight's gradient
             instead of multiplying them.
@@ -73,71 +71,71 @@ class Descent:
     def __init__(
         self,
         nodes: Sequence[Node],
-        engine_first: Collection[Node],
         edges: Mapping[Node, Sequence[Node]],
         targets: Mapping[Target, int],
-        wanted: Sequence[Tensor] | Sequence[GradientEdge],
         arrivals: Arrivals,
         factors: Mapping[Node, tuple[int, WeightFactors]] | None = None,
+        frames: Mapping[Node, int] | None = None,
     ) -> None:
-        self._nodes, self._edges, self._targets, self._wanted, self._arrivals = nodes, edges, targets, wanted, arrivals
+        self._nodes, self._edges, self._targets, self._arrivals = nodes, edges, targets, arrivals
         self._factors = factors or {}
-        self._engine_first = engine_first
-        self._engine_runs = False
+        self._frames = frames_of(nodes) if frames is None else frames
+        self._ways: dict[int, list[Node]] = {}  # frame → the nodes that lead to one of its own, parents before children
 
     @torch.no_grad()
     def lower(self, node: Node) -> None:
         """Carry on what has arrived at the node; all that will arrive there is there."""
-        if self._engine_runs:
-            return  # it comes past on its own account: the node's turn is later
-        below = self._edges.get(node)
         arrived = self._arrivals.take(node)
-        if not arrived or below is None:
+        if not arrived or node not in self._edges:
             return
-        if node in self._engine_first:
-            self._to_the_end(node, arrived)
+        if node in self._frames:
+            with undone():
+                while arrived:
+                    in_graph_task(self._through_frame, node, *arrived.pop())
             return
-        ways = node.next_functions
-        wanted = [child is not None and (child in below or (child, nr) in self._targets) for child, nr in ways]
         if node in self._factors:
-            weight, factors = self._factors[node]
-            factors.add(node, {task: held[0] for task, held in arrived})
-            wanted[weight] = False
-            if not any(wanted):
-                return
-        count = inputs_of(node)
+            self._factors[node][1].add(node, {task: held[0] for task, held in arrived})
         while arrived:
             task, held = arrived.pop()
-            down = vector_jacobian_product(node, [held.get(i) for i in range(count)], wanted)
-            for gradient, (child, number), leads in zip(down, ways, wanted, strict=True):
-                if leads and child is not None and gradient is not None:
-                    self._arrivals.add(task, child, number, gradient)
+            for child, number, gradient in self._below(node, held):
+                self._arrivals.add(task, child, number, gradient)
 
-    def lower_all(self, nodes: Iterable[Node]) -> None:
-        """The nodes one after the other, parents before children."""
-        for node in nodes:
+    def lower_all(self) -> None:
+        """All nodes, parents before children."""
+        for node in reversed(self._nodes):
             self.lower(node)
 
-    def _to_the_end(self, node: Node, arrived: list[tuple[int, dict[int, Tensor]]]) -> None:
-        leaves = [tensor for tensor in self._wanted if isinstance(tensor, Tensor)]
-        self._engine_runs = True
-        try:
-            while arrived:
-                task, held = arrived.pop()
-                here = {self._targets.get((node, number)) for number in held}  # it has arrived there already
-                with undone(self._nodes, leaves):
-                    found = torch.autograd.grad(
-                        [GradientEdge(node, number) for number in held],
-                        self._wanted,
-                        list(held.values()),
-                        retain_graph=True,
-                        allow_unused=True,
-                    )
-                for k, gradient in enumerate(found):
-                    if gradient is not None and k not in here:
-                        self._arrivals.add_at_target(task, k, gradient)
-        finally:
-            self._engine_runs = False
+    def _below(self, node: Node, held: Mapping[int, Tensor]) -> Iterator[tuple[Node, int, Tensor]]:
+        """(child, its input, cotangent) for what one task has brought to the inputs of a node."""
+        below, ways = self._edges[node], node.next_functions
+        wanted = [child is not None and (child in below or (child, nr) in self._targets) for child, nr in ways]
+        if node in self._factors:
+            wanted[self._factors[node][0]] = False
+        if any(wanted):
+            down = vector_jacobian_product(node, [held.get(i) for i in range(inputs_of(node))], wanted)
+            for gradient, (child, number), leads in zip(down, ways, wanted, strict=True):
+                if leads and child is not None and gradient is not None:
+                    yield child, number, gradient
+
+    def _through_frame(self, start: Node, task: int, held: dict[int, Tensor]) -> None:
+        """From a node of a frame to where nothing leads to the frame any more: what it has saved can be had once in a run."""
+        frame = self._frames[start]
+        if frame not in self._ways:
+            leading = {node for node, other in self._frames.items() if other == frame}
+            for node in self._nodes:
+                if not leading.isdisjoint(self._edges[node]):
+                    leading.add(node)
+            self._ways[frame] = [node for node in reversed(self._nodes) if node in leading]
+        way = self._ways[frame]
+        inside, at = set(way), {start: held}
+        for node in way:
+            if node in at:
+                for child, number, gradient in self._below(node, at.pop(node)):
+                    if child in inside and (child, number) not in self._targets:
+                        other = at.setdefault(child, {})
+                        other[number] = gradient if number not in other else other[number] + gradient
+                    else:
+                        self._arrivals.add(task, child, number, gradient)
 
 
 def gradients_of(losses: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> list[list[Tensor | None]]:
@@ -157,7 +155,6 @@ def gradients_of(losses: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> lis
             graph = task_graph(loss.grad_fn, {loss.grad_fn: 0}, tensors)
             arrivals = Arrivals(1, len(tensors), graph.targets, graph.edges)
             arrivals.add(0, loss.grad_fn, loss.output_nr, torch.ones_like(loss))
-            order = list(reversed(graph.edges))
-            Descent(order, need_engine(order), graph.edges, graph.targets, tensors, arrivals).lower_all(order)
+            Descent(list(graph.edges), graph.edges, graph.targets, arrivals).lower_all()
         found.append(arrivals.gradients[0])
     return found

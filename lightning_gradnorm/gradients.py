@@ -32,7 +32,7 @@ from lightning_gradnorm.gradient_reader import (
 from lightning_gradnorm.losses import check_losses
 from lightning_gradnorm.measurement import stack_scalars
 from lightning_gradnorm.task_gradients import TaskGradients
-from lightning_gradnorm.vector_jacobian import need_engine, shape_of
+from lightning_gradnorm.vector_jacobian import frames_of, shape_of
 
 __all__ = [
     "CompiledSharedLayerError",
@@ -78,17 +78,14 @@ class PerTaskBackward(GradientReader):
         graph = task_graph(root.grad_fn, {node: task for (node, _), task in ends.items()}, self._wanted)
         if graph.compiled(merged_only=False):
             raise CompiledSharedLayerError("The way from the losses to the shared layer leads")
-        unreached = [task for task, loss in losses.items() if loss.grad_fn not in graph.edges]
-        if unreached:
-            raise UnreachedSharedLayerError(unreached)
+        _check_reached(graph, losses)
         if graph.has_reentrant_checkpoint():
             raise HiddenUseError(_BETWEEN)
         seeds = self._seeds(root, losses, graph, ends)
-        order = list(reversed(graph.edges))
         arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.edges)
         for (node, number), task in ends.items():
             arrivals.add(task, node, number, seeds[task])
-        Descent(order, need_engine(order), graph.edges, graph.targets, self._wanted, arrivals).lower_all(order)
+        Descent(list(graph.edges), graph.edges, graph.targets, arrivals).lower_all()
         self._wanted = []
         self._gradients = TaskGradients(self.tasks, arrivals.gradients, stack_scalars(seeds), self._parameters)
 
@@ -105,8 +102,7 @@ class PerTaskBackward(GradientReader):
                 above[node] = below
         arrivals = Arrivals(1, len(ends), ends, above)
         arrivals.add(0, root.grad_fn, root.output_nr, torch.ones_like(root))
-        order = list(reversed(above))
-        Descent(order, need_engine(order), above, ends, list(losses.values()), arrivals).lower_all(order)
+        Descent(list(above), above, ends, arrivals).lower_all()
         return [
             torch.ones_like(loss) if seed is None else torch.where(seed == 0, torch.ones_like(seed), seed).detach()
             for seed, loss in zip(arrivals.gradients[0], losses.values(), strict=True)
@@ -228,11 +224,14 @@ class JointBackward(GradientReader):
         self._arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.edges)
         merged = [node for node in graph.edges if graph.owners[node] == MERGED]
         by_node: Mapping[Node, tuple[int, WeightFactors]] = {}
-        engine_first = need_engine(merged)
-        if self._keeps_factors and not engine_first:  # the engine would bring products to the same weights
+        frames = frames_of(merged)
+        if self._keeps_factors and not frames:  # a frame's operands can be had once
             by_node, self._factors = find_factors(merged, graph.leaving, graph.targets, self._wanted, len(self.tasks))
-        descent = Descent(merged, engine_first, graph.edges, graph.targets, self._wanted, self._arrivals, by_node)
-        self._handles += [node.register_hook(self._read(graph.owners[node], ways)) for node, ways in graph.leaving.items()]
+        descent = Descent(merged, graph.edges, graph.targets, self._arrivals, by_node, frames)
+        for node, leaving in graph.leaving.items():
+            # Where it leaves to: a tensor of W, or a node that carries it on.
+            ways = [(i, child, nr, None if child in graph.edges else graph.targets[child, nr]) for i, child, nr in leaving]
+            self._handles.append(node.register_hook(self._read(graph.owners[node], ways)))
         if graph.has_reentrant_checkpoint():  # then count how often W takes in a gradient: once is all that we can see
             leaves: list[Any] = [tensor for tensor in self._parameters if tensor.is_leaf]
             self._handles += [leaf.register_post_accumulate_grad_hook(self._count) for leaf in leaves]
@@ -240,15 +239,7 @@ class JointBackward(GradientReader):
         self._handles += [node.register_prehook(self._read_cotangent(task)) for node, task in taps.items()]
 
     def _check(self, graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
-        if len(graph.met) < len(losses):
-            missing = [task for i, task in enumerate(self.tasks) if i not in graph.met]
-            raise ValueError(
-                f"The total was not built from the tapped loss of {', '.join(f'task {task!r}' for task in missing)}. "
-                "Build it from the losses that tap_losses() returned."
-            )
-        unreached = [task for task, loss in losses.items() if loss.grad_fn not in graph.edges]
-        if unreached:
-            raise UnreachedSharedLayerError(unreached)
+        _check_reached(graph, losses)
         if graph.compiled(merged_only=True):
             raise CompiledSharedLayerError("The tasks' gradients meet above the shared layer")
         if graph.has_reentrant_checkpoint(merged_only=True):
@@ -263,15 +254,31 @@ class JointBackward(GradientReader):
 
         return prehook
 
-    def _read(self, task: int, ways: list[tuple[int, Node, int]]) -> Callable[..., None]:
+    def _read(self, task: int, ways: list[tuple[int, Node, int, int | None]]) -> Callable[..., None]:
         def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
             self._awaited -= 1
-            for output, child, number in ways:
+            for output, child, number, k in ways:
                 gradient = grad_inputs[output]
-                if gradient is not None:
+                if gradient is None:
+                    continue
+                if k is None:
                     self._arrivals.add(task, child, number, gradient)
+                else:
+                    self._arrivals.add_at_target(task, k, gradient)
 
         return hook
+
+
+def _check_reached(graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
+    if len(graph.met) < len(losses):
+        missing = [task for i, task in enumerate(losses) if i not in graph.met]
+        raise ValueError(
+            f"The total was not built from the tapped loss of {', '.join(f'task {task!r}' for task in missing)}. "
+            "Build it from the losses that tap_losses() returned."
+        )
+    unreached = [task for task, loss in losses.items() if loss.grad_fn not in graph.edges]
+    if unreached:
+        raise UnreachedSharedLayerError(unreached)
 
 
 def _lower(descent: Descent, node: Node) -> Callable[..., None]:

@@ -78,11 +78,13 @@ class Reading:
         kind = (tuple(losses), tuple((tuple(t.shape), t.dtype, id(t) if t.is_leaf else 0) for t in tensors), reader.shapes)
         if isinstance(reader, JointBackward) and kind not in self._proved and len(self._proved) < _MOST_CHECKS:
             self._proved.add(kind)
+            reader.discard()  # or it would hear of the second reading
             try:
                 self._second = PerTaskBackward(root, losses, tensors, edges)
             except (CompiledSharedLayerError, HiddenUseError):
-                return  # that way is not open here
-            self._audit = Audit(reader.graph, tensors)
+                self._second = None  # that way is not open here
+            self._reader = reader = JointBackward(root, losses, tensors, edges)
+            self._audit = Audit(reader.graph, tensors) if self._second is not None else None
 
     def finish(self) -> TaskGradients | None:
         """What the backward brought; ``None`` where nothing was begun.

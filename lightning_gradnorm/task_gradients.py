@@ -46,8 +46,9 @@ class TaskGradients:
 
     def cosines(self) -> Tensor:
         """Cosine of the angle between every two tasks' gradients, ``[T, T]``; NaN beside one of zeros."""
+        signs = self.cotangents.sign()
         if not self.factors:
-            return cosines(self.flat())
+            return cosines(self._rows(self.gradients, self.parameters)) * torch.outer(signs, signs)
         device = self.cotangents.device
         inner = torch.stack([factors.inner().to(device) for factors in self.factors.values()]).sum(0)
         others = [k for k in range(len(self.parameters)) if k not in self.factors]
@@ -55,7 +56,7 @@ class TaskGradients:
             rows = self._rows([[row[k] for k in others] for row in self.gradients], [self.parameters[k] for k in others])
             rows = rows.to(inner)
             inner = inner + rows @ rows.mT
-        norms, signs = inner.diagonal().clamp_min(0).sqrt(), self.cotangents.sign()
+        norms = inner.diagonal().clamp_min(0).sqrt()
         return inner / torch.outer(norms, norms) * torch.outer(signs, signs)
 
     def flat(self) -> Tensor:
@@ -117,5 +118,7 @@ def _norm_of_one(gradient: Tensor) -> Tensor:
 
 def cosines(gradients: Tensor) -> Tensor:
     """Cosine of the angle between every two rows, ``[T, |W|]`` → ``[T, T]``; NaN beside a row of zeros."""
+    if gradients.shape[1]:
+        gradients = gradients / gradients.abs().amax(1, keepdim=True)  # so that squares neither over- nor underflow
     unit = gradients / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
     return torch.mm(unit, unit.T)

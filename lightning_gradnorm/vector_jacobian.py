@@ -4,13 +4,12 @@ The engine runs more than a node's formula: the hooks that users have laid on te
 what it adds to ``.grad``. Reading a gradient must not do any of that a second time. A node called by hand runs its formula
 alone.
 
-What a node has saved may come through hooks of its own (``torch.utils.checkpoint``, saving on the CPU), which expect the
-engine, and may run the forward pass of modules once more. Such nodes are run by the engine, and what that changes is put back.
+What a node has saved may come through hooks (``torch.utils.checkpoint``, saving on the CPU), which may run the forward pass of
+modules once more; what that changes is put back.
 """
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -21,8 +20,6 @@ from torch.autograd.graph import Node
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 Gradients = list[Tensor | None]
-
-_MODULE_HOOK = "BackwardHookFunctionBackward"  # identity nodes that carry a module's full backward hooks
 
 
 def inputs_of(node: Node) -> int:
@@ -75,6 +72,8 @@ def vector_jacobian_product(node: Node, cotangents: Sequence[Tensor | None], wan
 def _as_taken(gradient: Tensor, child: Node, number: int) -> Tensor:
     """As the engine hands it over: summed over what was broadcast, in the dtype of what it is the gradient of."""
     metadata = _metadata(child)[number]
+    if metadata.is_nested_tensor:
+        return gradient
     if list(gradient.shape) != metadata.shape:
         gradient = gradient.sum_to_size(metadata.shape)
     if gradient.dtype != metadata.dtype:
@@ -147,7 +146,7 @@ _PARTS: dict[str, Callable[[Any, Tensor, Sequence[bool]], Gradients]] = {
 }
 
 
-# -- whether the engine is needed, and what it must not change -----------------------------------------------------
+# -- what was saved through hooks ----------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1024)
@@ -155,34 +154,42 @@ def _saved_by(kind: type) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved"))
 
 
-def need_engine(nodes: Sequence[Node]) -> set[Node]:
-    """Those of the nodes whose saved tensors come through hooks; all of them, where they lie on several devices.
-
-    Each device has its streams, which the engine knows how to wait for.
-    """
-    found, devices = set(), set()
+def frames_of(nodes: Iterable[Node]) -> dict[Node, int]:
+    """Those of the nodes that have saved tensors through hooks → whose hooks, a checkpoint's or another's."""
+    frames = {}
     for node in nodes:
-        if any(_has_hooks(getattr(node, name)) for name in _saved_by(type(node))):
-            found.add(node)
-        for metadata in _metadata(node):
-            if metadata.is_nested_tensor:
-                found.add(node)
-            devices.add(metadata.device)
-    return found if len(devices) <= 1 else set(nodes)
+        for name in _saved_by(type(node)):
+            hook = _hook_of(getattr(node, name))
+            if hook is not None:
+                frames[node] = id(hook)
+                break
+    return frames
 
 
-def _has_hooks(saved: Any) -> bool:
+def _hook_of(saved: Any) -> object | None:
     if isinstance(saved, tuple):
-        return any(map(_has_hooks, saved))
-    return getattr(saved, "unpack_hook", math.nan) is not None  # before torch could be asked: they may have
+        return next(filter(None, map(_hook_of, saved)), None)
+    return getattr(saved, "unpack_hook", _hook_of)  # before torch could be asked: there may be one, somebody's
+
+
+def in_graph_task(function: Callable[..., None], *args: Any) -> None:
+    """Call the function within a run of autograd's engine that does nothing else.
+
+    A checkpoint hands out each tensor that it has recomputed once in a run.
+    """
+    start = torch.zeros((), requires_grad=True)
+    with torch.enable_grad():
+        run = start.view_as(start)
+    assert run.grad_fn is not None, "it has just been made"
+    run.grad_fn.register_hook(lambda *_: torch.no_grad()(function)(*args))
+    torch.autograd.backward(run)
 
 
 @contextlib.contextmanager
-def undone(nodes: Iterable[Node], leaves: Iterable[Tensor]) -> Iterator[None]:
-    """What running these nodes by the engine would leave behind is put back: buffers of modules, calls of hooks.
+def undone() -> Iterator[None]:
+    """What modules have counted in their buffers meanwhile is put back.
 
-    A checkpointed region runs the forward pass of its modules once more, and with it what they count (BatchNorm, spectral
-    norm). Hooks on leaves and on modules do not run. (Hooks on other tensors cannot be found, and do.)
+    A checkpointed region runs the forward pass of its modules once more, and they count once more (BatchNorm, spectral norm).
     """
     before: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
 
@@ -190,28 +197,11 @@ def undone(nodes: Iterable[Node], leaves: Iterable[Tensor]) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False):
             before.setdefault((id(module), name), (module, buffer, buffer.detach().clone()))
 
-    muted = [hooks for hooks in (*(leaf._backward_hooks for leaf in leaves), *_hooks_of(nodes)) if hooks]
-    held = [dict(hooks) for hooks in muted]
-    for hooks in muted:
-        hooks.clear()
     handle = register_module_forward_pre_hook(keep)
     try:
         yield
     finally:
         handle.remove()
-        for hooks, entries in zip(muted, held, strict=True):
-            hooks.update(entries)
         for (_, name), (module, buffer, value) in before.items():
             buffer.data.copy_(value)  # past the version counter: the graph may have saved it
             module._buffers[name] = buffer
-
-
-def _hooks_of(nodes: Iterable[Node]) -> Iterator[dict[int, Any]]:
-    """The hooks of modules, as their nodes hold them: a handle leads to the dict that it is an entry of."""
-    for node in nodes:
-        if type(node).__name__ == _MODULE_HOOK:
-            for handle in (node.register_hook(lambda *_: None), node.register_prehook(lambda *_: None)):
-                hooks = handle.hooks_dict_ref()
-                handle.remove()
-                if hooks:
-                    yield hooks

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.overhead import flops
 from lightning_gradnorm import JointBackward, LayerWatch, tap_losses
-from lightning_gradnorm.factors import WeightFactors
+from lightning_gradnorm.factors import WeightFactors, _Gram
 from tests.helpers import in_another_thread, use_up_node_numbers
 
 pytestmark = [
@@ -389,6 +389,27 @@ def test_what_float32_cannot_hold_is_computed_again():
     factors._inputs, factors._deltas = [x], [{0: delta}]
     expected = (delta.double().T @ x.double()).square().sum()
     torch.testing.assert_close(factors.squares()[0], expected, rtol=1e-4, atol=0)
+
+
+def test_inputs_that_lie_on_a_line_are_trusted_without_another_try():
+    """The cheap bound is too wide there; what probes tell is not."""
+    torch.manual_seed(0)
+    rows, outputs = 1024, 512
+    x = torch.randn(rows, 1) * torch.randn(1, 600)
+    gram = _Gram(x.float(), [torch.randn(rows, outputs).float()])
+    squares = gram.squares()
+    cheap = 4 * 1.2e-7 * gram._gram.norm() * gram._lengths[0] ** 2
+    assert cheap > 1e-4 * squares[0]
+    assert gram.trusts(squares)
+    exact = (gram._deltas[0].double().T @ x).square().sum()
+    torch.testing.assert_close(squares[0], exact, rtol=1e-4, atol=0)
+
+
+def test_a_task_that_brings_nothing_needs_no_other_try():
+    gram = _Gram(torch.randn(4, 6).float(), [torch.randn(4, 5).float(), torch.zeros(4, 5).float()])
+    squares = gram.squares()
+    assert squares[1] == 0
+    assert gram.trusts(squares)
 
 
 @pytest.mark.parametrize("size", [1e-22, 1e-20, 1.0, 1e19])

@@ -285,7 +285,8 @@ def test_losses_that_were_not_tapped_are_refused():
         JointBackward(2 * loss, {"a": loss, "b": loss}, [net.weight])
 
 
-def test_a_total_of_other_tensors_is_refused():
+@pytest.mark.parametrize("engine", [JointBackward, PerTaskBackward])
+def test_a_total_of_other_tensors_is_refused(engine):
     losses, parameters = graphs.trunk_and_heads()
     taps = tap_losses(losses)
     assert not is_built_from(weighted(losses, torch.ones(3)), taps)
@@ -293,7 +294,7 @@ def test_a_total_of_other_tensors_is_refused():
     with pytest.raises(
         ValueError, match="total was not built from the tapped loss of task 'task0', task 'task1', task 'task2'"
     ):
-        JointBackward(weighted(losses, torch.ones(3)), taps, parameters)
+        engine(weighted(losses, torch.ones(3)), taps, parameters)
 
 
 def test_gradients_before_a_whole_backward_are_refused():
@@ -335,3 +336,15 @@ def test_cosines_are_those_of_the_gradients():
     expected = torch.tensor([[1.0, half, -1.0], [half, 1.0, -half], [-1.0, -half, 1.0]])
     torch.testing.assert_close(cosines(rows)[:3, :3], expected)
     assert cosines(rows)[3].isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_cosines_neither_over_nor_underflow(size):
+    x, w = torch.randn(5, 3, dtype=torch.float32), torch.randn(3, requires_grad=True, dtype=torch.float32)
+    losses = tap_losses({"a": size * (x @ w).sum(), "b": size * (x @ w).square().sum(), "c": -size * (x @ w).sum()})
+    root = sum(losses.values())
+    reader = JointBackward(root, losses, [w])
+    root.backward()
+    cosines = reader.gradients().cosines()
+    torch.testing.assert_close(cosines.diagonal(), torch.ones(3, dtype=cosines.dtype))
+    torch.testing.assert_close(cosines[0, 2], -cosines[0, 0])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_gradnorm import JointBackward, PerTaskBackward, tap_losses
 from lightning_gradnorm.reading import Reading
@@ -108,6 +109,17 @@ def test_a_hook_on_a_tasks_own_part_is_part_of_its_gradient(counted):
     found = read(reading, losses, [net[0].weight])
     torch.testing.assert_close(found.norms().float(), torch.stack([3 * expected[0], expected[1]]))
     assert counted
+    assert not reading.words
+
+
+def test_a_checkpoint_on_a_tasks_own_part_is_proved_too(counted):
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.Linear(6, 8), nn.Linear(8, 2), nn.Linear(8, 2)])
+    z = net[0](torch.ones(5, 6)).tanh()
+    losses = {"a": checkpoint(net[1], z, use_reentrant=False).square().mean(), "b": (net[2](z) - 1).square().mean()}
+    reading = Reading("auto")
+    assert torch.isfinite(read(reading, losses, [net[0].weight]).norms()).all()
+    assert len(counted) == 1
     assert not reading.words
 
 

@@ -82,7 +82,9 @@ def expect(program: Program) -> Expected:
 def _exact(program: Program, scaling: set[int]) -> tuple[Tensor, Tensor, Truth]:
     """Gradients, in float64 where the precision allows; their rounding errors in the program's own; and these themselves."""
     here = truth(program, DTYPES[program.precision], scaling.__contains__)
-    if program.precision == "float32":
+    if here.random:
+        exact, other = here, here
+    elif program.precision == "float32":
         exact, other = truth(program, torch.float64, scaling.__contains__), here
     else:
         exact, other = here, truth(program, torch.float32, scaling.__contains__, half=False)
@@ -142,6 +144,8 @@ def _differences(program: Program, reader: str, plain: Left, expected: Expected,
         yield "error", f"none, and the oracle: {expected.refusals[0][1]}"
         return
     yield from ((words.partition(":")[0], words) for words in plain.differences(left))
+    if read.words:
+        yield "words", read.words[0]
     choices = [list(_numbers(program, read, exact, expected.noise)) for exact in expected.exact[reader]]
     if choices:
         yield from min(choices, key=len)

@@ -136,7 +136,8 @@ PIECES.update({kind: _operation(kind) for kind in OPERATIONS})
 def _differentiated(inner: nn.Module, h: Tensor) -> Tensor:
     """Of the inner pieces' energy with respect to what they are given."""
     h = h if h.requires_grad else h.detach().requires_grad_()
-    return torch.autograd.grad(inner(h).square().sum(), h, create_graph=True)[0]
+    with torch.enable_grad():  # in validation too
+        return torch.autograd.grad(inner(h).square().sum(), h, create_graph=True)[0]
 
 
 def _repeated(inner: nn.Module, h: Tensor) -> Tensor:

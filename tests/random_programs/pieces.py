@@ -77,7 +77,14 @@ _CONVOLUTIONS = [
 
 def _convolution(kind: type[nn.Module], shape: tuple[int, ...], settings: dict[str, Any]) -> nn.Module:
     layer = kind(shape[0], 2 * shape[0], **settings)
-    return Through(lambda layer, h: fit(layer(h.reshape(len(h), *shape)), h.shape[1]), layer)
+
+    def convolve(layer: nn.Module, h: Tensor) -> Tensor:
+        if kind is nn.Conv3d:  # in bfloat16 its backward reads memory that nothing was written to (torch 2.13, CPU)
+            with torch.autocast("cpu", enabled=False):
+                return fit(layer(h.reshape(len(h), *shape).to(layer.weight.dtype)), h.shape[1])
+        return fit(layer(h.reshape(len(h), *shape)), h.shape[1])
+
+    return Through(convolve, layer)
 
 
 @piece

@@ -46,12 +46,13 @@ class Left:
 
 @dataclass
 class Read:
-    """What a reader gave, ``[T]``, ``[T, T]`` and ``[T, |W|]``; and how, in words."""
+    """What a reader gave, ``[T]``, ``[T, T]`` and ``[T, |W|]``; how, and what it had to say."""
 
     norms: Tensor
     cosines: Tensor
     flat: Tensor
     how: str
+    words: list[str]
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -118,8 +119,8 @@ def run_read(program: Program, kind: str) -> tuple[Read, Left]:
             parameter.grad.zero_()
     found = reading.finish() if kind == "audited" else reader.gradients()
     assert found is not None
-    how = "with factors" if found.factors else "with a word" if reading.words else "plainly"
-    return Read(found.norms(), found.cosines(), found.flat(), how), left
+    how = "with factors" if found.factors else "plainly"
+    return Read(found.norms(), found.cosines(), found.flat(), how, reading.words), left
 
 
 @dataclass
@@ -130,20 +131,24 @@ class Truth:
         rows: ``[T, |W|]`` in float64; W given twice counts once.
         reached: per task, whether any of W has a gradient at all.
         detached: tasks whose loss has no graph.
+        random: whether random numbers were drawn; others for another precision.
     """
 
     rows: Tensor
     reached: list[bool]
     detached: list[str]
+    random: bool
 
 
 def truth(program: Program, dtype: torch.dtype, scaling: Callable[[int], bool], *, half: bool = True) -> Truth:
     """Each task on an equal program of its own: nothing that one backward leaves can touch the next."""
-    rows, reached, detached = [], [], []
+    rows, reached, detached, random = [], [], [], False
     for task in range(len(program.tasks)):
         network = Network(program, dtype, scaling)
         with autocast(program, half=half):
+            before = torch.get_rng_state()
             made = network.run()
+        random = random or not torch.equal(before, torch.get_rng_state())
         name, loss = list(made.losses.items())[task]
         w = list(dict.fromkeys(made.edges or made.w))
         found: list[Tensor | None] = [None] * len(w)
@@ -153,7 +158,7 @@ def truth(program: Program, dtype: torch.dtype, scaling: Callable[[int], bool], 
             detached.append(name)
         reached.append(any(g is not None for g in found))
         rows.append(torch.cat([_flat(g, t) for g, t in zip(found, dict.fromkeys(made.w), strict=True)]))
-    return Truth(torch.stack(rows).double(), reached, detached)
+    return Truth(torch.stack(rows).double(), reached, detached, random)
 
 
 def _flat(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def _tasks(draw: st.DrawFn) -> Task:
         else draw(st.sampled_from([1e20, 1e-20, 1e12])),
         weight=draw(st.sampled_from([1.0, 1.0, 0.3, 2.0, 1e-3, -1.0]))
         if not draw(_rare)
-        else draw(st.sampled_from([1.0, 0.0])),
+        else draw(st.sampled_from([1.0] * 5 + [0.0])),
         in_total=draw(st.sampled_from([True] * 60 + [False])),
     )
 

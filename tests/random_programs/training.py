@@ -178,6 +178,7 @@ def through_the_trainer(training: Training, folder: Path) -> tuple[list[dict[str
             max_epochs=epochs,
             callbacks=[callback, seen],
             limit_train_batches=training.limit,
+            inference_mode=False,  # a piece may be a derivative
             num_sanity_val_steps=2 if training.validates else 0,
             **settings,
         )

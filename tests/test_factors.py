@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.overhead import flops
 from lightning_gradnorm import JointBackward, LayerWatch, tap_losses
-from lightning_gradnorm.factors import WeightFactors, _Gram
+from lightning_gradnorm.factors import WeightFactors
+from lightning_gradnorm.gram import Gram
 from tests.helpers import in_another_thread, use_up_node_numbers
 
 pytestmark = [
@@ -396,7 +397,7 @@ def test_inputs_that_lie_on_a_line_are_trusted_without_another_try():
     torch.manual_seed(0)
     rows, outputs = 1024, 512
     x = torch.randn(rows, 1) * torch.randn(1, 600)
-    gram = _Gram(x.float(), [torch.randn(rows, outputs).float()])
+    gram = Gram(x.float(), [torch.randn(rows, outputs).float()])
     squares = gram.squares()
     cheap = 4 * 1.2e-7 * gram._gram.norm() * gram._lengths[0] ** 2
     assert cheap > 1e-4 * squares[0]
@@ -406,7 +407,7 @@ def test_inputs_that_lie_on_a_line_are_trusted_without_another_try():
 
 
 def test_a_task_that_brings_nothing_needs_no_other_try():
-    gram = _Gram(torch.randn(4, 6).float(), [torch.randn(4, 5).float(), torch.zeros(4, 5).float()])
+    gram = Gram(torch.randn(4, 6).float(), [torch.randn(4, 5).float(), torch.zeros(4, 5).float()])
     squares = gram.squares()
     assert squares[1] == 0
     assert gram.trusts(squares)
@@ -418,7 +419,8 @@ def test_where_nobody_waits_factors_are_scaled_before_they_are_squared(size, mon
     torch.manual_seed(0)
     x, delta = torch.randn(8, 300).float(), torch.randn(8, 200).float()
     expected = (delta.double().T @ x.double()).norm() * size
-    monkeypatch.setattr("lightning_gradnorm.factors._can_wait", lambda device: False)
+    for room in ("gram", "factors"):
+        monkeypatch.setattr(f"lightning_gradnorm.{room}.can_wait", lambda device: False)
     for a, b in ((size, 1.0), (1.0, size), (size**0.5, size**0.5)):
         factors = WeightFactors(1, torch.empty(200, 300), turned=True)
         factors._inputs, factors._deltas = [a * x], [{0: b * delta}]

@@ -1,5 +1,7 @@
 """Random programs: the readers against one ``autograd.grad`` per task, and the step against the plain one."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,12 +17,19 @@ from tests.random_programs.running import READERS, run_plainly
 from tests.random_programs.strategies import programs
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(programs())
-def test_readers_agree_with_one_autograd_grad_per_task_and_leave_no_trace(program):
+def test_readers_agree_with_one_autograd_grad_per_task_and_leave_no_trace():
     """``python -m tests.random_programs --program '…'`` runs again what this prints; without it, many thousands more."""
-    verdict = check(program)
-    assert verdict.outcome != "DIFFERENT", f"{program!r}: {verdict.differences}"
+    outcomes = Counter()
+
+    @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+    @given(programs())
+    def one(program):
+        verdict = check(program)
+        outcomes[verdict.outcome] += 1
+        assert verdict.outcome != "DIFFERENT", f"{program!r}: {verdict.differences}"
+
+    one()
+    assert outcomes["agreed"] > outcomes.total() / 2  # or nothing is looked at
 
 
 @given(programs())

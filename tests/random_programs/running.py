@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 
 from lightning_gradnorm import JointBackward, PerTaskBackward, tap_losses
 from lightning_gradnorm.reading import Reading
@@ -46,11 +46,12 @@ class Left:
 
 @dataclass
 class Read:
-    """What a reader gave, ``[T]``, ``[T, T]`` and ``[T, |W|]``; how, and what it had to say."""
+    """What a reader gave, ``[T]``, ``[T, T]``, ``[T, |W|]`` and ``[T]``; how, and what it had to say."""
 
     norms: Tensor
     cosines: Tensor
     flat: Tensor
+    cotangents: Tensor
     how: str
     words: list[str]
 
@@ -120,7 +121,7 @@ def run_read(program: Program, kind: str) -> tuple[Read, Left]:
     found = reading.finish() if kind == "audited" else reader.gradients()
     assert found is not None
     how = "with factors" if found.factors else "plainly"
-    return Read(found.norms(), found.cosines(), found.flat(), how, reading.words), left
+    return Read(found.norms(), found.cosines(), found.flat(), found.cotangents, how, reading.words), left
 
 
 @dataclass
@@ -129,26 +130,24 @@ class Truth:
 
     Attributes:
         rows: ``[T, |W|]`` in float64; W given twice counts once.
-        reached: per task, whether any of W has a gradient at all.
+        reached: per task, whether its graph leads to any of W.
+        without: per task, whether there is no gradient all the same: a function's backward may give None.
         detached: tasks whose loss has no graph.
-        random: whether random numbers were drawn; others for another precision.
     """
 
     rows: Tensor
     reached: list[bool]
+    without: list[bool]
     detached: list[str]
-    random: bool
 
 
 def truth(program: Program, dtype: torch.dtype, scaling: Callable[[int], bool], *, half: bool = True) -> Truth:
     """Each task on an equal program of its own: nothing that one backward leaves can touch the next."""
-    rows, reached, detached, random = [], [], [], False
+    rows, reached, without, detached = [], [], [], []
     for task in range(len(program.tasks)):
         network = Network(program, dtype, scaling)
         with autocast(program, half=half):
-            before = torch.get_rng_state()
             made = network.run()
-        random = random or not torch.equal(before, torch.get_rng_state())
         name, loss = list(made.losses.items())[task]
         w = list(dict.fromkeys(made.edges or made.w))
         found: list[Tensor | None] = [None] * len(w)
@@ -156,9 +155,12 @@ def truth(program: Program, dtype: torch.dtype, scaling: Callable[[int], bool], 
             found = list(torch.autograd.grad(loss, w, allow_unused=True))
         else:
             detached.append(name)
-        reached.append(any(g is not None for g in found))
+        nodes = _nodes(loss.grad_fn)
+        edges = made.edges or [get_gradient_edge(tensor) for tensor in made.w]
+        reached.append(any(edge.node in nodes for edge in edges))
+        without.append(all(g is None for g in found))
         rows.append(torch.cat([_flat(g, t) for g, t in zip(found, dict.fromkeys(made.w), strict=True)]))
-    return Truth(torch.stack(rows).double(), reached, detached, random)
+    return Truth(torch.stack(rows).double(), reached, without, detached)
 
 
 def _flat(gradient: Tensor | None, like: Tensor) -> Tensor:

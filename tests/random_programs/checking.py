@@ -14,7 +14,7 @@ from tests.random_programs.running import DTYPES, READERS, Left, Read, Truth, re
 # How far a number may be from the exact one, relative to the exact norm; and how many times the error of the plain
 # ``autograd.grad`` in the same precision (which is all that there is where the exact gradient cancels).
 RELATIVE = {"float64": 1e-7, "float32": 1e-4, "bfloat16": 2e-2}
-TIMES_PLAIN = {"float64": 100.0, "float32": 4.0, "bfloat16": 1.0}
+TIMES_PLAIN = {"float64": 100.0, "float32": 4.0, "bfloat16": 4.0}
 
 
 @dataclass
@@ -82,14 +82,22 @@ def expect(program: Program) -> Expected:
 def _exact(program: Program, scaling: set[int]) -> tuple[Tensor, Tensor, Truth]:
     """Gradients, in float64 where the precision allows; their rounding errors in the program's own; and these themselves."""
     here = truth(program, DTYPES[program.precision], scaling.__contains__)
-    if program.precision == "float32":
-        exact, other = truth(program, torch.float64, scaling.__contains__), here
+    if program.precision == "float64":
+        exact, other = here, truth(program, torch.float32, scaling.__contains__)
     else:
-        exact, other = here, truth(program, torch.float32, scaling.__contains__, half=False)
+        wide = truth(program, torch.float64, scaling.__contains__, half=False)
+        exact, other = (wide, here) if program.precision == "float32" else (here, wide)
     noise = torch.linalg.vector_norm(exact.rows - other.rows, dim=1).nan_to_num(0, 0, 0)
     if program.precision == "float64":
         noise = noise * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     return exact.rows, noise, here
+
+
+def _noise_of_seeds(program: Program, exact: Tensor) -> Tensor:
+    """The rounding errors with the total's own factors before each loss: a sum that comes to 0 with 1 may not with 1/3."""
+    _, own = _hooks_that_count(program)
+    seeded = truth(program, DTYPES[program.precision], own.__contains__, seeded=True)
+    return torch.linalg.vector_norm(exact - seeded.rows, dim=1).nan_to_num(0, 0, 0)
 
 
 def _hooks_that_count(program: Program) -> tuple[bool, set[int]]:
@@ -145,6 +153,9 @@ def _differences(program: Program, reader: str, plain: Left, expected: Expected,
     if read.words:
         yield "words", read.words[0]
     choices = [list(_numbers(program, read, exact, expected.noise)) for exact in expected.exact[reader]]
+    if choices and all(choices):  # then it is worth asking what rounding alone does
+        exact = expected.exact[reader][0]
+        choices.append(list(_numbers(program, read, exact, expected.noise.maximum(_noise_of_seeds(program, exact)))))
     if choices:
         yield from min(choices, key=len)
 

@@ -141,8 +141,18 @@ class Truth:
     detached: list[str]
 
 
-def truth(program: Program, dtype: torch.dtype, scaling: Callable[[int], bool], *, half: bool = True) -> Truth:
-    """Each task on an equal program of its own: nothing that one backward leaves can touch the next."""
+def truth(
+    program: Program, dtype: torch.dtype, scaling: Callable[[int], bool], *, half: bool = True, seeded: bool = False
+) -> Truth:
+    """Each task on an equal program of its own: nothing that one backward leaves can touch the next.
+
+    Args:
+        program: the description.
+        dtype: in which it is run.
+        scaling: which hooks scale what passes by.
+        half: whether under autocast, if it is a program for that.
+        seeded: whether with what the total's backward begins with at the loss, divided out again: rounding is another then.
+    """
     rows, reached, without, detached = [], [], [], []
     for task in range(len(program.tasks)):
         network = Network(program, dtype, scaling)
@@ -151,16 +161,18 @@ def truth(program: Program, dtype: torch.dtype, scaling: Callable[[int], bool], 
         name, loss = list(made.losses.items())[task]
         w = list(dict.fromkeys(made.edges or made.w))
         found: list[Tensor | None] = [None] * len(w)
+        seed = program.tasks[task].weight * program.scale if seeded else 1.0
         if loss.requires_grad:
-            found = list(torch.autograd.grad(loss, w, allow_unused=True))
+            found = list(torch.autograd.grad(loss, w, torch.full_like(loss, seed or 1.0), allow_unused=True))
         else:
             detached.append(name)
         nodes = _nodes(loss.grad_fn)
         edges = made.edges or [get_gradient_edge(tensor) for tensor in made.w]
         reached.append(any(edge.node in nodes for edge in edges))
         without.append(all(g is None for g in found))
-        rows.append(torch.cat([_flat(g, t) for g, t in zip(found, dict.fromkeys(made.w), strict=True)]))
-    return Truth(torch.stack(rows).double(), reached, without, detached)
+        row = torch.cat([_flat(g, t) for g, t in zip(found, dict.fromkeys(made.w), strict=True)])
+        rows.append(row.double() / (seed or 1.0))
+    return Truth(torch.stack(rows), reached, without, detached)
 
 
 def _flat(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -76,7 +76,8 @@ class Timer:
     Args:
         clock: returns seconds.
         pairs: how many pairs of neighbouring blocks of steps are timed.
-        multiple: the number of steps in a block is a multiple of this.
+        multiple: the number of steps in a block is a multiple of this, after the first step and whole multiples of it: with
+            ``update_every``, as many of the steps are measured in every block.
     """
 
     def __init__(self, clock: Callable[[], float], pairs: int, multiple: int = 1) -> None:
@@ -92,7 +93,7 @@ class Timer:
     def interleaved(self, plain: Method, method: Method) -> tuple[list[float], list[float]]:
         """Seconds per step of both, block beside block; the order within a pair alternates."""
         steps, started = 0, time.perf_counter()
-        while steps < 2 or time.perf_counter() - started < _WARM_UP_SECONDS:
+        while steps < 2 or (steps - 1) % self.multiple or time.perf_counter() - started < _WARM_UP_SECONDS:
             plain.step()
             method.step()
             steps += 1

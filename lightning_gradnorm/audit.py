@@ -1,4 +1,4 @@
-"""What arrives at W in the ordinary backward, whole: the tasks' gradients have to come to it."""
+"""What arrives at W in the ordinary backward, whole."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradnorm.autograd_graph import TaskGraph
-from lightning_gradnorm.task_gradients import TaskGradients
-from lightning_gradnorm.vector_jacobian import dtype_of
+from lightning_gradnorm.measurement import widest_float
+from lightning_gradnorm.vector_jacobian import added, dtype_of
 
 
 class Audit:
@@ -24,7 +24,7 @@ class Audit:
 
     def __init__(self, graph: TaskGraph, parameters: Sequence[Tensor]) -> None:
         self.in_half_precision = any(dtype_of(node).itemsize == 2 for node in graph.edges)
-        self._parameters = list(parameters)
+        self._parameters, self._numbers = list(parameters), range(len(parameters))
         self._whole: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         for node in graph.edges:
@@ -41,19 +41,14 @@ class Audit:
             for i, k in ways:
                 gradient = grad_inputs[i]
                 if gradient is not None:
-                    self._whole[k] = self._whole[k] + gradient if k in self._whole else gradient.detach()
+                    self._whole[k] = added(self._whole[k], gradient) if k in self._whole else gradient.detach()
 
         return hook
 
-    def accounts_for(self, found: TaskGradients, tolerance: float) -> bool:
-        """Whether the tasks' gradients come to the whole, up to a relative difference; once the backward has run."""
-        if any(parameter.is_complex() for parameter in self._parameters):
-            return False
-        flat = found.flat()
-        rows = flat * found.cotangents.to(flat).unsqueeze(1)
-        parts = [self._whole.get(k, torch.zeros_like(p)).to_dense().flatten() for k, p in enumerate(self._parameters)]
-        whole = torch.cat(parts).to(rows)
-        return bool((rows.sum(0) - whole).norm() <= tolerance * whole.norm())
+    def is_explained_by(self, gradients: Sequence[Tensor | None], tolerance: float) -> bool:
+        """Whether these, one per tensor of W, come to what arrived, up to a relative difference; once the backward has run."""
+        found, expected = (_flat(rows, self._parameters) for rows in (gradients, [self._whole.get(k) for k in self._numbers]))
+        return bool((found - expected).norm() <= tolerance * expected.norm())
 
     def discard(self) -> None:
         """Take the hooks off the graph, and let go of what arrived."""
@@ -61,3 +56,9 @@ class Audit:
             handle.remove()
         self._handles.clear()
         self._whole.clear()
+
+
+def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+    parts = [torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(gradients, like, strict=True)]
+    parts = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+    return torch.cat([part.detach().flatten().to(parts[0].device, widest_float(parts[0].device)) for part in parts])

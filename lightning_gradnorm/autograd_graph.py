@@ -1,9 +1,9 @@
 """Walks over the autograd graph: which nodes lead to W, and which task each of them belongs to."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 # Owners of a graph node, beside the number of the one task that it belongs to.
@@ -145,43 +145,3 @@ def is_built_from(root: Tensor, losses: Mapping[str, Tensor]) -> bool:
             seen.add(node)
             stack += [child for child, _ in node.next_functions]
     return False
-
-
-def _uses(root: Node, ends: Collection[Node], seen: dict[Node, _Ways | None]) -> Iterator[tuple[Node, Node, Node]]:
-    """(leaf, what is made of it alone, node that uses that): a transposed weight, say, stands for the weight.
-
-    Args:
-        root: where the walk begins.
-        ends: nodes that are a use, whatever they are made of.
-        seen: filled with all nodes that were met.
-    """
-    made_of: dict[Node, Node | None] = {}  # what is no leaf → the one leaf that it is made of, if there is one
-    for node, ways in _children_first(root, seen):
-        if not ways:
-            continue
-        through = {made_of.get(child, child): child for child, _ in ways if child is not None}
-        alone = len(through) == 1 and node not in ends
-        made_of[node] = next(iter(through)) if alone else None
-        if not alone:
-            yield from ((leaf, child, node) for leaf, child in through.items() if leaf is not None)
-
-
-def first_uses(root: Node | None) -> dict[nn.Parameter, tuple[int, int]]:
-    """Every parameter that the graph reaches → when the forward pass used it first; greater is later.
-
-    That goes by the nodes' sequence numbers; a node that another thread has numbered counts as later than all that it is made
-    of. Where two parameters meet in one node, that one is later which was taken up later.
-    """
-    uses: dict[nn.Parameter, tuple[int, int]] = {}
-    if root is None:
-        return uses
-    numbers: dict[Node, int] = {}
-    for node, ways in _children_first(root, {}):
-        if ways:
-            numbers[node] = max([node._sequence_nr(), *(numbers[child] + 1 for child, _ in ways if child in numbers)])
-    for leaf, child, node in _uses(root, [root], {}):
-        parameter = getattr(leaf, "variable", None)
-        if isinstance(parameter, nn.Parameter):
-            order = numbers[node], numbers.get(child, numbers[node])
-            uses[parameter] = min(order, uses.get(parameter, order))
-    return uses

@@ -78,17 +78,17 @@ def _from_config(options: argparse.Namespace, rest: list[str]) -> Any:
 
 def _report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="lightning-gradnorm report", description="Table and figure of an earlier run.")
-    parser.add_argument("folder", type=Path, metavar="LOGDIR", help="a log folder, such as lightning_logs/version_0")
-    parser.add_argument("--out", type=Path, help="folder for the figure; LOGDIR by default")
+    parser.add_argument("folder", metavar="LOGDIR", help="a log folder, such as lightning_logs/version_0; also a URL")
+    parser.add_argument("--out", help="folder for the figure; LOGDIR by default")
     options = parser.parse_args(arguments)
     report, history = report_of(options.folder)
     for note in history.notes:
         print(note, file=sys.stderr)
     report.print()
+    if not history.tasks:
+        return
     if can_draw():
-        folder = options.out or options.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"Figure: {draw(history, folder, report.heading)}")
+        print(f"Figure: {draw(history, options.out or options.folder, report.heading)}")
     else:
         print("For a figure: pip install matplotlib")
 

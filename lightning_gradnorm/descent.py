@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradnorm.autograd_graph import task_graph
 from lightning_gradnorm.factors import WeightFactors
-from lightning_gradnorm.vector_jacobian import frames_of, in_graph_task, inputs_of, undone, vector_jacobian_product
+from lightning_gradnorm.vector_jacobian import added, frames_of, in_graph_task, inputs_of, undone, vector_jacobian_product
 
 Target = tuple[Node, int]
 
@@ -38,13 +38,13 @@ class Arrivals:
             self.add_at_target(task, k, cotangent)
         if node in self._edges:
             held = self._at.setdefault(node, {}).setdefault(task, {})
-            held[number] = cotangent if number not in held else held[number] + cotangent
+            held[number] = cotangent if number not in held else added(held[number], cotangent)
 
     def add_at_target(self, task: int, k: int, gradient: Tensor) -> None:
         """Take a part of a task's gradient on a tensor of W."""
         # The tensor itself, not an alias: seeing it held, autograd copies it for .grad instead of taking its memory.
         held, value = self.gradients[task][k], gradient.detach() if gradient.requires_grad else gradient
-        self.gradients[task][k] = value if held is None else held + value
+        self.gradients[task][k] = value if held is None else added(held, value)
 
     def take(self, node: Node) -> list[tuple[int, dict[int, Tensor]]]:
         """(task, input → cotangent) of what has arrived at the node, and forget it."""
@@ -113,8 +113,8 @@ class Descent:
             wanted[self._factors[node][0]] = False
         if any(wanted):
             down = vector_jacobian_product(node, [held.get(i) for i in range(inputs_of(node))], wanted)
-            for gradient, (child, number), leads in zip(down, ways, wanted, strict=True):
-                if leads and child is not None and gradient is not None:
+            for gradient, (child, number) in zip(down, ways, strict=True):
+                if child is not None and gradient is not None:
                     yield child, number, gradient
 
     def _through_frame(self, start: Node, task: int, held: dict[int, Tensor]) -> None:
@@ -133,12 +133,12 @@ class Descent:
                 for child, number, gradient in self._below(node, at.pop(node)):
                     if child in inside and (child, number) not in self._targets:
                         other = at.setdefault(child, {})
-                        other[number] = gradient if number not in other else other[number] + gradient
+                        other[number] = gradient if number not in other else added(other[number], gradient)
                     else:
                         self._arrivals.add(task, child, number, gradient)
 
 
-def gradients_of(losses: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> list[list[Tensor | None]]:
+def gradients_of(losses: Mapping[str, Tensor], tensors: Sequence[Tensor] | Sequence[GradientEdge]) -> list[list[Tensor | None]]:
     """Each loss's gradient on each tensor, ``None`` where it does not reach it; one backward per loss, which leaves no trace.
 
     As ``torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)``, but that no hook runs, and modules inside a
@@ -146,7 +146,7 @@ def gradients_of(losses: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> lis
 
     Args:
         losses: task name → scalar loss.
-        tensors: leaves, or whatever else the gradients are wanted of.
+        tensors: leaves, or whatever else the gradients are wanted of; or the edges on which those arrive.
     """
     found = []
     for loss in losses.values():

@@ -12,10 +12,10 @@ import torch
 
 from lightning_gradnorm.callbacks import GradNormCallback
 from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, trainer_class_of
-from lightning_gradnorm.callbacks.measuring import NormOf
 from lightning_gradnorm.losses import task_tag
 from lightning_gradnorm.report.table import plain_rows
 from lightning_gradnorm.report.tags import per_pair_names
+from lightning_gradnorm.session import NormOf
 
 _EVEN = 3.0  # ratio of gradient norms up to which equal weights do
 _UNEVEN = 10.0  # from which on one task owns the shared layer
@@ -131,6 +131,10 @@ class Diagnosing(GradNormCallback):
     def __init__(self, norm_of: NormOf) -> None:
         super().__init__(mode="monitor", summary=False, log_cosines=True, norm_of=norm_of)
         self.noted = _Noted()
+
+    def _tell(self, about: str, message: str) -> None:
+        if not about.startswith("idle "):  # the diagnosis says that itself
+            super()._tell(about, message)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -8,13 +8,14 @@ from collections.abc import Container, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lightning_gradnorm.plain import plain_name, plain_number
+
 TaskLosses = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 # What tensorboardX, which Lightning's TensorBoardLogger can use as well, turns into "_" in a tag.
 _REPLACED_IN_TAGS = re.compile(r"[^-/\w.]")
 
 
-@functools.lru_cache(maxsize=4096)
 def task_tag(task: str) -> str:
     """The task's name as it stands in a logger's tag.
 
@@ -22,10 +23,11 @@ def task_tag(task: str) -> str:
         TypeError: if the name is not a string.
         ValueError: if the name cannot be part of a tag.
     """
-    if not isinstance(task, str):
-        raise TypeError(
-            f"A task's name is a string, got {task!r} ({type(task).__name__}). Name the tasks: {{'depth': loss, …}}."
-        )
+    return _tag(plain_name(task))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tag(task: str) -> str:
     if not task.strip("/ ") or task != task.strip("/ ") or not task.isprintable() or "/dataloader_idx_" in task:
         raise ValueError(
             f"The task name {task!r} cannot be part of a logger's tag. A name is one line of printable characters, "
@@ -51,10 +53,14 @@ def check_task_names(tasks: Iterable[str]) -> None:
 
 
 def check_losses(losses: TaskLosses, *, differentiable: bool, per_point: Container[str] = ()) -> dict[str, Tensor]:
-    """The loss dict, checked.
+    """The loss dict, checked: plain names, plain scalar tensors, without the tasks that are absent.
+
+    A task is absent where its loss is the number 0, or a zero that is detached though a backward will follow: a term that
+    is switched off, or has no label in this batch. It is as if left out of the dict. (Only of a detached loss on a device
+    is the number asked for, for which the host has to wait.) If all are, the dict is empty.
 
     Args:
-        losses: task name → scalar loss; a mapping, or an iterable of pairs.
+        losses: task name → scalar loss; a mapping, or an iterable of pairs. One of shape (1,) is taken for a scalar.
         differentiable: whether a backward will follow, so that a detached loss is a mistake.
         per_point: the tasks whose loss is a vector, one entry per point.
 
@@ -75,15 +81,34 @@ def check_losses(losses: TaskLosses, *, differentiable: bool, per_point: Contain
             "total_loss() needs at least one task's loss, got none. For a batch without any label, return None from "
             "training_step."
         )
-    check_task_names(task for task, _ in pairs)
-    for task, loss in pairs:
-        _check_loss(task, loss, differentiable, task in per_point)
-    return dict(pairs)
+    named = [(plain_name(task), _plain_tensor(loss)) for task, loss in pairs]
+    check_task_names(task for task, _ in named)
+    present = [(task, loss) for task, loss in named if not _is_absent(loss, differentiable)]
+    return {task: _checked(task, loss, differentiable, task in per_point) for task, loss in present}
 
 
-def _check_loss(task: str, loss: Tensor, differentiable: bool, per_point: bool) -> None:
+def _plain_tensor(loss: Tensor) -> Tensor:
+    """A subclass that only adds attributes, which its operations may lose, as a plain tensor; the graph is kept."""
+    if type(loss) is Tensor or not isinstance(loss, Tensor):
+        return loss
+    if type(loss).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # it holds its numbers in its own way, as a DTensor does
+        return loss
+    with torch._C.DisableTorchFunctionSubclass():
+        return loss.as_subclass(Tensor)
+
+
+def _is_absent(loss: object, differentiable: bool) -> bool:
+    if not isinstance(loss, Tensor):
+        return plain_number(loss) == 0
+    detached = differentiable and not loss.requires_grad
+    return detached and loss.shape in ((), (1,)) and loss.dtype != torch.bool and bool(loss == 0)
+
+
+def _checked(task: str, loss: Tensor, differentiable: bool, per_point: bool) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(f"The loss of task {task!r} is a {type(loss).__name__}; every loss is a scalar tensor.")
+    if loss.shape == (1,) and not per_point:
+        loss = loss.reshape(())
     if per_point and (loss.ndim != 1 or not len(loss)):
         raise ValueError(
             f"The loss of task {task!r} has shape {tuple(loss.shape)}, and its points are weighed one by one: give one loss "
@@ -103,13 +128,16 @@ def _check_loss(task: str, loss: Tensor, differentiable: bool, per_point: bool) 
     if differentiable and not loss.requires_grad:
         raise ValueError(
             f"The loss of task {task!r} is detached from the network (requires_grad is False), so it can train nothing. "
-            "Compute it without .detach(), .item() or no_grad; leave the task out of the dict for a batch that has no label "
-            "for it."
+            "Compute it without .detach(), .item() or no_grad; for a batch that has no label for it, leave the task out of "
+            "the dict, or give 0.0."
         )
+    return loss
 
 
 def plain_sum(losses: Mapping[str, Tensor]) -> Tensor:
-    """Σ_i L_i, scalar: what is trained without a balancer."""
+    """Σ_i L_i, scalar: what is trained without a balancer. Of no losses, a zero whose backward changes nothing."""
+    if not losses:
+        return torch.zeros((), requires_grad=torch.is_grad_enabled())
     return functools.reduce(operator.add, losses.values())
 
 

@@ -1,6 +1,6 @@
 """What one optimiser step measured: all that a balancer ever sees of a model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,17 @@ class Measurement(NamedTuple):
     gradient_maxima: Tensor | None = None
     gradient_means: Tensor | None = None
     kpis: Tensor | None = None
+
+    def only(self, positions: Sequence[int]) -> "Measurement":
+        """Of the tasks at these positions, as if the others were absent."""
+        index = torch.tensor(positions, device=self.losses.device)
+        others = {name: vector[index] for name, vector in self._asdict().items() if isinstance(vector, Tensor)}
+        return self._replace(tasks=tuple(self.tasks[position] for position in positions), **others)
+
+
+def reading_is_free(tensor: Tensor) -> bool:
+    """Whether a number can be asked for without making the host wait for a device."""
+    return tensor.device.type == "cpu"
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_gradnorm.balancers.checks import check_choice, check_range, check_that
+from lightning_gradnorm.balancers.checks import check_choice, check_factory, check_range, check_whole
 from lightning_gradnorm.balancers.optimizer import OptimizerFactory, VectorOptimizer
 from lightning_gradnorm.measurement import widest_float
 
@@ -125,18 +125,19 @@ class SelfAdaptivePoints(PointWeighting):
         exponent: float = 2.0,
         optimizer: OptimizerFactory = torch.optim.Adam,
     ) -> None:
-        whole = num_points is None or (isinstance(num_points, int) and not isinstance(num_points, bool) and num_points > 0)
-        check_that("num_points", num_points, whole, "a whole number of points, 1 or more, or None")
-        check_choice("mask", mask, get_args(Mask))
-        polynomial = mask == "polynomial"
+        rule = "a whole number of points, 1 or more, or None"
+        self._given = None if num_points is None else check_whole("num_points", num_points, rule, at_least=1)
+        self.mask = check_choice("mask", mask, get_args(Mask))
+        polynomial = self.mask == "polynomial"
         start = float(polynomial) if initial is None else initial
         self.initial = check_range("initial", start, above=0) if polynomial else check_range("initial", start)
-        self.mask, self.lr = mask, check_range("lr", lr, at_least=0)
+        self.lr = check_range("lr", lr, at_least=0)
         self.coefficient, self.exponent = (
             check_range("coefficient", coefficient, above=0),
             check_range("exponent", exponent, above=0),
         )
-        self._factory, self._given = optimizer, num_points
+        check_factory("optimizer", optimizer)
+        self._factory = optimizer
         self.frozen = False
         self.reset()
 
@@ -263,8 +264,8 @@ class GradientNormPoints(PointWeighting):
             raise TypeError(
                 f"GradientNormPoints takes the residual of one point, a function (network, x) → r; got {residual!r}."
             )
-        check_that("chunk_size", chunk_size, isinstance(chunk_size, int) and chunk_size > 0, "a whole number, 1 or more")
-        self.max_weight, self.chunk_size = check_range("max_weight", max_weight, at_least=1), chunk_size
+        self.chunk_size = check_whole("chunk_size", chunk_size, "a whole number, 1 or more", at_least=1)
+        self.max_weight = check_range("max_weight", max_weight, at_least=1)
         self.residual = residual
 
     def settings(self) -> dict[str, Any]:

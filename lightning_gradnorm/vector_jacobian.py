@@ -53,7 +53,7 @@ def vector_jacobian_product(node: Node, cotangents: Sequence[Tensor | None], wan
     Args:
         node: not a leaf, and not used up.
         cotangents: one per output of the node's operation, at least one of them given.
-        wanted: which entries are asked for; others may be ``None``. Matrix products and convolutions leave out what is not.
+        wanted: which entries are asked for; the others are ``None``. Matrix products and convolutions do not compute them.
     """
     part = None if all(wanted) else _PARTS.get(type(node).__name__)
     if part is not None:
@@ -64,9 +64,14 @@ def vector_jacobian_product(node: Node, cotangents: Sequence[Tensor | None], wan
         result = cast(Callable[..., Any], node)(*cotangents)
         found = result if isinstance(result, tuple) else (result,)
     return [
-        None if gradient is None or child is None else _as_taken(gradient, child, number)
-        for gradient, (child, number) in zip(found, node.next_functions, strict=True)
+        _as_taken(gradient, child, number) if asked and gradient is not None and child is not None else None
+        for gradient, (child, number), asked in zip(found, node.next_functions, wanted, strict=True)
     ]
+
+
+def added(held: Tensor, gradient: Tensor) -> Tensor:
+    """The sum of two gradients of one tensor, of which either may be sparse."""
+    return gradient + held if held.is_sparse and not gradient.is_sparse else held + gradient
 
 
 def _as_taken(gradient: Tensor, child: Node, number: int) -> Tensor:
@@ -187,10 +192,11 @@ def in_graph_task(function: Callable[..., None], *args: Any) -> None:
 
 @contextlib.contextmanager
 def undone() -> Iterator[None]:
-    """What modules have counted in their buffers meanwhile is put back.
+    """What modules have counted in their buffers meanwhile is put back, and random numbers go on as before.
 
     A checkpointed region runs the forward pass of its modules once more, and they count once more (BatchNorm, spectral norm).
     """
+    devices = [torch.cuda.current_device()] if cast(Any, torch.cuda).is_initialized() else []
     before: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
 
     def keep(module: nn.Module, inputs: Any) -> None:
@@ -199,7 +205,8 @@ def undone() -> Iterator[None]:
 
     handle = register_module_forward_pre_hook(keep)
     try:
-        yield
+        with torch.random.fork_rng(devices):
+            yield
     finally:
         handle.remove()
         for (_, name), (module, buffer, value) in before.items():

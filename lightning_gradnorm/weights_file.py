@@ -7,41 +7,44 @@ from typing import Any
 
 import yaml
 
+from lightning_gradnorm.folders import Folder
+
 FILE_NAME = "loss_weights.yaml"
 
 
 def write_weights(
-    folder: Path,
+    folder: str | Path,
     tasks: Mapping[str, Mapping[str, float]],
     *,
     method: str,
     settings: Mapping[str, Any],
     steps: int,
     warmup: int,
+    measured: int | None = None,
     note: str = "",
-) -> Path:
+) -> str | Path:
     """Write the file.
 
     Args:
-        folder: where to; made if it is not there.
+        folder: where to, a path or a URL that fsspec knows; made if it is not there.
         tasks: task → statistic → value; NaN is written as null.
         method: the balancer's name.
         settings: its settings as plain values.
-        steps: optimiser steps that the statistics are over.
-        warmup: how many of them, from the first, ``mean_after_warmup`` leaves out.
+        steps: optimiser steps of the run.
+        warmup: how many of the measured ones, from the first, ``mean_after_warmup`` leaves out.
+        measured: how many of the steps were measured, which is what the statistics are over; by default all.
         note: a line for people, as a comment.
 
     Returns:
         The file's path.
     """
     rows = {task: {name: None if math.isnan(v) else v for name, v in row.items()} for task, row in tasks.items()}
-    content = {"method": method, "settings": dict(settings), "steps": steps, "warmup_steps": warmup, "tasks": rows}
-    path = folder / FILE_NAME
-    folder.mkdir(parents=True, exist_ok=True)
+    counts = {"steps": steps} | ({} if measured is None else {"measured_steps": measured}) | {"warmup_steps": warmup}
+    content = {"method": method, "settings": dict(settings), **counts, "tasks": rows}
     header = "# Loss weights of a training run. To train with their mean: FixedWeights.from_file(…) (GradNorm static).\n"
     header += f"# {note}\n" if note else ""
-    path.write_text(header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return path
+    text = header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return Folder(folder).write(FILE_NAME, text.encode())
 
 
 def _wrong(path: str | Path, what: str) -> ValueError:
@@ -59,7 +62,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
         ValueError: if it does not hold what such a file holds; the message says what is missing.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        folder, name = Folder.of_file(path)
+        content = yaml.safe_load(folder.read(name).decode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise _wrong(path, f"it cannot be read as YAML ({error})") from error
     tasks = content.get("tasks") if isinstance(content, dict) else None

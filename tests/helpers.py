@@ -91,19 +91,21 @@ class TrunkAndHeads(MultiTaskMixin, L.LightningModule):
 
 
 class MemoryLogger(Logger):
-    """Keeps what it is given: (step, name → value)."""
+    """Keeps what it is given: (step, name → value), of steps and of whole epochs of training."""
 
     name, version = "memory", 0
 
     def __init__(self) -> None:
         super().__init__()
         self.logged: list[tuple[int, dict[str, float]]] = []
+        self.epochs: list[tuple[int, dict[str, float]]] = []
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.logged.append((step, dict(metrics)))
+        rows = self.epochs if "total_loss/unweighted_epoch" in metrics else self.logged
+        rows.append((step, dict(metrics)))
 
 
 class Recorder(L.Callback):

@@ -232,7 +232,7 @@ def in_two_calls(module, losses):
 
 
 def as_new(value):
-    return handing_in(lambda losses: losses | {"new": losses["small"] * 0 + value})
+    return handing_in(lambda losses: losses | {"new": losses["small"] - losses["small"].detach() + value})
 
 
 IN_A_STEP = {
@@ -255,6 +255,11 @@ IN_A_STEP = {
 }
 
 
+def learnt(callback):
+    """The state without the sums of an epoch that broke off."""
+    return {name: part for name, part in callback.state_dict().items() if name != "epoch"}
+
+
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize(("spoil", "error", "words"), IN_A_STEP.values(), ids=IN_A_STEP)
 def test_a_bad_step_ends_the_fit_and_leaves_the_state_of_the_step_before(tmp_path, spoil, error, words, at):
@@ -265,8 +270,7 @@ def test_a_bad_step_ends_the_fit_and_leaves_the_state_of_the_step_before(tmp_pat
         torch.manual_seed(0)
         quiet_trainer(tmp_path, callbacks=[clean], max_steps=at).fit(Spoilt(spoil, at), batches(4))
     assert callback.balancer.steps == at
-    assert callback.state_dict().keys() == clean.state_dict().keys()
-    assert same_state(callback.state_dict(), clean.state_dict())
+    assert same_state(learnt(callback), learnt(clean))
 
 
 def test_a_module_without_the_mixin(tmp_path):
@@ -295,7 +299,7 @@ def test_a_name_misspelt_in_a_setting_ends_the_fit_at_the_first_step(tmp_path, s
     callback = GradNormCallback(**{setting: {"small": 1.0, "larg": 2.0}})
     with pytest.raises(ValueError, match=f"{setting} names 'larg', which is no task: the tasks are 'large', 'middle', 'odd'"):
         quiet_trainer(tmp_path, callbacks=[callback]).fit(TrunkAndHeads(), batches(2))
-    assert same_state(callback.state_dict(), GradNormCallback().state_dict())
+    assert same_state(learnt(callback), learnt(GradNormCallback()))
 
 
 # -- not bad input: what is not finite ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import re
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -118,7 +119,6 @@ BAD_LOSSES = [
     pytest.param(1.5, TypeError, "loss of task 'bad' is a float; every loss is a scalar tensor", id="a number"),
     pytest.param(None, TypeError, "loss of task 'bad' is a NoneType; every loss is a scalar tensor", id="None"),
     pytest.param(loss().expand(3), ValueError, r"loss of task 'bad' has shape \(3,\).*is a scalar.*\.mean\(\)", id="vector"),
-    pytest.param(loss().view(1), ValueError, r"loss of task 'bad' has shape \(1,\)", id="one entry"),
     pytest.param(loss().view(1, 1), ValueError, r"loss of task 'bad' has shape \(1, 1\)", id="matrix"),
     pytest.param(loss() * 1j, ValueError, r"task 'bad' is complex \(torch\.complex64\).*loss\.abs\(\)", id="complex"),
     pytest.param(torch.tensor(3), ValueError, r"task 'bad' is not a floating-point number \(torch\.int64\)", id="integer"),
@@ -138,6 +138,113 @@ def test_a_detached_loss_is_refused_only_where_a_backward_follows():
     with pytest.raises(ValueError, match=r"loss of task 'bad' is detached.*can train nothing.*leave the task out of the dict"):
         check_losses(losses, differentiable=True)
     assert check_losses(losses, differentiable=False) == losses
+
+
+# -- a task that is absent, and other forms of a scalar -----------------------------------------------------------------
+
+ABSENT = {
+    "0.0": 0.0,
+    "0": 0,
+    "-0.0": -0.0,
+    "a number of numpy": np.float32(0.0),
+    "an array of numpy": np.array(0.0),
+    "detached": torch.zeros(()),
+    "detached, one entry": torch.zeros(1),
+    "detached, whole": torch.tensor(0),
+    "detached, half": torch.zeros((), dtype=torch.float16),
+    "multiplied away": loss().detach() * 0,
+}
+
+
+@pytest.mark.parametrize("zero", ABSENT.values(), ids=ABSENT)
+def test_a_zero_that_can_train_nothing_means_that_the_task_is_absent(zero):
+    here = loss()
+    assert check_losses({"boxes": zero, "here": here}, differentiable=True) == {"here": here}
+    assert check_losses({"boxes": zero}, differentiable=True) == {}
+    assert check_losses({"boxes": zero}, differentiable=True, per_point=["boxes"]) == {}
+
+
+def test_a_zero_with_a_graph_is_a_loss():
+    zero = loss() * 0
+    assert check_losses({"a": zero}, differentiable=True) == {"a": zero}
+
+
+@pytest.mark.parametrize("value", [False, torch.tensor(False), True, 1e-30, -1, None, "0.0"])
+def test_what_is_no_zero_is_no_absent_task(value):
+    with pytest.raises((TypeError, ValueError), match="loss of task 'bad' is"):
+        check_losses({"good": loss(), "bad": value}, differentiable=True)
+
+
+def test_an_absent_task_has_a_name_that_can_be_one():
+    with pytest.raises(ValueError, match="cannot be part of a logger's tag"):
+        check_losses({"a/": 0.0, "b": loss()}, differentiable=True)
+
+
+def test_where_no_backward_follows_a_zero_of_a_tensor_is_a_value():
+    zero = torch.zeros(())
+    assert check_losses({"a": zero, "b": 0.0}, differentiable=False) == {"a": zero}
+
+
+def test_the_sum_of_no_losses_can_be_trained_and_trains_nothing():
+    total = plain_sum(check_losses({"a": 0.0, "b": torch.zeros(())}, differentiable=True))
+    assert total == 0 and total.requires_grad
+    total.backward()
+    with torch.no_grad():
+        assert not plain_sum({}).requires_grad
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_one_entry_is_a_scalar(differentiable):
+    w = torch.tensor([3.0], requires_grad=True)
+    checked = check_losses({"a": w * 2}, differentiable=differentiable)["a"]
+    assert checked.shape == () and checked == 6
+    checked.backward()
+    assert w.grad == 2
+    points = w * 2
+    assert check_losses({"a": points}, differentiable=differentiable, per_point=["a"])["a"] is points
+
+
+class Labelled(torch.Tensor):
+    """Has an attribute that its operations lose, and cannot do without it, like PINA's LabelTensor."""
+
+    labels: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        args[0].labels  # noqa: B018
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class OfItsOwn(torch.Tensor):
+    """Holds its numbers elsewhere, as a DTensor does."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=inner.requires_grad)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_a_subclass_that_only_adds_attributes_is_taken_as_a_plain_tensor(differentiable):
+    w = torch.tensor(3.0, requires_grad=True)
+    labelled = (w * 2).as_subclass(Labelled)
+    with pytest.raises(AttributeError):
+        labelled * 2
+    checked = check_losses({"a": labelled}, differentiable=differentiable)["a"]
+    assert type(checked) is torch.Tensor
+    (checked * 2).backward()
+    assert w.grad == 4
+
+
+def test_a_subclass_with_numbers_of_its_own_is_left_alone():
+    own = OfItsOwn(torch.tensor(1.0, requires_grad=True))
+    assert check_losses({"a": own}, differentiable=True)["a"] is own
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, -1.0])

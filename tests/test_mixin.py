@@ -103,11 +103,11 @@ def test_the_first_guess_of_the_shared_layer_is_to_look_for_it():
     assert module().shared_layer() is None
 
 
-# -- in validation -------------------------------------------------------------------------------------------------------
+# -- in evaluation -------------------------------------------------------------------------------------------------------
 
 
 class Validated(TrunkAndHeads):
-    """Keeps what validation saw: the total, and the sum with the weights of that moment."""
+    """Keeps what evaluation saw: the total, and the plain sum."""
 
     def validation_step(self, batch, batch_idx):
         balancer = self.callback.balancer
@@ -115,13 +115,19 @@ class Validated(TrunkAndHeads):
         losses = self.losses(batch[0])
         total = self.total_loss(losses)
         assert same_state(before, (balancer.state_dict(), balancer.steps))
-        weights = balancer.weights or dict.fromkeys(losses, 1.0)
-        self.seen.append((total.item(), sum(weights[task] * loss for task, loss in losses.items()).item()))
+        self.seen.append((total.item(), sum(losses.values()).item()))
         self.log("val/total", total)
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        losses = self.losses(batch[0])
+        self.seen.append((self.total_loss(losses).item(), sum(losses.values()).item()))
+        return batch[0]
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])
-def test_validation_applies_the_present_weights_and_changes_nothing(tmp_path, inference_mode):
+def test_evaluation_has_the_plain_sum_as_its_yardstick_and_changes_nothing(tmp_path, inference_mode):
     callback = GradNormCallback(lr=0.1)
     it, alone = module(Validated), GradNormCallback(lr=0.1)
     it.seen, it.callback = [], callback
@@ -129,7 +135,7 @@ def test_validation_applies_the_present_weights_and_changes_nothing(tmp_path, in
     trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=2, **settings)
     trainer.fit(it, batches(4), batches(2, seed=2))
     assert len(it.seen) == 1 + 4 * 2
-    assert [total for total, _ in it.seen] == pytest.approx([expected for _, expected in it.seen], rel=1e-6)
+    assert [total for total, _ in it.seen] == [plain for _, plain in it.seen]
     assert callback.balancer.steps == 8
 
     without = fitted(tmp_path, module(), alone, max_epochs=2)
@@ -139,7 +145,10 @@ def test_validation_applies_the_present_weights_and_changes_nothing(tmp_path, in
     it.seen.clear()
     steps, state = callback.balancer.steps, copy.deepcopy(callback.balancer.state_dict())
     trainer.validate(it, batches(2, seed=2), verbose=False)
-    assert [total for total, _ in it.seen] == pytest.approx([expected for _, expected in it.seen], rel=1e-6)
+    trainer.test(it, batches(2, seed=2), verbose=False)
+    trainer.predict(it, batches(2, seed=2))
+    assert len(it.seen) == 6
+    assert [total for total, _ in it.seen] == [plain for _, plain in it.seen]
     assert len(set(callback.weights.values())) == 4
     assert same_state(state, callback.balancer.state_dict())
     assert callback.balancer.steps == steps
@@ -211,30 +220,15 @@ HOOKS = ["on_before_backward", "on_after_backward", "on_before_optimizer_step", 
 
 
 @pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("how", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("copier_first", [True, False])
-def test_a_deep_copy_in_the_middle_of_a_step_has_the_weights_and_no_graph(tmp_path, hook, copier_first):
-    callback, copier = GradNormCallback(lr=0.1), Copier(copy.deepcopy, hook)
+def test_a_copy_in_the_middle_of_a_step_is_a_plain_module(tmp_path, how, hook, copier_first):
+    callback, copier = GradNormCallback(lr=0.1), Copier(how, hook)
     it = fitted(tmp_path, module(), *([copier, callback] if copier_first else [callback, copier]))
     assert len(copier.copies) == 4
     for made in copier.copies:
-        link = made._loss_balancing
-        assert link is not None
-        assert link.noted == []
-        assert not link.recording
-        assert made.state_dict().keys() == it.state_dict().keys()
-        losses = made.losses(torch.randn(5, 6))
-        expected = sum(callback.weights[task] * loss for task, loss in losses.items())
-        assert made.total_loss(losses).item() == pytest.approx(expected.item())
-        assert link.noted == [], "a copy notes nothing"
-
-
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("how", [pickled, saved])
-def test_a_pickled_module_is_a_plain_one(tmp_path, hook, how):
-    copier = Copier(how, hook)
-    fitted(tmp_path, module(), GradNormCallback(lr=0.1), copier)
-    for made in copier.copies:
         assert made._loss_balancing is None
+        assert made.state_dict().keys() == it.state_dict().keys()
         losses = made.losses(torch.randn(5, 6))
         assert torch.equal(made.total_loss(losses), sum(losses.values()))
 

@@ -123,6 +123,35 @@ def test_a_checkpoint_on_a_tasks_own_part_is_proved_too(counted):
     assert not reading.words
 
 
+def test_hooks_that_change_gradients_above_and_below_w_are_no_fault_of_the_reading():
+    """What the backward brings is neither what the first nor what the second reading promises, and nothing is wrong."""
+    torch.manual_seed(0)
+    body, heads = [nn.Linear(6, 6) for _ in range(3)], [nn.Linear(6, 2), nn.Linear(6, 2)]
+    z = [torch.randn(5, 6)]
+    for layer in body:
+        z.append(layer(z[-1]).tanh())
+    z[2].register_hook(lambda gradient: 0.1 * gradient)
+    own = heads[1](z[1])
+    own.register_hook(lambda gradient: 3 * gradient)
+    losses = {"a": heads[0](z[3]).square().mean(), "b": (own.sum(1) + heads[1](z[3]).sum(1)).square().mean()}
+    reading = Reading("auto")
+    read(reading, losses, [layer.weight for layer in body])
+    assert not reading.words
+
+
+def test_a_wrong_reading_beside_a_term_that_is_no_task_gives_way_too(monkeypatch):
+    monkeypatch.setattr("lightning_gradnorm.reading.JointBackward", Wrong)
+    torch.manual_seed(0)
+    net, losses = net_and_losses()
+    losses = tap_losses(losses)
+    total = sum(losses.values()) + 0.3 * net[0].weight.square().sum()
+    reading = Reading("auto")
+    reading.begin(total, losses, [net[0].weight])
+    total.backward()
+    reading.finish()
+    assert len(reading.words) == 1
+
+
 def test_half_precision_is_compared_as_half_precision_can_be():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2), nn.Linear(64, 2))

@@ -2,17 +2,21 @@
 
 import itertools
 import logging
+import re
 
+import lightning as L
 import pytest
 import torch
 from lightning_utilities.core import rank_zero
 from torch import nn
+from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradnorm import GradNormCallback, JointBackward, PerTaskBackward, tap_losses
 from lightning_gradnorm.gradients import UnreachedSharedLayerError
-from lightning_gradnorm.shared_layer import detect_shared_layer, feature_modules, resolve_shared_layer
+from lightning_gradnorm.shared_layer import detect_shared_layer, feature_modules, resolve_shared_layer, shared_features
+from lightning_gradnorm.shared_layer.layer import weight_names
 from tests.helpers import TrunkAndHeads, batches, in_another_thread, quiet_trainer, use_up_node_numbers
 
 OVERRIDE = r"Override shared_layer\(\) in your LightningModule to return the layer that all tasks share"
@@ -105,6 +109,55 @@ def test_the_choice_as_text_tells_names_shapes_and_size():
     assert str(resolve_shared_layer("head.weight", net)) == "head.weight (2, 8): 16 entries, given by shared_layer()"
     every = str(resolve_shared_layer(net, net))
     assert "trunk.2.bias (8,) and 3 more: 138 entries" in every
+
+
+def weight_normed(wrap):
+    net = mlp()
+    wrap(net.trunk[2])
+    return net
+
+
+PARTS = {
+    "new": (weight_norm, [f"trunk.2.parametrizations.weight.original{i}" for i in (0, 1)]),
+    "old": (old_weight_norm, ["trunk.2.weight_g", "trunk.2.weight_v"]),
+    "spectral": (spectral_norm, ["trunk.2.parametrizations.weight.original"]),
+}
+
+
+@pytest.mark.parametrize(("wrap", "parts"), PARTS.values(), ids=PARTS)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_a_parametrised_weight_is_given_by_its_module_or_its_name(wrap, parts):
+    net = weight_normed(wrap)
+    assert set(resolve_shared_layer(net.trunk[2], net).names) == {*parts, "trunk.2.bias"}
+    assert resolve_shared_layer("trunk.2.weight", net).names == tuple(parts)
+    assert feature_modules("trunk.2", net) == [net.trunk[2]]
+    with pytest.raises(TypeError, match=r"A parametrised weight is computed: give its module or its name"):
+        resolve_shared_layer(net.trunk[2].weight, net)
+    net.trunk[2].requires_grad_(False)
+    for spec in (net.trunk[2], "trunk.2.weight"):
+        with pytest.raises(
+            ValueError, match=rf"The shared layer is frozen: .*{re.escape(parts[-1])}.* requires grad.*unfreeze it"
+        ):
+            resolve_shared_layer(spec, net)
+
+
+def test_two_matrices_that_are_called_like_the_parts_of_one_weight_are_two():
+    net = nn.Module()
+    net.w_g, net.w_v = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+    assert list(weight_names(net).values()) == ["w_g", "w_v"]
+
+
+def test_messages_name_who_gave_the_layer():
+    net = mlp()
+    assert (
+        resolve_shared_layer("head", net, "GradNormCallback(shared_layer=…)").reason
+        == "given by GradNormCallback(shared_layer=…)"
+    )
+    assert shared_features("head", net, "the callback").reason == "given by the callback"
+    with pytest.raises(ValueError, match=r"^the callback named 'heads', which is no"):
+        resolve_shared_layer("heads", net, "the callback")
+    with pytest.raises(ValueError, match="the callback names no layer"):
+        feature_modules(None, net, "the callback")
 
 
 # -- found in the graph --------------------------------------------------------------------------------------------------
@@ -326,6 +379,33 @@ def test_a_second_use_of_the_layer_that_a_reentrant_checkpoint_hides_is_refused_
 
     with pytest.raises((ValueError, RuntimeError), match="use_reentrant=False"):
         step()
+
+
+@pytest.mark.parametrize("engine", ["joint", "per_task"])
+@pytest.mark.parametrize("spec", ["trunk.2", "trunk.2.weight", None])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*frozen")
+def test_while_a_layer_under_the_old_weight_norm_is_frozen_the_weights_wait(tmp_path, engine, spec):
+    class Freezing(TrunkAndHeads):
+        def __init__(self):
+            super().__init__()
+            old_weight_norm(self.trunk[2])
+
+        def shared_layer(self):
+            return spec
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.trunk[2].requires_grad_(batch_idx < 2)
+
+    callback, weights = GradNormCallback(engine=engine), []
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, *args):
+            weights.append(tuple(callback.weights.values()))
+
+    quiet_trainer(tmp_path, callbacks=[callback, Note()]).fit(Freezing(), batches(4))
+    assert {"trunk.2.weight_g", "trunk.2.weight_v"} <= set(callback.shared.names)
+    assert weights[0] != weights[1] == weights[2] == weights[3]
 
 
 def test_the_way_out_is_one(tmp_path):

@@ -26,7 +26,7 @@ class AdaptiveNormalizedLoss(RuleBalancer):
         decay: β of the average, at least 0 and below 1.
         floor: least μ_i, above 0, in the losses' units.
         tasks: all tasks' names, if they are to be fixed from the start.
-        update_every: the averages take the first and every so-manieth optimiser step.
+        update_every: of how many optimiser steps one enters the averages.
 
     Raises:
         ValueError: for a setting outside its range; for a negative loss.

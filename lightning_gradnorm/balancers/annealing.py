@@ -10,6 +10,7 @@ from lightning_gradnorm.balancers.checks import check_choice, check_range
 from lightning_gradnorm.balancers.rule import RuleBalancer
 from lightning_gradnorm.balancers.scale import LEAST
 from lightning_gradnorm.measurement import Measurement
+from lightning_gradnorm.plain import plain_name
 
 Form = Literal["max_mean", "norm"]
 
@@ -40,8 +41,8 @@ class LearningRateAnnealing(RuleBalancer):
         reference: the task that keeps weight 1, for ``"max_mean"``.
         form: ``"max_mean"`` or ``"norm"``.
         decay: β, at least 0 and below 1 (0.9 in both sources).
-        update_every: the weights are updated on the first and every so-manieth optimiser step; 10 in the paper for
-            ``"max_mean"`` (the default), 1000 in the later source for ``"norm"``.
+        update_every: of how many optimiser steps one is measured and updates the weights; 10 in the paper for ``"max_mean"``
+            (the default), 1000 in the later source for ``"norm"``.
         tasks: all tasks' names, if they are to be fixed from the start.
 
     Raises:
@@ -57,14 +58,15 @@ class LearningRateAnnealing(RuleBalancer):
         update_every: int = 10,
         tasks: Iterable[str] | None = None,
     ) -> None:
-        check_choice("form", form, get_args(Form))
-        if (form == "max_mean") != (reference is not None):
+        self.form = check_choice("form", form, get_args(Form))
+        self.reference = None if reference is None else plain_name(reference)
+        if (self.form == "max_mean") != (self.reference is not None):
             raise ValueError(
-                f"form='max_mean' goes with reference='task', the residual's name, and form='norm' without: got form={form!r} "
-                f"with reference={reference!r}."
+                "form='max_mean' goes with reference='task', the residual's name, and form='norm' without: got "
+                f"form={self.form!r} with reference={self.reference!r}."
             )
-        self.reference, self.form, self.decay = reference, form, check_range("decay", decay, at_least=0, below=1)
-        self.needs = ("gradient_maxima", "gradient_means") if form == "max_mean" else ("gradient_norms",)
+        self.decay = check_range("decay", decay, at_least=0, below=1)
+        self.needs = ("gradient_maxima", "gradient_means") if self.form == "max_mean" else ("gradient_norms",)
         super().__init__(tasks=tasks, update_every=update_every)
 
     def settings(self) -> dict[str, Any]:

@@ -1,15 +1,22 @@
 """The contract of a loss balancer: what every method promises, and what it may know."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.losses import check_task_names, weighted_sum
-from lightning_gradnorm.measurement import Measurement, widest_float
+from lightning_gradnorm.balancers.checks import check_whole
+from lightning_gradnorm.balancers.idle import mask_of, spread, without_idle
+from lightning_gradnorm.balancers.names import NamedTasks
+from lightning_gradnorm.balancers.part import Part
+from lightning_gradnorm.balancers.schedule import is_measured
+from lightning_gradnorm.losses import weighted_sum
+from lightning_gradnorm.measurement import Measurement, reading_is_free, widest_float
+from lightning_gradnorm.plain import plain_names
 
 _NORMS = (
     "each task's gradient on the shared layer, and the measurement has none. Read them with JointBackward, or use "
@@ -24,20 +31,7 @@ _WAYS_TO = {  # field of a measurement → what is said where it is missing
 }
 
 
-class Part(Protocol):
-    """A piece of a method that learns: reset, saved and restored with it."""
-
-    def reset(self) -> None:
-        """Forget what was learnt."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was learnt, as plain tensors, numbers, strings, lists and dicts."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state from ``state_dict``."""
-
-
-class LossBalancer(ABC):
+class LossBalancer(NamedTasks, ABC):
     """Weighs the losses of several tasks, and changes the weights from what each step measured.
 
     The total loss at step t depends only on the losses and on state from before t; ``update`` gives the weights of step
@@ -46,20 +40,25 @@ class LossBalancer(ABC):
     needs no Trainer.
 
     Tasks have names. They are learnt from the measurements, or declared. A task that is absent from a step keeps its
-    weight; a new one starts at its first weight, one by default.
+    weight; a new one starts at its first weight, one by default. To a method that reads gradients a task whose gradient is
+    exactly zero is absent: it has nothing to learn from the step.
 
     A method declares what it needs and what it remembers as class attributes, and implements ``_update``; or it derives
     from ``RuleBalancer`` and implements one function of the measurement and the remembered vectors.
 
     Args:
         tasks: all tasks' names, if they are to be fixed from the start; any other name is then an error.
-        update_every: the weights are updated on the first and every so-manieth optimiser step; the others measure nothing.
+        update_every: the weights are updated on the first optimiser step and then on one in so many, at a place that moves
+            so that tasks which take turns are all met (``is_measured``); the others measure nothing.
 
     Attributes:
         tasks: the names known so far, ``T`` of them; the order of every vector of state.
         steps: optimiser steps seen.
-        skipped_updates: scalar int64 tensor; updates skipped because a loss or gradient was not finite.
-        diagnostics: tag → what the last update computed, one entry per task of its measurement; for people to watch.
+        skipped_updates: scalar int64 tensor; updates skipped because a loss or gradient was not finite, or no task had one.
+        idle_steps: int64, shape ``[T]``; for methods that read gradients, the measured steps in which the task was there and
+            had none.
+        diagnostics: tag → what the last update computed, one entry per task of its measurement, for people to watch; NaN for
+            a task that did not take part, except for its norm of 0.
         frozen: while true, ``update`` measures and computes its diagnostics, and every weight stays as it is.
         needs: the fields of ``Measurement``, beside the losses, that the method cannot do without.
     """
@@ -70,20 +69,16 @@ class LossBalancer(ABC):
     _parts: Mapping[str, Part] = MappingProxyType({})  # name in the state → part; set before this constructor runs
 
     def __init__(self, *, tasks: Iterable[str] | None = None, update_every: int = 1) -> None:
-        if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
-            raise ValueError(f"update_every is a whole number of steps, 1 or more; got {update_every!r}.")
-        if isinstance(tasks, str):
-            raise TypeError(f"tasks is a list of names, got the string {tasks!r}. Write tasks=[{tasks!r}].")
-        self._declared = None if tasks is None else tuple(tasks)
-        check_task_names(self._declared or ())
-        self.update_every = update_every
+        self.update_every = check_whole("update_every", update_every, "a whole number of steps, 1 or more", at_least=1)
+        super().__init__(tasks)
         self.frozen = False
         self._clear()
 
     def _clear(self) -> None:
-        self.tasks: tuple[str, ...] = ()
+        self.tasks = ()
         self.steps = 0
         self.skipped_updates = torch.zeros((), dtype=torch.int64)
+        self.idle_steps = torch.zeros(0, dtype=torch.int64)
         self.diagnostics: dict[str, Tensor] = {}
         self._weights = torch.ones(0, dtype=torch.float64)
         self._memory = {name: self._weights.clone() for name, _ in self._remembers}
@@ -101,14 +96,9 @@ class LossBalancer(ABC):
         return dict(zip(self.tasks, self._weights.tolist(), strict=True))
 
     @property
-    def known_tasks(self) -> tuple[str, ...]:
-        """The tasks learnt so far, or else the declared ones."""
-        return self.tasks or self._declared or ()
-
-    @property
     def due(self) -> bool:
-        """Whether the step to come needs a measurement: the first, and every ``update_every``-th."""
-        return self.steps == 0 or (self.steps + 1) % self.update_every == 0
+        """Whether the step to come needs a measurement; see ``is_measured``."""
+        return is_measured(self.steps, self.update_every)
 
     @property
     def needs_gradients(self) -> bool:
@@ -135,6 +125,7 @@ class LossBalancer(ABC):
         tasks = tuple(tasks)
         if tasks == self.tasks:
             return self._weights.clone()
+        tasks = plain_names(tasks)
         self._check_names(tasks)
         new = [task for task in tasks if task not in self.tasks]
         weights = torch.cat([self._weights, self._weights.new_tensor([self._first_weight(task) for task in new])])
@@ -164,18 +155,44 @@ class LossBalancer(ABC):
         """
         self.diagnostics = {}
         if measurement is not None and measurement.tasks:
-            self._check_names(measurement.tasks)
-            self._check(measurement)
-            self._learn(measurement.tasks, measurement.losses.device)
-            positions = [self.tasks.index(task) for task in measurement.tasks]
-            before = self._weights.clone() if self.frozen else None
-            self._update(
-                measurement,
-                None if positions == list(range(len(self.tasks))) else torch.tensor(positions, device=self._weights.device),
-            )
-            if before is not None:
-                self._weights = before
+            plain = plain_names(measurement.tasks)
+            self._take(measurement if plain is measurement.tasks else measurement._replace(tasks=plain))
         self.steps += 1
+
+    def _take(self, measurement: Measurement) -> None:
+        self._check_names(measurement.tasks)
+        self._check(measurement)
+        active, taking_part = self._mask(measurement), measurement
+        if self._may_read(measurement):
+            self._check_losses(measurement, active)
+            taking_part = without_idle(measurement, active)
+        self._learn(measurement.tasks, measurement.losses.device)
+        if active is not None:
+            positions = self._positions(measurement.tasks)
+            self.idle_steps[slice(None) if positions is None else positions] += ~active
+        before = self._weights.clone() if self.frozen else None
+        self._update(taking_part, self._positions(taking_part.tasks))
+        if taking_part is not measurement:
+            self.diagnostics = {tag: spread(tag, vector, active) for tag, vector in self.diagnostics.items()}
+        if before is not None:
+            self._weights = before
+
+    def _positions(self, tasks: Sequence[str]) -> Tensor | None:
+        """Where these stand in ``tasks``; ``None`` where they are all of them, in order."""
+        positions = [self.tasks.index(task) for task in tasks]
+        return None if positions == list(range(len(self.tasks))) else torch.tensor(positions, device=self._weights.device)
+
+    def _may_read(self, measurement: Measurement) -> bool:
+        """Whether numbers may be asked for: elsewhere than on the CPU the host would wait, so only until all is settled."""
+        return reading_is_free(measurement.losses) or not self._is_settled(measurement.tasks)
+
+    def _is_settled(self, tasks: Sequence[str]) -> bool:
+        """Whether nothing is learnt of these tasks once and for all any more."""
+        return set(tasks) <= set(self.tasks)
+
+    def _mask(self, measurement: Measurement) -> Tensor | None:
+        """Which tasks have a gradient, boolean, shape ``[T]``; ``None`` where all have, or the method reads none."""
+        return mask_of(measurement, self.needs)
 
     def end_epoch(self) -> None:
         """A training epoch has ended; for methods that compare epochs."""
@@ -193,7 +210,9 @@ class LossBalancer(ABC):
         return {
             "tasks": list(self.tasks),
             "steps": self.steps,
+            "method": self.state_name,
             "skipped_updates": self.skipped_updates.clone(),
+            "idle_steps": self.idle_steps.clone(),
             "weights": self._weights.clone(),
             "memory": {name: vector.clone() for name, vector in self._memory.items()},
             **{name: part.state_dict() for name, part in self._parts.items()},
@@ -203,42 +222,32 @@ class LossBalancer(ABC):
         """Take up a state from ``state_dict``.
 
         Raises:
-            ValueError: if it holds other tasks than the declared ones.
+            ValueError: if it is of another method, or holds other tasks than the declared ones; no state changes.
         """
-        self._check_declared(state["tasks"])
+        self._check_method(state)
+        tasks = plain_names(state["tasks"])
+        self._check_declared(tasks)
         self._clear()
-        self.tasks = tuple(state["tasks"])
+        self.tasks = tasks
         self.steps = int(state["steps"])
         self.skipped_updates = state["skipped_updates"].clone()
         self._weights = state["weights"].clone()
+        idle = state.get("idle_steps")  # not in the states of 0.1
+        self.idle_steps = torch.zeros_like(self._weights, dtype=torch.int64) if idle is None else idle.clone()
         self._memory = {name: state["memory"][name].clone() for name, _ in self._remembers}
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
 
-    def _check_names(self, tasks: Sequence[str]) -> None:
-        if not tasks:
-            raise ValueError(f"{type(self).__name__} weighs at least one task's loss, got none.")
-        check_task_names((*self.known_tasks, *(task for task in tasks if task not in self.known_tasks)))
-        self._check_declared(tasks)
-
-    def _check_declared(self, tasks: Iterable[str]) -> None:
-        unknown = [task for task in tasks if self._declared is not None and task not in self._declared]
-        if unknown:
+    def _check_method(self, state: Mapping[str, Any]) -> None:
+        own = [cls.__name__ for cls in type(self).__mro__ if issubclass(cls, LossBalancer)]
+        method = state.get("method", self.state_name)  # not in the states of 0.1
+        lacking = {"tasks", "weights", *self._parts} - set(state)
+        lacking |= {name for name, _ in self._remembers} - set(state.get("memory", ()))
+        if lacking or method not in own:
+            found = f"of {method}" if "method" in state else f"without {', '.join(map(repr, sorted(lacking)))}"
             raise ValueError(
-                f"Unknown task{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}: {type(self).__name__} was "
-                "given "
-                f"tasks={list(self._declared or ())}. Add the name there, or leave tasks out to have the names learnt."
-            )
-
-    def _check_named(self, setting: str, names: Iterable[str], measurement: Measurement) -> None:
-        """Refuse a setting that names what is no task."""
-        known = {*self.known_tasks, *measurement.tasks, *(self._declared or ())}
-        unknown = [task for task in names if task not in known]
-        if unknown:
-            raise ValueError(
-                f"{setting} names {', '.join(map(repr, unknown))}, which is no task: the tasks are "
-                f"{', '.join(map(repr, sorted(known)))}. "
-                "Correct the name; if the task appears only in later batches, list all names with tasks=[…]."
+                f"{self.state_name} takes up a state of its own, and this one is {found}. Load it into the method that it is "
+                "from, or start anew without it."
             )
 
     def _learn(self, tasks: Iterable[str], device: torch.device) -> None:
@@ -252,6 +261,7 @@ class LossBalancer(ABC):
             self.tasks = wanted
             first = [self._first_weight(task) for task in wanted[-new:]]
             self._weights = torch.cat([self._weights, self._weights.new_tensor(first)])
+            self.idle_steps = torch.cat([self.idle_steps, self.idle_steps.new_zeros(new)])
             for name, entry in self._remembers:
                 self._memory[name] = torch.cat([self._memory[name], self._weights.new_full((new,), entry)])
 
@@ -259,7 +269,7 @@ class LossBalancer(ABC):
         dtype = widest_float(device)
         self._weights = self._weights.to(device, dtype)
         self._memory = {name: vector.to(device, dtype) for name, vector in self._memory.items()}
-        self.skipped_updates = self.skipped_updates.to(device)
+        self.skipped_updates, self.idle_steps = self.skipped_updates.to(device), self.idle_steps.to(device)
 
     def _first_weight(self, task: str) -> float:
         """The weight that the task's first step applies."""
@@ -270,18 +280,27 @@ class LossBalancer(ABC):
         for name in self.needs:
             if getattr(measurement, name) is None:
                 raise ValueError(f"{type(self).__name__} needs {_WAYS_TO[name]}")
-        # Elsewhere than on the CPU, asking would make the host wait; there it is asked until all tasks are known.
-        asks = self.needs_positive_losses and (measurement.losses.device.type == "cpu" or self.tasks != measurement.tasks)
-        if asks:
+
+    def _check_losses(self, measurement: Measurement, active: Tensor | None) -> None:
+        """Raise on a loss that the method cannot use, before any state changes.
+
+        Args:
+            measurement: read only where that is free, and elsewhere until all its tasks are settled.
+            active: which tasks have a gradient, boolean, shape ``[T]``; ``None`` for all.
+        """
+        if self.needs_positive_losses:
             self._check_not_negative(measurement.tasks, measurement.losses)
 
     def _check_not_negative(self, tasks: Iterable[str], losses: Tensor) -> None:
-        for task, loss in zip(tasks, losses.tolist(), strict=True):
-            if loss < 0:
+        values = losses.tolist()
+        if not min(values) < 0:
+            return
+        for task, loss in zip(tasks, values, strict=True):
+            if -math.inf < loss < 0:  # what is not finite has the step skipped
                 raise ValueError(
                     f"{type(self).__name__} compares losses by their ratios, so none may be negative; the loss of task "
-                    f"{task!r} is {loss:g}. Add a constant to it, or choose a method that reads gradients, such as GradNorm "
-                    "with initial_losses given."
+                    f"{task!r} is {loss:g}. Add a constant to it, or take a method that needs no ratios, such as "
+                    "GradNorm(alpha=0)."
                 )
 
     @abstractmethod
@@ -291,4 +310,7 @@ class LossBalancer(ABC):
         Args:
             measurement: of the tasks that took part.
             positions: where they stand in ``tasks``; ``None`` where they are all of them, in order.
+
+        Tasks without a gradient are left out where it costs nothing to know them. Elsewhere, and where no task has any, they
+        are among the others: ``_mask`` tells which take part.
         """

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.balancers.checks import check_range
+from lightning_gradnorm.balancers.checks import check_per_task, check_range, is_per_task
 from lightning_gradnorm.balancers.rule import RuleBalancer
 from lightning_gradnorm.balancers.scale import LEAST
 from lightning_gradnorm.measurement import Measurement
@@ -33,7 +33,7 @@ class DynamicTaskPrioritization(RuleBalancer):
         smoothing: a of κ̄ ← a κ + (1 − a) κ̄, above 0 and at most 1.
         floor: least indicator.
         tasks: all tasks' names, if they are to be fixed from the start.
-        update_every: the weights are updated on the first and every so-manieth optimiser step.
+        update_every: of how many optimiser steps one is measured and updates the weights.
 
     Raises:
         ValueError: for a setting outside its range; at an update, for an indicator that is missing or not between 0 and 1.
@@ -51,8 +51,8 @@ class DynamicTaskPrioritization(RuleBalancer):
         tasks: Iterable[str] | None = None,
         update_every: int = 1,
     ) -> None:
-        per_task = dict(gamma) if isinstance(gamma, Mapping) else {}
-        self.gamma = check_range("gamma", 1.0 if isinstance(gamma, Mapping) else gamma, at_least=0)
+        per_task = check_per_task("gamma", gamma) if is_per_task(gamma) else {}
+        self.gamma = check_range("gamma", 1.0 if is_per_task(gamma) else gamma, at_least=0)
         self.gammas = {task: check_range(f"gamma of task {task!r}", value, at_least=0) for task, value in per_task.items()}
         self.smoothing = check_range("smoothing", smoothing, above=0, at_most=1)
         self.floor = check_range("floor", floor, above=0, below=1)

@@ -25,7 +25,7 @@ class DynamicWeightAverage(RuleBalancer):
     Args:
         temperature: τ > 0; the larger, the more even the weights (the paper: 2).
         tasks: all tasks' names, if they are to be fixed from the start.
-        update_every: the epoch's means are over the first and every so-manieth optimiser step.
+        update_every: of how many optimiser steps one enters the epoch's means.
 
     Raises:
         ValueError: for a setting outside its range; for a negative loss.

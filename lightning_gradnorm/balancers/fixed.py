@@ -1,14 +1,12 @@
 """Weights that do not move: equal ones, and given ones (GradNorm static, Chen et al., ICML 2018, sections 5.2 and 5.3)."""
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
-from lightning_gradnorm.balancers.checks import check_choice
+from lightning_gradnorm.balancers.checks import check_choice, check_per_task, check_range, check_that, is_per_task
 from lightning_gradnorm.balancers.rule import RuleBalancer
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.weights_file import read_weights
@@ -43,12 +41,12 @@ class FixedWeights(RuleBalancer):
     """
 
     def __init__(self, weights: Mapping[str, float], *, update_every: int = 1) -> None:
-        if not isinstance(weights, Mapping) or not weights:
-            raise ValueError(f"weights is a dict of task name → weight, with every task in it; got {weights!r}.")
-        for task, weight in weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-                raise ValueError(f"The weight of task {task!r} is a finite number above 0; got {weight!r}.")
-        self.given = {task: float(weight) for task, weight in weights.items()}
+        rule = "a dict of task name → weight, with every task in it"
+        check_that("weights", weights, is_per_task(weights) and len(weights) > 0, rule)
+        self.given = {
+            task: check_range(f"The weight of task {task!r}", weight, above=0)
+            for task, weight in check_per_task("weights", weights, rule).items()
+        }
         super().__init__(tasks=self.given, update_every=update_every)
 
     @classmethod
@@ -64,15 +62,14 @@ class FixedWeights(RuleBalancer):
             FileNotFoundError: if there is no such file.
             ValueError: if it does not hold what such a file holds; the message says what is missing.
         """
-        check_choice("statistic", statistic, get_args(Statistic))
-        return cls(read_weights(path, statistic))
+        return cls(read_weights(path, check_choice("statistic", statistic, get_args(Statistic))))
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"weights": dict(self.given)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._weights = torch.tensor([self.given[task] for task in self.tasks]).to(self._weights)  # those given here and now
+        self._weights = self._weights.new_tensor([self.given[task] for task in self.tasks])  # those given here and now
 
     def _first_weight(self, task: str) -> float:
         return self.given[task]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers.rule import RuleBalancer
-from lightning_gradnorm.measurement import Measurement, stack_scalars
+from lightning_gradnorm.measurement import Measurement, reading_is_free, stack_scalars
 
 _LEAST_LOSS = 1e-30
 
@@ -37,7 +37,7 @@ class GeometricLoss(RuleBalancer):
     def weights_at(self, losses: Mapping[str, Tensor]) -> Tensor:
         self._check_names(tuple(losses))
         stacked = stack_scalars(losses.values())
-        if stacked.device.type == "cpu":  # elsewhere, asking would make the host wait
+        if reading_is_free(stacked):
             self._check_not_negative(losses, stacked)
         return geometric_weights(stacked)
 

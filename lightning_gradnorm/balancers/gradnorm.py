@@ -1,74 +1,50 @@
-"""GradNorm (Chen, Badrinarayanan, Lee, Rabinovich, ICML 2018, arXiv 1711.02257).
-
-Symbols of the paper, and names here: L̃_i ``loss_ratio``; r_i ``relative_inverse_training_rate``; G_i ``gradient_norm`` of
-the weighted loss, w_i n_i; Ḡ r_i^α ``target_norm``; L_grad ``gradnorm_loss``. All vectors have shape ``[T]``.
-"""
+"""GradNorm (Chen, Badrinarayanan, Lee, Rabinovich, ICML 2018, arXiv 1711.02257); its equations are in a file of their own."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers.base import LossBalancer
-from lightning_gradnorm.balancers.checks import check_choice, check_that
+from lightning_gradnorm.balancers.checks import check_choice, check_factory, check_number, check_per_task
+from lightning_gradnorm.balancers.gradnorm_equations import (
+    balanced_weights,
+    gradnorm_gradient,
+    gradnorm_loss,
+    loss_ratios,
+    mean_among,
+    relative_inverse_training_rates,
+    sum_among,
+    target_norms,
+    where_active,
+)
 from lightning_gradnorm.balancers.initial_losses import InitialLosses, InitialLossTracker
 from lightning_gradnorm.balancers.optimizer import OptimizerFactory, VectorOptimizer
-from lightning_gradnorm.balancers.scale import ScaleRule, scale_to_reference, scale_to_sum, scale_towards_gradient
-from lightning_gradnorm.measurement import Measurement
+from lightning_gradnorm.balancers.scale import (
+    LEAST,
+    Bound,
+    ScaleRule,
+    scale_to_reference,
+    scale_to_sum,
+    scale_towards_gradient,
+)
+from lightning_gradnorm.measurement import Measurement, reading_is_free
+from lightning_gradnorm.plain import plain_name
+
+__all__ = [
+    "GradNorm",
+    "Update",
+    "balanced_weights",
+    "gradnorm_gradient",
+    "gradnorm_loss",
+    "loss_ratios",
+    "relative_inverse_training_rates",
+    "target_norms",
+]
 
 Update = Literal["log", "paper", "closed_form"]
-
-
-def loss_ratios(losses: Tensor, initial_losses: Tensor) -> Tensor:
-    """L̃_i = L_i(t) / L_i(0): how much of the loss is left, the *inverse* training rate (section 3.1)."""
-    return losses / initial_losses
-
-
-def relative_inverse_training_rates(ratios: Tensor) -> Tensor:
-    """r_i = L̃_i / mean_j L̃_j: above 1 for a task that trains slowly (section 3.1)."""
-    return ratios / ratios.mean()
-
-
-def target_norms(
-    gradient_norms: Tensor, rates: Tensor, alpha: float, *, priorities: Tensor | None = None, feasible: bool = True
-) -> Tensor:
-    """Ḡ r_i^α (equation 1): what the weighted gradient norms should be; a constant for L_grad.
-
-    The norms average to Ḡ and the printed targets, in general, do not, so they cannot be met unless α is 0 or 1 or all
-    rates are equal. ``feasible`` divides them by mean_j r_j^α, after which they can.
-
-    Args:
-        gradient_norms: G_i = w_i n_i, shape ``[T]``.
-        rates: r_i, shape ``[T]``.
-        alpha: strength of the pull towards equal training rates; at 0 all norms are pulled together.
-        priorities: relative importance of the tasks, a factor of the targets; not in the paper.
-        feasible: a deviation from the printed equation; ``False`` for the printed one.
-    """
-    shares = rates**alpha
-    if priorities is not None:
-        shares = shares * (priorities / priorities.mean())
-    return gradient_norms.mean() * (shares / shares.mean() if feasible else shares)
-
-
-def gradnorm_loss(gradient_norms: Tensor, targets: Tensor) -> Tensor:
-    """L_grad = Σ_i |G_i − target_i| (equation 2), scalar."""
-    return (gradient_norms - targets).abs().sum()
-
-
-def gradnorm_gradient(gradient_norms: Tensor, targets: Tensor, unweighted_norms: Tensor) -> Tensor:
-    """∂L_grad/∂w_i = sign(G_i − target_i) n_i, with the targets constant (Algorithm 1); no second-order graph is needed.
-
-    With G_i in the place of n_i it is ∂L_grad/∂log w_i.
-    """
-    return torch.sign(gradient_norms - targets) * unweighted_norms
-
-
-def balanced_weights(unweighted_norms: Tensor, rates: Tensor, alpha: float, *, priorities: Tensor | None = None) -> Tensor:
-    """w_i ∝ r_i^α / n_i: where L_grad with the feasible target is 0; up to their common factor."""
-    shares = rates**alpha if priorities is None else rates**alpha * priorities
-    return shares / unweighted_norms
 
 
 class GradNorm(LossBalancer):
@@ -102,15 +78,16 @@ class GradNorm(LossBalancer):
         update: ``"log"``, the gradient of L_grad / Ḡ applied to log w; ``"paper"``, Algorithm 1 as printed; ``"closed_form"``,
             w_i ∝ r_i^α / n_i in an exponential average of log w.
         optimizer: factory of the weights' optimiser, called as ``optimizer([weights], lr=lr)``.
-        initial_losses: L_i(0): ``"first"`` measurement, the mean of the first N (an int; weights stay at 1 until then),
-            or given per task, in the loss's units.
+        initial_losses: L_i(0): ``"first"`` measurement, the mean of the first N (an int; a task's weight stays as it is
+            until then), or given per task, in the loss's units. With ``alpha=0`` no ratio is used, and nothing waits for it.
         scale: the common factor of the weights. ``"gradient"``, the default: Σ w_i n_i = Σ n_i, so the size of the shared
             gradient stays that of the plain sum; approached with ``ema_decay``, or the factor would jump from batch to batch.
             ``"sum"``: Σ w_i = T, the paper's, and the default of ``update="paper"``. ``"reference"``: the task named by
             ``reference`` keeps weight 1.
         reference: the task whose weight stays 1; it implies ``scale="reference"``.
-        update_every: the weights are updated on the first and every so-manieth optimiser step; the others cost nothing.
-        min_weight: least weight, above 0 and at most 1.
+        update_every: the weights are updated on the first optimiser step and then on one in so many, at a place that moves
+            so that tasks which take turns are all met; the others cost nothing.
+        min_weight: least weight, above 0 and at most 1. Bounds are of the weights that are applied, after the scale rule.
         max_weight: greatest weight, at least 1; ``None`` for no bound.
         priorities: relative importance per task, above 0, a factor of the targets; 1 for tasks not named.
         ema_decay: β of the averages: of ``"closed_form"``, log w ← β log w + (1 − β) log ŵ, and of ``scale="gradient"``,
@@ -119,7 +96,8 @@ class GradNorm(LossBalancer):
 
     Raises:
         ValueError: for a setting outside its range, or a name in ``initial_losses``, ``priorities`` or ``reference`` that
-            is no task (at the first update, when the names are known).
+            is no task (at the first update, when the names are known); with ``alpha`` above 0, for a loss below 0, or an L_i(0)
+            that is not above 0.
     """
 
     needs = ("gradient_norms",)
@@ -141,39 +119,39 @@ class GradNorm(LossBalancer):
         ema_decay: float = 0.9,
         tasks: Iterable[str] | None = None,
     ) -> None:
+        no_sum = "or no weights could sum to the number of tasks"
+        effects = "at least 0: at 0 all norms are pulled together, at 1.5 slow tasks are favoured"
+        self.alpha = check_number("alpha", alpha, lambda value: 0 <= value < math.inf, effects)
+        self.lr = check_number("lr", lr, lambda value: 0 <= value < math.inf, "at least 0")
+        self.ema_decay = check_number("ema_decay", ema_decay, lambda value: 0 <= value < 1, "at least 0 and below 1")
+        self.min_weight = check_number(
+            "min_weight", min_weight, lambda value: 0 < value <= 1, f"above 0 and at most 1, {no_sum}"
+        )
         upper = math.inf if max_weight is None else max_weight
-        check_that(
-            "alpha",
-            alpha,
-            0 <= alpha < math.inf,
-            "at least 0: at 0 all norms are pulled together, at 1.5 slow tasks are favoured",
+        self.max_weight = check_number(
+            "max_weight", upper, lambda value: value >= 1, f"at least 1, {no_sum}; None for no bound"
         )
-        check_that("lr", lr, 0 <= lr < math.inf, "at least 0")
-        check_that("ema_decay", ema_decay, 0 <= ema_decay < 1, "at least 0 and below 1")
-        check_that(
-            "min_weight",
-            min_weight,
-            0 < min_weight <= 1,
-            "above 0 and at most 1, or no weights could sum to the number of tasks",
-        )
-        check_that(
-            "max_weight", upper, upper >= 1, "at least 1, or no weights could sum to the number of tasks; None for no bound"
-        )
-        check_choice("update", update, get_args(Update))
+        # The bounds are of the weights that are applied; on the way there, these are what any arithmetic can bear.
+        self._bearable = min(self.min_weight, LEAST), max(self.max_weight, 1 / LEAST)
+        self.update_rule = check_choice("update", update, get_args(Update))
+        self.reference = None if reference is None else plain_name(reference)
         if scale is None:
-            scale = "reference" if reference is not None else "sum" if update == "paper" else "gradient"
-        check_choice("scale", scale, get_args(ScaleRule))
-        if (scale == "reference") != (reference is not None):
+            scale = "reference" if reference is not None else "sum" if self.update_rule == "paper" else "gradient"
+        self.scale = check_choice("scale", scale, get_args(ScaleRule))
+        if (self.scale == "reference") != (reference is not None):
             raise ValueError(
-                f"scale='reference' and reference='task' go together: got scale={scale!r} with reference={reference!r}. "
-                "Name the task whose weight stays 1, or choose another scale rule."
+                f"scale='reference' and reference='task' go together: got scale={self.scale!r} with "
+                f"reference={self.reference!r}. Name the task whose weight stays 1, or choose another scale rule."
             )
-        for task, priority in (priorities or {}).items():
-            check_that(f"priority of task {task!r}", priority, 0 < priority < math.inf, "above 0; 1 is the usual importance")
-        self.alpha, self.lr, self.update_rule, self.scale, self.reference = float(alpha), float(lr), update, scale, reference
-        self.min_weight, self.max_weight, self.ema_decay = float(min_weight), float(upper), float(ema_decay)
-        self.priorities = {task: float(priority) for task, priority in (priorities or {}).items()}
+        self.priorities = {
+            task: check_number(
+                f"priority of task {task!r}", value, lambda number: 0 < number < math.inf, "above 0; 1 is the usual importance"
+            )
+            for task, value in check_per_task("priorities", priorities).items()
+        }
+        self.needs_positive_losses = self.alpha > 0
         self._initial_losses = InitialLossTracker(initial_losses)
+        check_factory("optimizer", optimizer)
         self._optimizer = VectorOptimizer(optimizer, self.lr)
         self._parts = {"initial_losses": self._initial_losses, "optimizer": self._optimizer}
         super().__init__(tasks=tasks, update_every=update_every)
@@ -206,32 +184,52 @@ class GradNorm(LossBalancer):
         self._check_named("initial_losses", self._initial_losses.given, measurement)
         self._check_named("priorities", self.priorities, measurement)
         self._check_named("reference", (self.reference,) if self.reference else (), measurement)
-        self._initial_losses.check(measurement)
+
+    def _check_losses(self, measurement: Measurement, active: Tensor | None) -> None:
+        if self.alpha > 0:
+            self._initial_losses.check(measurement, active)
+        super()._check_losses(measurement, active)
+
+    def _is_settled(self, tasks: Sequence[str]) -> bool:
+        return super()._is_settled(tasks) and self._initial_losses.knows_all(tasks)
 
     def _update(self, measurement: Measurement, positions: Tensor | None) -> None:
-        norms = measurement.gradient_norms
-        initial = self._initial_losses.observe(measurement)
-        assert norms is not None, "the contract has checked it"
-        if initial is None:
-            self.skipped_updates += ~(measurement.losses + norms).sum().isfinite()
-            return
-        norms = norms.to(self._weights)
+        assert measurement.gradient_norms is not None, "the contract has checked it"
+        norms, losses = measurement.gradient_norms.to(self._weights), measurement.losses.to(self._weights)
+        with_gradient = self._mask(measurement)
+        initial = self._initial_losses.observe(measurement, with_gradient).to(self._weights)
+        active = with_gradient
+        if self.alpha > 0:  # a ratio needs an L(0): until it is known, the task is as if absent
+            known = self._initial_losses.known(measurement.tasks, norms)
+            active = known if active is None else active if known is None else active & known
+            if known is not None and not known.any():
+                self.skipped_updates += ~(sum_among(losses + norms, with_gradient).isfinite() & (norms.sum() > 0))
+                return
         weights = self._weights if positions is None else self._weights[positions]
-        ratios = loss_ratios(measurement.losses.to(self._weights), initial.to(self._weights))
-        rates = relative_inverse_training_rates(ratios)
+        ratios = loss_ratios(losses, initial)
+        rates = relative_inverse_training_rates(ratios, active)
         priorities = self._priorities_of(measurement.tasks)
         weighted = weights * norms
-        targets = target_norms(weighted, rates, self.alpha, priorities=priorities, feasible=self.update_rule != "paper")
+        feasible = self.update_rule != "paper"
+        targets = target_norms(weighted, rates, self.alpha, priorities=priorities, feasible=feasible, active=active)
         self.diagnostics = {"grad_norm": weighted, "target_norm": targets, "loss_ratio": ratios, "inverse_rate": rates}
+        if active is not None:
+            self.diagnostics |= {tag: self.diagnostics[tag].where(active, torch.nan) for tag in list(self.diagnostics)[1:]}
 
         # A sum carries any NaN or infinity of the losses or norms; where all norms are zero there is nothing to balance.
-        usable = (targets + ratios).sum().isfinite() & (norms.sum() > 0)
-        certain = usable.device.type == "cpu" and bool(usable)  # elsewhere than on the CPU, asking would make the host wait
-        new = self._step(weights, weighted, targets, norms, rates, priorities, None if certain else usable, positions)
-        new = self._rescale(new.clamp(self.min_weight, self.max_weight), norms, measurement.tasks, weights)
-        if not certain:
+        seen = sum_among(losses + targets, active)  # and the targets carry those of the norms
+        if active is not with_gradient:
+            seen = seen + sum_among(losses + norms, with_gradient)
+        usable = seen.isfinite() & (sum_among(norms, active) > 0)
+        if self.alpha > 0 and not reading_is_free(usable):  # where it is, a negative loss was refused
+            usable = usable & (sum_among(ratios.clamp_max(0.0), active) == 0)
+        certain = active is None and reading_is_free(usable) and bool(usable)
+        accept = None if certain else usable.expand(weights.shape) if active is None else usable & active
+        new = self._step(weights, weighted, targets, norms, rates, priorities, active, accept, positions)
+        new = self._rescale(new.clamp(*self._bearable), norms, measurement.tasks, weights, active)
+        if accept is not None:
             self.skipped_updates += ~usable
-            new = torch.where(usable, new, weights)
+            new = torch.where(accept, new, weights)
         if positions is None:
             self._weights = new
         else:
@@ -248,33 +246,48 @@ class GradNorm(LossBalancer):
         norms: Tensor,
         rates: Tensor,
         priorities: Tensor | None,
-        usable: Tensor | None,
+        active: Tensor | None,
+        accept: Tensor | None,
         positions: Tensor | None,
     ) -> Tensor:
-        """The new weights before they are rescaled, shape ``[T]``."""
+        """The new weights before they are rescaled, shape ``[T]``; of tasks that do not take part, anything."""
         if self.update_rule == "closed_form":
-            # A gradient of exactly zero asks for an infinite weight; that task waits.
-            moves = norms > 0
-            wanted = torch.where(moves, balanced_weights(norms, rates, self.alpha, priorities=priorities), 0.0)
-            wanted = wanted * (torch.where(moves, weights, 0.0).sum() / wanted.sum())
-            log_wanted = wanted.clamp(self.min_weight, self.max_weight).log()
-            return torch.where(moves, self.ema_decay * weights.log() + (1 - self.ema_decay) * log_wanted, weights.log()).exp()
+            wanted = where_active(balanced_weights(norms, rates, self.alpha, priorities=priorities), active)
+            wanted = wanted * (sum_among(weights, active) / wanted.sum())
+            return (self.ema_decay * weights.log() + (1 - self.ema_decay) * wanted.clamp(*self._bearable).log()).exp()
         logarithmic = self.update_rule == "log"
         # Of L_grad / Ḡ on log w: a number without a unit, so that the losses' unit does not meet an optimiser's epsilon.
-        gradient = gradnorm_gradient(weighted, targets, weighted / weighted.mean() if logarithmic else norms)
+        scaled = weighted / mean_among(weighted, active) if logarithmic else norms
+        gradient = gradnorm_gradient(weighted, targets, scaled)
         values = self._weights.log() if logarithmic else self._weights
-        accept = None if usable is None else usable.expand(gradient.shape)
         stepped = self._optimizer.step(values, gradient, accept, positions)
         return stepped.exp() if logarithmic else stepped
 
-    def _rescale(self, weights: Tensor, norms: Tensor, tasks: tuple[str, ...], before: Tensor) -> Tensor:
-        """The weights on the scale rule's set, within the bounds."""
-        bounds = self.min_weight, self.max_weight
+    def _rescale(self, weights: Tensor, norms: Tensor, tasks: tuple[str, ...], before: Tensor, active: Tensor | None) -> Tensor:
+        """The weights on the scale rule's set, within the bounds; who does not take part keeps what it had."""
+        bounds: tuple[Bound, Bound] = (self.min_weight, self.max_weight)
+        if active is not None:
+            bounds = (before.where(~active, self.min_weight), before.where(~active, self.max_weight))
         if self.scale == "gradient":
-            return scale_towards_gradient(weights, norms, 1 - self.ema_decay, *bounds)
-        if self.scale == "reference" and self.reference in tasks:
-            return scale_to_reference(weights, tasks.index(self.reference), *bounds)
-        if self.scale == "reference":  # it is absent: the others share what they had
-            return scale_to_sum(weights, before.sum(), *bounds)
+            return scale_towards_gradient(weights, where_active(norms, active), 1 - self.ema_decay, *bounds)
+        if self.scale == "reference":
+            return self._rescale_to_reference(weights, tasks, before, active, bounds)
         absent = self._weights.sum() - before.sum() if len(tasks) < len(self.tasks) else 0.0
         return scale_to_sum(weights, len(self.tasks) - absent, *bounds)
+
+    def _rescale_to_reference(
+        self,
+        weights: Tensor,
+        tasks: tuple[str, ...],
+        before: Tensor,
+        active: Tensor | None,
+        bounds: tuple[Bound, Bound],
+    ) -> Tensor:
+        """Where the reference does not take part, the others share what they had."""
+        if self.reference not in tasks:
+            return scale_to_sum(weights, before.sum(), *bounds)
+        position = tasks.index(self.reference)
+        relative = scale_to_reference(weights, position, *bounds)
+        if active is None:
+            return relative
+        return torch.where(active[position], relative, scale_to_sum(weights, before.sum(), *bounds))

@@ -1,12 +1,13 @@
 """GradNorm without gradients: training rates alone decide (known from public code as "GradNormSimple")."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lightning_gradnorm.balancers.checks import check_range
-from lightning_gradnorm.balancers.gradnorm import loss_ratios, relative_inverse_training_rates
+from lightning_gradnorm.balancers.gradnorm_equations import loss_ratios, relative_inverse_training_rates
 from lightning_gradnorm.balancers.initial_losses import InitialLosses, InitialLossTracker
 from lightning_gradnorm.balancers.rule import RuleBalancer
 from lightning_gradnorm.balancers.scale import LEAST, scale_to_sum
@@ -21,15 +22,14 @@ class LossRatioBalancing(RuleBalancer):
 
     Args:
         alpha: α ≥ 0, how strongly slow tasks are favoured.
-        initial_losses: L_i(0): ``"first"``, the mean of the first N (an int), or given per task.
+        initial_losses: L_i(0): ``"first"``, the mean of the first N (an int; a task's weight stays as it is until then), or
+            given per task.
         tasks: all tasks' names, if they are to be fixed from the start.
-        update_every: the weights are updated on the first and every so-manieth optimiser step.
+        update_every: of how many optimiser steps one is measured and updates the weights.
 
     Raises:
-        ValueError: for a setting outside its range; for a negative loss.
+        ValueError: for a setting outside its range; with ``alpha`` above 0, for a negative loss.
     """
-
-    needs_positive_losses = True
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class LossRatioBalancing(RuleBalancer):
         update_every: int = 1,
     ) -> None:
         self.alpha = check_range("alpha", alpha, at_least=0)
+        self.needs_positive_losses = self.alpha > 0
         self._initial_losses = InitialLossTracker(initial_losses)
         self._parts = {"initial_losses": self._initial_losses}
         super().__init__(tasks=tasks, update_every=update_every)
@@ -49,13 +50,27 @@ class LossRatioBalancing(RuleBalancer):
 
     def _check(self, measurement: Measurement) -> None:
         super()._check(measurement)
-        self._initial_losses.check(measurement)
+        self._check_named("initial_losses", self._initial_losses.given, measurement)
+
+    def _check_losses(self, measurement: Measurement, active: Tensor | None) -> None:
+        super()._check_losses(measurement, active)
+        if self.alpha > 0:
+            self._initial_losses.check(measurement, active)
+
+    def _is_settled(self, tasks: Sequence[str]) -> bool:
+        return super()._is_settled(tasks) and self._initial_losses.knows_all(tasks)
 
     def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        initial = self._initial_losses.observe(measurement)
-        if initial is None:
+        initial, weights = self._initial_losses.observe(measurement), state["weights"]
+        known = self._initial_losses.known(measurement.tasks, weights) if self.alpha > 0 else None
+        if known is not None and not known.any():
             return {}
         ratios = loss_ratios(measurement.losses, initial.to(measurement.losses))
-        rates = relative_inverse_training_rates(ratios)
+        rates = relative_inverse_training_rates(ratios, known)
         self.diagnostics = {"loss_ratio": ratios, "inverse_rate": rates}
-        return {"weights": scale_to_sum(rates.clamp_min(LEAST) ** self.alpha, state["weights"].sum(), LEAST)}
+        powers = rates.clamp_min(LEAST) ** self.alpha
+        if known is None:
+            return {"weights": scale_to_sum(powers, weights.sum(), LEAST)}
+        # A task whose L(0) is not known yet keeps its weight, and the others share the rest.
+        bounds = weights.where(~known, LEAST), weights.where(~known, math.inf)
+        return {"weights": scale_to_sum(powers.where(known, weights), weights.sum(), *bounds)}

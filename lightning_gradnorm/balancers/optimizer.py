@@ -1,12 +1,15 @@
 """The weights' own optimiser: kept apart from the network's, and taken back where an update is refused."""
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_gradnorm.measurement import reading_is_free
 
 OptimizerFactory = Callable[..., Optimizer]
 
@@ -64,7 +67,7 @@ class VectorOptimizer:
             self._resize(values)
         if accept is None:
             return self._stepped(values, gradient)
-        if accept.device.type == "cpu" and not accept.any():  # elsewhere, asking what was accepted would make the host wait
+        if reading_is_free(accept) and not accept.any():
             return values
         memory = self._optimizer.state[self._vector]
         before = {key: value.clone() for key, value in memory.items() if isinstance(value, Tensor)}
@@ -106,9 +109,30 @@ class VectorOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's memory; its settings stay those of the constructor."""
-        return {"vector": self._vector.detach().clone(), "state": copy.deepcopy(self._optimizer.state_dict()["state"])}
+        memory = copy.deepcopy(self._optimizer.state_dict()["state"])
+        return {"vector": self._vector.detach().clone(), "state": memory, "optimizer": self.name}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a memory from ``state_dict``."""
+        """Take up a memory from ``state_dict``; one of another kind is left, with a warning, and starts anew."""
         self._build(state["vector"])
-        self._load(copy.deepcopy(state["state"]))
+        remembered = {name for entries in state["state"].values() for name, value in entries.items() if value is not None}
+        was = state.get("optimizer")  # not in the states of 0.1
+        wanted = self._names_of_memory() if remembered else set()
+        fits = was == self.name and remembered >= wanted if was else remembered == wanted
+        if not fits:
+            was = was or f"one that remembers {', '.join(sorted(remembered))}"
+            warnings.warn(
+                f"The weights' optimiser in the checkpoint is {was}, and now it is {self.name}, which remembers other things: "
+                "its memory starts anew, and the weights go on from where they were.",
+                stacklevel=2,
+            )
+        elif remembered:
+            self._load(copy.deepcopy(state["state"]))
+
+    def _names_of_memory(self) -> set[str]:
+        """What this optimiser remembers once it has made a step."""
+        probe = self._vector.detach().clone().requires_grad_()
+        optimizer = self._factory([probe], lr=self._lr)
+        probe.grad = torch.zeros_like(probe)
+        optimizer.step()
+        return {name for name, value in optimizer.state[probe].items() if value is not None}

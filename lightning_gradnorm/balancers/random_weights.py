@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.balancers.checks import check_that
+from lightning_gradnorm.balancers.checks import check_whole
 from lightning_gradnorm.balancers.rule import RuleBalancer
 from lightning_gradnorm.balancers.scale import softmax_weights
 from lightning_gradnorm.measurement import Measurement
@@ -20,8 +20,7 @@ class Draws:
     """
 
     def __init__(self, seed: int) -> None:
-        check_that("seed", seed, isinstance(seed, int) and not isinstance(seed, bool), "a whole number")
-        self.seed = seed
+        self.seed = check_whole("seed", seed, "a whole number")
         self.reset()
 
     def reset(self) -> None:
@@ -42,7 +41,7 @@ class RandomLossWeighting(RuleBalancer):
     Args:
         seed: of the draws, which are the method's own: the same on every rank, and going on after a resume.
         tasks: all tasks' names, if they are to be fixed from the start.
-        update_every: new weights are drawn on the first and every so-manieth optimiser step.
+        update_every: on one of how many optimiser steps new weights are drawn.
     """
 
     def __init__(self, seed: int = 0, *, tasks: Iterable[str] | None = None, update_every: int = 1) -> None:

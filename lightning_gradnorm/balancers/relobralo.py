@@ -32,7 +32,7 @@ class ReLoBRaLo(RuleBalancer):
         expected_rho: probability that ρ is 1, that is, of not looking back to the start (0.99).
         seed: of the draws, which are the method's own: the same on every rank, and going on after a resume.
         tasks: all tasks' names, if they are to be fixed from the start.
-        update_every: the weights are updated on the first and every so-manieth optimiser step.
+        update_every: of how many optimiser steps one is measured and updates the weights.
 
     Raises:
         ValueError: for a setting outside its range; for a negative loss.

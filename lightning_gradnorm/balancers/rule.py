@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers.base import LossBalancer
-from lightning_gradnorm.measurement import Measurement
+from lightning_gradnorm.balancers.gradnorm_equations import where_active
+from lightning_gradnorm.measurement import Measurement, reading_is_free
 
 
 def _finite(vectors: Iterable[Tensor], like: Tensor) -> Tensor:
@@ -19,7 +20,8 @@ class RuleBalancer(LossBalancer):
     """A ``LossBalancer`` that implements ``_next`` alone.
 
     The vectors that ``_next`` gets and gives are of the tasks that took part, in the measurement's order. A step on which
-    anything that it needs, or anything that it gives, is not finite is skipped and counted; nothing changes then.
+    anything that it needs, or anything that it gives, is not finite is skipped and counted, as is one on which no task has a
+    gradient; nothing changes then.
     """
 
     @abstractmethod
@@ -37,16 +39,19 @@ class RuleBalancer(LossBalancer):
     def _update(self, measurement: Measurement, positions: Tensor | None) -> None:
         vectors = {"weights": self._weights, **self._memory}
         before = {name: vector if positions is None else vector[positions] for name, vector in vectors.items()}
+        active = self._mask(measurement)
         measured = [measurement.losses, *(getattr(measurement, name) for name in self.needs)]
-        usable = _finite(measured, self._weights)
-        if usable.device.type == "cpu" and not usable:  # elsewhere, asking would make the host wait
+        usable = _finite((where_active(vector, active) for vector in measured), self._weights)
+        usable = usable if active is None else usable & active.any()
+        if reading_is_free(usable) and not usable:
             self.skipped_updates += 1
             return
         after = self._next(measurement._replace(losses=measurement.losses.to(self._weights)), before)
-        usable = usable & _finite(after.values(), self._weights)
+        usable = usable & _finite((where_active(vector, active) for vector in after.values()), self._weights)
         self.skipped_updates += ~usable
+        changes = usable if active is None else usable & active
         for name, vector in after.items():
-            kept = torch.where(usable, vector, before[name])
+            kept = torch.where(changes, vector, before[name])
             whole = kept if positions is None else vectors[name].index_copy(0, positions, kept)
             if name == "weights":
                 self._weights = whole

@@ -5,15 +5,25 @@ the network it matters: where one gradient is huge, Σ w = T makes its weight ti
 Adam's second moment still remembers the large one.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_gradnorm.measurement import reading_is_free
+
 ScaleRule = Literal["sum", "reference", "gradient"]
 
 
-def scale_to_sum(weights: Tensor, total: Tensor | float, lower: float = 0.0, upper: float = float("inf")) -> Tensor:
+Bound = Tensor | float  # shape ``[T]``, or one for all; of the lower and the upper, both alike
+
+
+def _bounded(values: Tensor, lower: Bound, upper: Bound) -> Tensor:
+    bounds: Any = lower, upper  # clamp's two signatures are of two numbers and of two tensors
+    return values.clamp(*bounds)
+
+
+def scale_to_sum(weights: Tensor, total: Tensor | float, lower: Bound = 0.0, upper: Bound = float("inf")) -> Tensor:
     """The multiple of ``weights``, cut off at the bounds, for which Σ w_i = ``total``: clamp(c·w, lower, upper).
 
     It is the projection in the Kullback-Leibler sense onto the sum and the bounds at once; where no bound binds, it is
@@ -23,32 +33,33 @@ def scale_to_sum(weights: Tensor, total: Tensor | float, lower: float = 0.0, upp
         weights: positive, shape ``[T]``.
         total: what they come to, a number or shape ``[]``; attainable within the bounds.
         lower: least weight.
-        upper: greatest weight.
+        upper: greatest weight; where it is the least, the weight is given, and the others share what it leaves.
     """
-    scaled = weights * (total / weights.sum())
-    if weights.device.type == "cpu" and all(lower <= weight <= upper for weight in scaled.tolist()):
-        return scaled  # the usual case; elsewhere than on the CPU, asking would make the host wait
+    if reading_is_free(weights) and not isinstance(lower, Tensor) and not isinstance(upper, Tensor):
+        scaled = weights * (total / weights.sum())
+        if all(lower <= weight <= upper for weight in scaled.tolist()):
+            return scaled  # the usual case
     # Σ clamp(c·w) grows with c, linearly between the values of c at which a weight leaves or meets a bound.
     leaves, meets = lower / weights, upper / weights
     knots = torch.cat([leaves, meets]).sort().values
-    at_knots = (knots.unsqueeze(1) * weights).clamp(lower, upper).nan_to_num(posinf=torch.finfo(weights.dtype).max).sum(1)
+    at_knots = _bounded(knots.unsqueeze(1) * weights, lower, upper).nan_to_num(posinf=torch.finfo(weights.dtype).max).sum(1)
     index = (at_knots < total).sum().clamp(1, len(knots) - 1)
     left, right = knots.gather(0, index - 1), knots.gather(0, index)
     at_upper, at_lower = meets <= left, leaves >= right
     free = ~(at_upper | at_lower)
-    at_bounds = torch.where(at_lower, torch.full_like(weights, lower), torch.full_like(weights, upper))
+    at_bounds = torch.where(at_lower, torch.zeros_like(weights) + lower, torch.zeros_like(weights) + upper)
     fixed = torch.where(free, 0.0, at_bounds).sum()
     c = (total - fixed) / torch.where(free, weights, 0.0).sum()
-    return (torch.where(free.any(), c, left) * weights).clamp(lower, upper)
+    return _bounded(torch.where(free.any(), c, left) * weights, lower, upper)
 
 
-def scale_to_reference(weights: Tensor, reference: int, lower: float = 0.0, upper: float = float("inf")) -> Tensor:
+def scale_to_reference(weights: Tensor, reference: int, lower: Bound = 0.0, upper: Bound = float("inf")) -> Tensor:
     """The multiple of ``weights``, shape ``[T]``, for which the reference task's weight is 1, cut off at the bounds."""
-    return (weights / weights[reference]).clamp(lower, upper)
+    return _bounded(weights / weights[reference], lower, upper)
 
 
 def scale_towards_gradient(
-    weights: Tensor, norms: Tensor, rate: float, lower: float = 0.0, upper: float = float("inf")
+    weights: Tensor, norms: Tensor, rate: float, lower: Bound = 0.0, upper: Bound = float("inf")
 ) -> Tensor:
     """Towards Σ w_i n_i = Σ n_i, at once with a rate of 1: w (Σ n / Σ w n)^rate, cut off at the bounds.
 
@@ -60,7 +71,7 @@ def scale_towards_gradient(
         upper: greatest weight.
     """
     factor = norms.sum() / (weights * norms).sum()
-    return (weights * factor**rate).clamp(lower, upper)
+    return _bounded(weights * factor**rate, lower, upper)
 
 
 LEAST = 1e-8  # a weight of exactly 0 would have its task forgotten

@@ -25,7 +25,7 @@ class SoftAdapt(RuleBalancer):
         variant: ``"original"``; ``"normalized"``: of s_i / Σ_j |s_j|, so that the losses' units do not matter;
             ``"loss_weighted"``: w_i ∝ L_i exp(β s_i).
         tasks: all tasks' names, if they are to be fixed from the start.
-        update_every: the weights are updated on the first and every so-manieth optimiser step.
+        update_every: of how many optimiser steps one is measured and updates the weights.
 
     Raises:
         ValueError: for a setting outside its range; for a negative loss with ``"loss_weighted"``.
@@ -41,9 +41,8 @@ class SoftAdapt(RuleBalancer):
         tasks: Iterable[str] | None = None,
         update_every: int = 1,
     ) -> None:
-        self.beta, self.variant = check_range("beta", beta), variant
-        check_choice("variant", variant, get_args(Variant))
-        self.needs_positive_losses = variant == "loss_weighted"
+        self.beta, self.variant = check_range("beta", beta), check_choice("variant", variant, get_args(Variant))
+        self.needs_positive_losses = self.variant == "loss_weighted"
         super().__init__(tasks=tasks, update_every=update_every)
 
     def settings(self) -> dict[str, Any]:

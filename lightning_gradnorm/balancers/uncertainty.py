@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers.base import LossBalancer
-from lightning_gradnorm.balancers.checks import check_choice, check_range
+from lightning_gradnorm.balancers.checks import check_choice, check_factory, check_per_task, check_range
 from lightning_gradnorm.balancers.optimizer import OptimizerFactory, VectorOptimizer
 from lightning_gradnorm.measurement import Measurement
 
@@ -42,7 +42,7 @@ class UncertaintyWeighting(LossBalancer):
         initial_log_variance: s_i at the start.
         optimizer: factory of the optimiser of s, called as ``optimizer([s], lr=lr)``.
         tasks: all tasks' names, if they are to be fixed from the start.
-        update_every: the weights are updated on the first and every so-manieth optimiser step.
+        update_every: of how many optimiser steps one is measured and updates the weights.
 
     Raises:
         ValueError: for a setting outside its range; at the first update, for a name in ``kinds`` that is no task.
@@ -59,12 +59,13 @@ class UncertaintyWeighting(LossBalancer):
         tasks: Iterable[str] | None = None,
         update_every: int = 1,
     ) -> None:
-        self.kinds = dict(kinds or {})
-        for task, kind in self.kinds.items():
-            check_choice(f"kind of task {task!r}", kind, get_args(Kind))
-        check_choice("form", form, get_args(Form))
-        self.lr, self.form = check_range("lr", lr, at_least=0), form
+        self.kinds = {
+            task: check_choice(f"kind of task {task!r}", kind, get_args(Kind))
+            for task, kind in check_per_task("kinds", kinds, "a dict of task name → kind").items()
+        }
+        self.lr, self.form = check_range("lr", lr, at_least=0), check_choice("form", form, get_args(Form))
         self.initial_log_variance = check_range("initial_log_variance", initial_log_variance)
+        check_factory("optimizer", optimizer)
         self._optimizer = VectorOptimizer(optimizer, self.lr)
         self._parts = {"optimizer": self._optimizer}
         self._remembers = (("log_variance", self.initial_log_variance),)

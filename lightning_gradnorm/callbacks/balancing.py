@@ -1,41 +1,28 @@
-"""``LossBalancingCallback``: everything between a balancer and Lightning's Trainer."""
+"""``LossBalancingCallback``: what a user sets and looks at; its hooks are in ``hooks.py``."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
-from lightning_gradnorm.autograd_graph import is_built_from
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.balancers.checks import check_choice
-from lightning_gradnorm.callbacks.concerns import Concerns, values_of
-from lightning_gradnorm.callbacks.lightning_api import (
-    Callback,
-    LightningModule,
-    Trainer,
-    rank_zero_info,
-    rank_zero_warn,
-    setting_of,
-)
-from lightning_gradnorm.callbacks.link import BalancingLink
-from lightning_gradnorm.callbacks.log import BalancingLog, lay_out_charts
-from lightning_gradnorm.callbacks.measuring import Engine, Measuring, NormOf
-from lightning_gradnorm.callbacks.ranks import RankAgreement
+from lightning_gradnorm.callbacks.epoch_log import EpochLog
+from lightning_gradnorm.callbacks.homecoming import Homecoming, mark_of
+from lightning_gradnorm.callbacks.hooks import TrainerHooks
+from lightning_gradnorm.callbacks.lightning_api import LightningModule
+from lightning_gradnorm.callbacks.log import BalancingLog
 from lightning_gradnorm.callbacks.reporting import Reporting
-from lightning_gradnorm.gradients import IncompleteBackwardError
-from lightning_gradnorm.measurement import Measurement
-from lightning_gradnorm.mixin import MultiTaskMixin
-from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
+from lightning_gradnorm.plain import plain_keys
+from lightning_gradnorm.pointwise import PointWeighting
 from lightning_gradnorm.report.run import RunReport
+from lightning_gradnorm.session import BalancingSession, Engine, NormOf
 from lightning_gradnorm.shared_layer import SharedLayer
-
-_TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 
 Mode = Literal["balance", "monitor"]
 
 
-class LossBalancingCallback(Callback):
+class LossBalancingCallback(TrainerHooks):
     """Weighs the losses of a module with ``MultiTaskMixin`` by any ``LossBalancer``.
 
     Automatic optimisation stays as it is. ``total_loss`` applies the weights; around the backward the tasks' gradients on
@@ -43,8 +30,12 @@ class LossBalancingCallback(Callback):
 
     Logged, on the steps that ``log_every_n_steps`` asks for, as of the step itself (the weights that it applied): the
     tags of ``lightning_gradnorm.report.tags``. What the step did not measure (a task that is absent, a step that
-    ``update_every`` left out) keeps the value last logged. At the end of ``fit`` a table goes to the console and
-    ``loss_weights.yaml`` into the log folder.
+    ``update_every`` left out) keeps the value last logged. Of each epoch of training and of evaluation the mean losses are
+    logged too. At the end of ``fit`` a table goes to the console, ``loss_weights.yaml`` and a figure into the folder of each
+    logger's run.
+
+    A second ``fit`` of the same module object goes on with what was learnt; one of another module starts anew, unless a state
+    was loaded. A copy has what its original had learnt, and shares nothing with it.
 
     Args:
         balancer: the method.
@@ -89,24 +80,28 @@ class LossBalancingCallback(Callback):
                 "or GradNormCallback()."
             )
         check_choice("mode", mode, get_args(Mode))
-        self.balancer, self._untested_strategies = balancer, untested_strategies
-        balancer.frozen = balancer.frozen or mode == "monitor"
-        self.points = dict(points or {})
-        for task, weighting in self.points.items():
+        points = plain_keys(points or {})
+        for task, weighting in points.items():
             if not isinstance(weighting, PointWeighting):
                 raise TypeError(
                     f"points[{task!r}] is {weighting!r}; it is a task's way to weigh its points, such as SelfAdaptivePoints()."
                 )
-        self._noted_points: dict[str, list[NotedPoints]] = {}
-        self._measuring = Measuring(engine, norm_of, balancer.needs)
+        balancer.frozen = balancer.frozen or mode == "monitor"
+        self._session = BalancingSession(balancer, engine=engine, norm_of=norm_of, points=points)
+        self._untested_strategies = untested_strategies
         self._log = BalancingLog(log_cosines, progress_bar)
-        self._link = BalancingLink(balancer, self.points)
+        self._epochs = EpochLog()
         self._reporting = Reporting(summary)
-        self._concerns = Concerns()
-        self._stage, self._is_set_up = "fit", False
-        self._last_global_step = 0
-        self._read_in_batch = False
-        self._told: set[str] = set()
+        self._homecoming = Homecoming()
+        self._is_set_up, self._last_mark = False, None
+        self._rest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self._of_a_fit} | {"_is_set_up": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._rest()
 
     def reset(self) -> None:
         """Forget all that was learnt: weights, L(0), masks. The next step starts anew, as for another problem.
@@ -114,9 +109,25 @@ class LossBalancingCallback(Callback):
         Between stages of one problem think twice: with α > 0 a loss that is small already gets a small new L(0), and with it
         a weight that runs up.
         """
-        self.balancer.reset()
-        for weighting in self.points.values():
-            weighting.reset()
+        self.session.start_anew()
+
+    # -- what is known of the run ----------------------------------------------------------------------------------
+
+    @property
+    def session(self) -> BalancingSession:
+        """The core, which drives balancer, shared layer and engine."""
+        self._come_home()
+        return self._session
+
+    @property
+    def balancer(self) -> LossBalancer:
+        """The method."""
+        return self.session.balancer
+
+    @property
+    def points(self) -> dict[str, PointWeighting]:
+        """Task → how the single points of its term are weighed."""
+        return self.session.points
 
     @property
     def weights(self) -> dict[str, float]:
@@ -131,6 +142,7 @@ class LossBalancingCallback(Callback):
     @property
     def logged(self) -> dict[str, Tensor]:
         """Tag → what was logged last; see ``lightning_gradnorm.report.tags``."""
+        self._come_home()
         return dict(self._log.shown)
 
     @property
@@ -141,12 +153,12 @@ class LossBalancingCallback(Callback):
     @property
     def engine_used(self) -> str | None:
         """``"joint"`` or ``"per_task"``, once a step was measured."""
-        return self._measuring.engine_used
+        return self.session.reading.engine.engine_used
 
     @property
     def shared(self) -> SharedLayer | None:
         """The shared layer W, once it is known."""
-        return self._measuring.shared
+        return self.session.shared
 
     @property
     def state_key(self) -> str:
@@ -155,235 +167,48 @@ class LossBalancingCallback(Callback):
         # Until setup, a Trainer asks for keys only to refuse two equal ones, without a word of the way out; setup says it.
         return key if self._is_set_up else f"{key} of {id(self)}"
 
-    # -- life of a fit ---------------------------------------------------------------------------------------------
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._stage, self._is_set_up = stage, True
-        if not isinstance(pl_module, MultiTaskMixin):
-            name = type(pl_module).__name__
-            raise TypeError(
-                f"{type(self).__name__} needs a module with MultiTaskMixin, and {name} has none. "
-                f"Write class {name}(MultiTaskMixin, L.LightningModule) and return self.total_loss({{'task': loss, …}}) from "
-                "training_step."
-            )
-        self._check_strategy(setting_of(trainer, "strategy"))
-        others = [callback for callback in setting_of(trainer, "callbacks") if isinstance(callback, LossBalancingCallback)]
-        if len(others) > 1:
-            raise ValueError(
-                f"One callback weighs the losses, and the Trainer was given {len(others)}: "
-                f"{', '.join(type(c).__name__ for c in others)}. Keep one of them."
-            )
-        pl_module._loss_balancing = self._link
-
-    def _check_strategy(self, strategy: Any) -> None:
-        names = [cls.__name__ for cls in type(strategy).__mro__]
-        tested = any(name in _TESTED_STRATEGIES for name in names) and not any("DeepSpeed" in name for name in names)
-        found = names[0]
-        if tested and "ModelParallelStrategy" in names:
-            tensor_parallel = strategy.device_mesh["tensor_parallel"].size()
-            tested, found = tensor_parallel == 1, f"{found}(tensor_parallel_size={tensor_parallel})"
-        if not (tested or self._untested_strategies):
-            raise ValueError(
-                f"{type(self).__name__} is tested with one device, with DDP, and with FSDP2 by "
-                f"ModelParallelStrategy(data_parallel_size=…, tensor_parallel_size=1); not with {found}. Use one of these; or "
-                "try it with untested_strategies=True, best with norm_of='features', which needs no parameter gradient."
-            )
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go(pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go(pl_module)
-        if self._stage == "fit":
-            self._reporting.write_what_there_is(trainer, self.balancer)
-
-    def _let_go(self, pl_module: LightningModule) -> None:
-        self._link.stop()
-        self._reporting.take_back(pl_module)
-        self._measuring.let_go()
-        self._noted_points.clear()
-        vars(pl_module).pop("_loss_balancing", None)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reporting.add_hyperparameters(pl_module, self.balancer)
-
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reporting.take_back(pl_module)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reporting.take_back(pl_module)
-        self._last_global_step = trainer.global_step
-        self._measuring.restart()
-        lay_out_charts(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.balancer.frozen:
-            self.balancer.end_epoch()
-        self._tell_skipped()
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reporting.write(trainer, self.balancer, folder=trainer.log_dir)  # every rank asks for the folder
-
-    # -- one batch -------------------------------------------------------------------------------------------------
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._read_in_batch = False
-        measures = self.balancer.due and self.balancer.needs_gradients
-        if measures:
-            self._measuring.watch(pl_module)
-        self._link.start(reads_gradients=measures, once_per_step=pl_module.automatic_optimization)
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        noted = next((noted for noted in self._link.noted if is_built_from(loss, noted.losses)), None)
-        if noted is None:
-            if self._link.noted and pl_module.automatic_optimization:
-                self._tell(
-                    "unused",
-                    "training_step called total_loss() but returned a loss that was not built from its result, so there is "
-                    "nothing to balance. Return what total_loss() gave, with further terms added if you like.",
-                )
-            return
-        self._link.noted.remove(noted)
-        if self._read_in_batch:
-            return  # a closure evaluated again within one optimiser step
-        self._read_in_batch = True
-        measuring = self._measuring
-        if noted.tapped:
-            if measuring.shared is None and not self._find_layer(trainer, pl_module, noted.losses):
-                return
-            if not measuring.before_backward(loss, noted):
-                self._tell(
-                    "frozen",
-                    f"The shared layer ({measuring.shared}) is frozen or was not used in this step: the weights stay as they "
-                    "are "
-                    "until it is trained.",
-                )
-                return
-        losses = {task: loss.detach() for task, loss in noted.losses.items()}
-        measuring.window.add_losses(losses, noted.weights, noted.kpis)
-        for task, points in noted.points.items():
-            self._noted_points.setdefault(task, []).append(points)
-
-    def _find_layer(self, trainer: Trainer, pl_module: LightningModule, losses: dict[str, Tensor]) -> bool:
-        try:
-            self._measuring.find_layer(pl_module, losses)
-        except ValueError as error:
-            # A finetuning callback freezes now what it will train later; anywhere else it is a mistake.
-            if not any(hasattr(callback, "freeze_before_training") for callback in setting_of(trainer, "callbacks")):
-                raise
-            self._tell("frozen", f"The weights stay as they are while a finetuning callback keeps the layer frozen. {error}")
-            return False
-        where = "at the output of" if self._measuring.norm_of == "features" else "on"
-        rank_zero_info(
-            f"{type(self).__name__} compares the tasks' gradients {where} {self.shared}. They are read by the "
-            f"{self._measuring.reader_type.engine!r} engine."
-        )
-        return True
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        try:
-            self._measuring.after_backward()
-        except IncompleteBackwardError as error:
-            if self._measuring.engine != "auto":
-                raise
-            self._tell(
-                "engine", f"{error} From the next step on, {type(self).__name__} uses engine='per_task', which is slower."
-            )
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._link.noted and not pl_module.automatic_optimization:
-            self._tell(
-                "raw backward",
-                "training_step called total_loss(), but no manual_backward() of its result followed, so the weights are not "
-                "updated. Call self.manual_backward(total) instead of total.backward().",
-            )
-        self._link.stop()
-        self._measuring.stop_watching()
-        if trainer.global_step == self._last_global_step:
-            return  # in the middle of an accumulation window
-        self._last_global_step = trainer.global_step
-        window, due = self._measuring.finish(), self.balancer.due
-        if trainer.world_size > 1 and due:
-            self._measuring.reduce(window, self.balancer.known_tasks, trainer.strategy.root_device)
-        logged = self._log.is_written(trainer)
-        measurement = window.measurement(magnitudes=self._measuring.magnitudes and due) if due or logged else None
-        self._update_points(trainer)
-        if measurement is None:
-            self.balancer.update(None)
-            return
-        applied = self._applied(measurement.tasks, window.applied)
-        self.balancer.update(measurement if due else None)
-        if due:
-            self._reporting.add(applied, measurement, trainer.current_epoch)
-        if logged:
-            self._log.write(pl_module, applied, measurement, self.balancer.diagnostics, window)
-            self._tell_skipped()
-            self._tell_concerns(trainer, applied, measurement)
-
-    def _applied(self, tasks: tuple[str, ...], here: Mapping[str, Tensor]) -> Tensor:
-        """The weights that the step applied, ``[T]``; of a task that only other ranks had, those that it would have had."""
-        if tasks == tuple(here):
-            return torch.stack(list(here.values()))
-        would = zip(tasks, self.balancer.weights_for(tasks).unbind(), strict=True)
-        return torch.stack([here.get(task, weight).to(weight) for task, weight in would])
-
-    def _update_points(self, trainer: Trainer) -> None:
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-            self._noted_points.clear()  # the masks are frozen: a line search needs an objective that stays
-        distributed = trainer.world_size > 1
-        for task, weighting in self.points.items():
-            all_reduce = RankAgreement.all_reduce if distributed else None
-            weighting.update(
-                self._noted_points.pop(task, []), all_reduce, trainer.strategy.root_device if distributed else None
-            )
-
-    # -- what is told once -----------------------------------------------------------------------------------------
-
-    def _tell_skipped(self) -> None:
-        skipped = int(self.balancer.skipped_updates.item())
-        if skipped:
-            self._tell(
-                "skipped",
-                f"{type(self).__name__} skipped {skipped} weight update{'s' if skipped > 1 else ''} so far: a task's loss or "
-                "gradient was not finite, or all gradients on the shared layer were zero. The weights stayed as they were; the "
-                "count is in balancer.skipped_updates.",
-            )
-
-    def _tell_concerns(self, trainer: Trainer, applied: Tensor, measurement: Measurement) -> None:
-        weights, losses = applied.tolist(), measurement.losses.tolist()
-        ratios = values_of(self.balancer.diagnostics, "loss_ratio", len(weights))
-        found = list(self._concerns.of_step(self.balancer, measurement.tasks, weights, ratios, self.balancer.steps))
-        if measurement.gradient_norms is not None and not self.balancer.frozen:
-            found += self._concerns.of_scale(trainer, measurement.tasks, weights, measurement.gradient_norms.tolist())
-        weighted = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
-        for about, message in (*found, *self._concerns.of_monitors(trainer, weighted, sum(losses))):
-            self._tell(about, message)
-
-    def _tell(self, about: str, message: str) -> None:
-        if about not in self._told:
-            self._told.add(about)
-            rank_zero_warn(message)
-
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "balancer": self.balancer.state_dict(),
-            "shared_layer": list(self._measuring.known_names) if self.balancer.steps else [],
-            "summary": self._reporting.summary.state_dict(),
+        return self.session.state_dict() | {
+            "summary": self._reporting.state_dict(),
             "log": self._log.state_dict(),
-            "points": {task: weighting.state_dict() for task, weighting in self.points.items()},
+            "epoch": self._epochs.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stage != "fit" and self.balancer.tasks:
+        if self._stage not in (None, "fit") and self.balancer.tasks:
             return  # testing a checkpoint does not touch the live weights
-        self.balancer.load_state_dict(state_dict["balancer"])
-        self._measuring.known_names = list(state_dict["shared_layer"])
-        self._reporting.summary.load_state_dict(state_dict["summary"])
-        self._log.load_state_dict(state_dict["log"])
-        for task, weighting in self.points.items():
-            if task in state_dict["points"]:
-                weighting.load_state_dict(state_dict["points"][task])
+        self._load(state_dict)
+        self._news = ""
+        if self._stage is None:
+            self._last_module = self._last_mark = None  # the next fit goes on from here, of whatever module it is
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._session.load_state_dict(state)
+        self._reporting.load_state_dict(state["summary"])
+        self._log.load_state_dict(state["log"])
+        if "epoch" in state:  # not in those of 0.1
+            self._epochs.load_state_dict(state["epoch"])
+
+    # -- processes that a launcher makes for the fit -----------------------------------------------------------------
+
+    def _for_home(self, pl_module: LightningModule) -> dict[str, Any]:
+        layer = self.shared
+        return self.state_dict() | {
+            "set_up": self._is_set_up,
+            "mark": mark_of(pl_module),
+            "engine_used": self.engine_used,
+            "layer": None if layer is None else {"names": list(layer.names), "reason": layer.reason},
+        }
+
+    def _come_home(self) -> None:
+        """Take what a worker process has learnt, where there is news."""
+        found = self._homecoming.receive()
+        if found is None:
+            return
+        self._load(found)
+        self._is_set_up, self._last_module, self._last_mark = found["set_up"], None, found["mark"]
+        reading, layer = self._session.reading, found["layer"]
+        reading.engine.engine_used = found["engine_used"]
+        reading.layer = None if layer is None else SharedLayer(tuple(layer["names"]), (), layer["reason"])

@@ -1,12 +1,15 @@
 """What a person should hear of while training: weights that stick, climb in vain, never move or slow it all, among others."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lightning_gradnorm.balancers import EqualWeights, FixedWeights, GradNorm, LossBalancer, LossRatioBalancing
 from lightning_gradnorm.callbacks.lightning_api import Trainer, setting_of
+from lightning_gradnorm.measurement import Measurement
 
 _LONG = 500  # optimiser steps after which a state of things is worth a word
 _FEW = 5  # observations that it takes at least
@@ -38,6 +41,27 @@ class Concerns:
         self._observations = 0
         self._followed: dict[str, int] = {}
         self._largest_share = 0.0
+
+    def of(self, trainer: Trainer, balancer: LossBalancer, measurement: Measurement, applied: Tensor) -> list[tuple[str, str]]:
+        """All that one written step gives reason to say.
+
+        Args:
+            trainer: whose optimisers, callbacks and schedulers are looked at.
+            balancer: the method.
+            measurement: what the step measured.
+            applied: the weights that it applied, of ``measurement.tasks``, shape ``[T]``.
+        """
+        tasks, weights, losses = measurement.tasks, applied.tolist(), measurement.losses.tolist()
+        ratios = balancer.diagnostics.get("loss_ratio")
+        found = list(
+            self.of_step(
+                balancer, tasks, weights, [math.nan] * len(tasks) if ratios is None else ratios.tolist(), balancer.steps
+            )
+        )
+        if measurement.gradient_norms is not None and not balancer.frozen:
+            found += self.of_scale(trainer, tasks, weights, measurement.gradient_norms.tolist())
+        weighted = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+        return found + list(self.of_monitors(trainer, weighted, sum(losses)))
 
     def of_step(
         self, balancer: LossBalancer, tasks: Sequence[str], weights: Sequence[float], ratios: Sequence[float], step: int
@@ -171,9 +195,3 @@ def _monitors(trainer: Trainer) -> Iterator[tuple[str, str]]:
         scheduler: Any = config.scheduler
         if config.reduce_on_plateau and isinstance(config.monitor, str):
             yield type(scheduler).__name__, config.monitor
-
-
-def values_of(shown: Mapping[str, Any], tag: str, count: int) -> list[float]:
-    """``[T]`` values of a diagnostic as numbers; NaN where the method has none."""
-    values = shown.get(tag)
-    return [math.nan] * count if values is None else values.tolist()

@@ -9,8 +9,8 @@ from lightning_gradnorm.balancers.initial_losses import InitialLosses
 from lightning_gradnorm.balancers.optimizer import OptimizerFactory
 from lightning_gradnorm.balancers.scale import ScaleRule
 from lightning_gradnorm.callbacks.balancing import LossBalancingCallback, Mode
-from lightning_gradnorm.callbacks.measuring import Engine, NormOf
 from lightning_gradnorm.pointwise import PointWeighting
+from lightning_gradnorm.session import Engine, NormOf
 
 
 class GradNormCallback(LossBalancingCallback):

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, rank_zero_only, setting_of
 from lightning_gradnorm.measurement import Measurement
-from lightning_gradnorm.report.tags import custom_scalars_layout, per_pair, per_task, totals
+from lightning_gradnorm.report.tags import UNWEIGHTED, custom_scalars_layout, per_pair, per_task, totals
 from lightning_gradnorm.window import MeasurementWindow
 
 _MOST_PAIRS = 45  # gradient cosines are logged without asking up to here: ten tasks
+_LOOK_EVERY = 50  # optimiser steps after which a step is looked at, whatever is logged
 
 
 class BalancingLog:
@@ -24,6 +25,21 @@ class BalancingLog:
         self._cosines, self._progress_bar = cosines, progress_bar
         # Lightning repeats in a later step of the epoch what an earlier one logged; so do we, across epochs and checkpoints.
         self.shown: dict[str, Tensor] = {}
+        self._is_monitored = False
+
+    def start(self, trainer: Trainer) -> None:
+        """Training begins: see who reads the step's value of ``total_loss/unweighted`` on steps that are not written."""
+        schedulers = (c for c in trainer.lr_scheduler_configs if c.reduce_on_plateau and c.interval == "step")
+        savers = (c for c in setting_of(trainer, "callbacks") if _saves_in_mid_epoch(c))
+        self._is_monitored = any(reader.monitor == UNWEIGHTED for reader in (*schedulers, *savers))
+
+    def is_wanted(self, trainer: Trainer) -> bool:
+        """Whether the step's losses go to anyone: they are written, looked at, or monitored."""
+        return self.is_looked_at(trainer) or (self._is_monitored and not trainer.barebones)
+
+    def is_looked_at(self, trainer: Trainer) -> bool:
+        """Whether this step is kept for the figure and gives reason for concern: also where nothing is written."""
+        return self.is_written(trainer) or not (trainer.barebones or trainer.global_step % _LOOK_EVERY)
 
     def is_written(self, trainer: Trainer) -> bool:
         """Whether what is logged on this step goes anywhere; logging costs more than measuring."""
@@ -36,15 +52,17 @@ class BalancingLog:
 
     def write(
         self,
+        trainer: Trainer,
         pl_module: LightningModule,
         applied: Tensor,
         measurement: Measurement,
         diagnostics: dict[str, Tensor],
         window: MeasurementWindow,
     ) -> None:
-        """Log one step.
+        """Log one step: all of it where it is written, else its total where that is monitored.
 
         Args:
+            trainer: says which.
             pl_module: logs.
             applied: the weights that the step applied, of ``measurement.tasks``, shape ``[T]``.
             measurement: what it measured.
@@ -52,6 +70,10 @@ class BalancingLog:
             window: for the gradients' cosines.
         """
         tasks, losses = measurement[:2]
+        if not self.is_written(trainer):
+            if self._is_monitored:
+                pl_module.log(UNWEIGHTED, losses.sum(), on_step=True, on_epoch=False)
+            return
         weights = per_task("loss_weight", tasks, applied)
         values = weights | per_task("task_loss", tasks, losses) | dict(totals(applied.to(losses), losses))
         for tag, vector in diagnostics.items():
@@ -74,6 +96,12 @@ class BalancingLog:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from ``state_dict``."""
         self.shown = dict(state)
+
+
+def _saves_in_mid_epoch(callback: Any) -> bool:
+    """As ModelCheckpoint does with ``every_n_train_steps`` or ``train_time_interval``."""
+    settings = "_every_n_train_steps", "_train_time_interval"
+    return hasattr(callback, "monitor") and any(getattr(callback, name, None) for name in settings)
 
 
 @rank_zero_only

@@ -1,9 +1,10 @@
 """What the callback leaves behind at the end of a fit, also of an interrupted one, and among the run's hyperparameters."""
 
-from collections.abc import Mapping
-from pathlib import Path
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers import LossBalancer
@@ -14,17 +15,20 @@ from lightning_gradnorm.callbacks.lightning_api import (
     rank_zero_warn,
     setting_of,
 )
+from lightning_gradnorm.callbacks.run_folders import run_folder
+from lightning_gradnorm.folders import Folder
 from lightning_gradnorm.measurement import Measurement
-from lightning_gradnorm.report.figure import can_draw
-from lightning_gradnorm.report.history import read_history
-from lightning_gradnorm.report.run import RunReport, draw
+from lightning_gradnorm.report.figure import FILE_NAME as FIGURE
+from lightning_gradnorm.report.figure import can_draw, drawn
+from lightning_gradnorm.report.kept import KeptCurves
+from lightning_gradnorm.report.run import RunReport
 from lightning_gradnorm.report.summary import RunSummary
-
-_LOGGED = "_hparams_initial", "_log_hyperparams"  # what Lightning logs at the start of a fit
+from lightning_gradnorm.report.tags import per_task_names
+from lightning_gradnorm.weights_file import FILE_NAME as WEIGHTS
 
 
 class Reporting:
-    """Adds up the run, and writes table, file and figure.
+    """Adds up the run, and writes table, file and figure. Nothing that goes wrong here ends a fit.
 
     Args:
         enabled: whether to write anything at the end.
@@ -33,90 +37,150 @@ class Reporting:
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self.summary = RunSummary()
-        self._hidden: dict[str, Any] | None = None  # what was the module's own, while ours are lent to it
+        self._curves = KeptCurves()
+        self._own_folders: set[str] = set()  # with files of this run in them, which may be replaced
+        self._is_resumed = False
+
+    def count_step(self) -> None:
+        """One more optimiser step, measured or not."""
+        self.summary.count_step()
 
     def add(self, applied: Tensor, measurement: Measurement, epoch: int) -> None:
-        """Take one optimiser step."""
+        """Take one measured optimiser step."""
         self.summary.add(applied, measurement, epoch)
+
+    def keep(self, applied: Tensor, measurement: Measurement, diagnostics: Mapping[str, Tensor]) -> None:
+        """Keep for the figure what the step that was counted last has to show; on the steps that are looked at.
+
+        Args:
+            applied: the weights that it applied, of ``measurement.tasks``, shape ``[T]``.
+            measurement: what it measured.
+            diagnostics: what the balancer's update computed of it, ``[T]`` each.
+        """
+        if not self.enabled or self._curves.skips_next():
+            return
+        vectors = {"loss_weight": applied, "task_loss": measurement.losses, **diagnostics}
+        tags = [name for kind in vectors for name in per_task_names(kind, measurement.tasks)]
+        values = torch.cat([vector.to(measurement.losses) for vector in vectors.values()])
+        self._curves.add(self.summary.steps - 1, tags, values)
 
     def report(self, balancer: LossBalancer) -> RunReport:
         """The statistics so far."""
         rows, summary = self.summary.rows(balancer.weights), self.summary
         name = f"{balancer.state_name} (monitor)" if balancer.frozen else balancer.state_name
-        return RunReport(name, rows, summary.steps, summary.warmup_steps, balancer.settings())
+        settings = balancer.settings()
+        return RunReport(name, rows, summary.steps, summary.warmup_steps, settings, measured=summary.measured)
 
-    def write(self, trainer: Trainer, balancer: LossBalancer, *, folder: str | None) -> None:
-        """Table to the console; file and figure into the log folder. Does nothing where there is nothing to tell.
+    def write(self, trainer: Trainer, balancer: LossBalancer, *, interrupted: bool = False) -> None:
+        """Table to the console; file and figure into the folder of each logger's run. Says where, or why nothing is written.
 
         Args:
             trainer: whose fit it was.
             balancer: the method.
-            folder: the log folder, which all ranks have asked for together.
+            interrupted: whether an exception ended it.
         """
-        if not self.enabled or setting_of(trainer, "fast_dev_run") or not trainer.is_global_zero:
+        if not self.enabled or not trainer.is_global_zero:
             return
-        report = self.report(balancer)
-        if not report.rows:
-            return
-        report.print()
-        if not trainer.loggers or folder is None:
-            return
-        rank_zero_info(f"Loss weights written to {report.write(Path(folder))}")
-        self._draw(trainer, report, Path(folder))
+        which = "interrupted fit" if interrupted else "fit"
+        with _telling(f"The report of the {which} could not be written", "callback.report has what there is of it."):
+            report = self.report(balancer)
+            if setting_of(trainer, "fast_dev_run"):
+                rank_zero_info("There is no report of this fit's loss weights: fast_dev_run leaves nothing behind.")
+            elif not report.rows:
+                rank_zero_info("There is no report of this fit's loss weights: no optimiser step was measured.")
+            else:
+                with _telling(f"The table of the {which} could not be printed", "callback.report has its rows."):
+                    report.print()
+                self._write_files(trainer, report, which)
 
-    @staticmethod
-    def _draw(trainer: Trainer, report: RunReport, folder: Path) -> None:
+    def _write_files(self, trainer: Trainer, report: RunReport, which: str) -> None:
+        figure = self._figure(report, which)
+        folders: set[str] = set()
+        for logger in trainer.loggers:
+            place = f"the folder of {type(logger).__name__}'s run"
+            try:
+                folder = run_folder(logger)
+                if folder is not None and folder not in folders:
+                    place = folder
+                    folders.add(place)
+                    self._write_into(folder, report, figure)
+            except Exception as error:
+                folders.add(place)
+                rank_zero_warn(
+                    f"The report of the {which} could not be written: {type(error).__name__}: {error}. It was to go into "
+                    f"{place}. Make that a folder that can be written; callback.report.write('another folder') writes the "
+                    "weights now, for FixedWeights.from_file to read."
+                )
+        if not folders:
+            loggers = ", ".join(type(logger).__name__ for logger in trainer.loggers)
+            why = f"no folder is known of {loggers}" if loggers else "the Trainer has no logger"
+            rank_zero_info(
+                f"{WEIGHTS} and the figure are not written: {why}. callback.report.write('folder') writes the weights."
+            )
+
+    def _write_into(self, folder: str, report: RunReport, figure: bytes | None) -> None:
+        place = Folder(folder)
+        if not (self._is_resumed or folder in self._own_folders):
+            for name in (WEIGHTS, FIGURE):
+                place.set_aside(name)
+        self._own_folders.add(folder)
+        rank_zero_info(f"Loss weights written to {report.write(folder)}")
+        if figure is not None:
+            rank_zero_info(f"Figure written to {place.write(FIGURE, figure)}")
+
+    def _figure(self, report: RunReport, which: str) -> bytes | None:
+        """The figure's file, or a word why there is none."""
+        history = self._curves.history()
         if not can_draw():
             rank_zero_info("For a figure of the run: pip install matplotlib, then lightning-gradnorm report LOGDIR.")
-            return
-        for logger in trainer.loggers:
-            logger.save()
-            flush = getattr(getattr(logger, "experiment", None), "flush", None)
-            if flush is not None:
-                flush()
-        try:
-            history = read_history(folder)
-        except (FileNotFoundError, ValueError):
-            return  # a logger whose files are not ours to read, or nothing was logged
-        rank_zero_info(f"Figure written to {draw(history, folder, report.heading)}")
+        elif not history.tasks:
+            rank_zero_info("No figure is drawn: it shows the steps that were logged and every 50th, and this run had neither.")
+        else:
+            with _telling(f"The figure of the {which} could not be drawn", "The rest of its report is written without."):
+                return drawn(history, report.heading)
+        return None
 
-    def write_what_there_is(self, trainer: Trainer, balancer: LossBalancer) -> None:
-        """After an exception: as ``write``, and never in its way."""
-        try:
-            self.write(trainer, balancer, folder=trainer.log_dir if trainer.world_size == 1 else _folder_here(trainer))
-        except Exception as error:
-            rank_zero_warn(f"The report of the interrupted fit could not be written: {error}")
+    @staticmethod
+    def log_hyperparameters(trainer: Trainer, pl_module: LightningModule, balancer: LossBalancer) -> None:
+        """Log the method and its settings with the run's own hyperparameters, before Lightning logs those.
 
-    def add_hyperparameters(self, pl_module: LightningModule, balancer: LossBalancer) -> None:
-        """Have Lightning log the method and its settings with the module's own hyperparameters.
-
-        They are lent to the module until ``take_back``, so that they stay out of its checkpoints.
+        TensorBoard's HParams page shows what a run logs first, so all go together. They are no part of the module, and so of
+        no checkpoint. A logger that does not take them (MLflow's do not change within a run) says so, and the fit goes on.
         """
-        self.take_back(pl_module)
-        own = dict(pl_module.hparams_initial) if pl_module._log_hyperparams else {}
-        settings = {f"loss_balancing/{name}": value for name, value in _flat(balancer.settings())}
-        self._hidden = {name: vars(pl_module)[name] for name in _LOGGED if name in vars(pl_module)}
-        vars(pl_module)["_hparams_initial"] = type(pl_module.hparams_initial)(
-            own | {"loss_balancing/method": balancer.state_name} | settings
-        )
-        vars(pl_module)["_log_hyperparams"] = True
+        owners = [
+            owner for owner in (pl_module, setting_of(trainer, "datamodule")) if getattr(owner, "_log_hyperparams", False)
+        ]
+        own = {name: value for owner in owners for name, value in owner.hparams_initial.items() if name != "_class_path"}
+        ours = {"loss_balancing/method": balancer.state_name}
+        ours |= {f"loss_balancing/{name}": value for name, value in _flat(balancer.settings())}
+        for logger in trainer.loggers:
+            try:
+                logger.log_hyperparams(own | ours)
+            except Exception as error:
+                rank_zero_info(
+                    f"{type(logger).__name__} did not take the loss balancing's method and settings as hyperparameters: "
+                    f"{type(error).__name__}: {error} The fit goes on; {WEIGHTS} has them."
+                )
 
-    def take_back(self, pl_module: LightningModule) -> None:
-        """The module is as it was."""
-        if self._hidden is not None:
-            for name in _LOGGED:
-                vars(pl_module).pop(name, None)
-            vars(pl_module).update(self._hidden)
-            self._hidden = None
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers, strings, lists and dicts."""
+        return {**self.summary.state_dict(), "curves": self._curves.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state from ``state_dict``: the run goes on, and its files are this one's to replace."""
+        self.summary.load_state_dict(state)
+        if "curves" in state:  # not in those of 0.1
+            self._curves.load_state_dict(state["curves"])
+        self._is_resumed = True
 
 
-def _folder_here(trainer: Trainer) -> str | None:
-    """The log folder without asking the other ranks, which may be gone."""
-    for logger in trainer.loggers:
-        folder = getattr(logger, "log_dir", None) or logger.save_dir
-        if folder is not None:
-            return str(folder)
-    return None
+@contextlib.contextmanager
+def _telling(what: str, consequence: str) -> Iterator[None]:
+    """An exception becomes a warning: a fit that has ended well has ended well."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"{what}: {type(error).__name__}: {error}. {consequence}")
 
 
 def _flat(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -1,10 +1,11 @@
 """The figure of a run: weights, gradient norms, loss ratios and losses over the steps."""
 
 import importlib.util
+import io
 import itertools
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lightning_gradnorm.report.history import Curve, History
 
@@ -26,12 +27,19 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw_history(history: History, path: str | Path, title: str = "") -> None:
+def drawn(history: History, title: str = "") -> bytes:
+    """A run as the content of a PNG file; see ``draw_history``."""
+    content = io.BytesIO()
+    draw_history(history, content, title)
+    return content.getvalue()
+
+
+def draw_history(history: History, path: str | Path | BinaryIO, title: str = "") -> None:
     """Draw a run as a PNG.
 
     Args:
         history: its curves.
-        path: of the file.
+        path: of the file, or a stream to write it to.
         title: a line above the panels.
 
     Raises:

@@ -1,12 +1,17 @@
 """What a log folder holds of a run: our tags over the steps, out of TensorBoard's event files or Lightning's CSV."""
 
 import csv
+import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_gradnorm.folders import Folder
 from lightning_gradnorm.report.tags import PER_TASK
+
+_EVENTS, _TABLE = "events.out.tfevents.*", "metrics.csv"
 
 
 class Curve(NamedTuple):
@@ -34,6 +39,12 @@ class History:
         self._curves = {tag: Curve(sorted(points), [points[step] for step in sorted(points)]) for tag, points in ours.items()}
         self.notes = notes
 
+    def in_order_of(self, tasks: Sequence[str]) -> "History":
+        """The same with the tasks in this order, those that are not named after the others: a CSV's columns are sorted."""
+        place = {task: number for number, task in enumerate(tasks)}
+        ordered = sorted(self._curves.items(), key=lambda item: place.get(item[0].partition("/")[2], len(place)))
+        return History({tag: dict(zip(*curve, strict=True)) for tag, curve in ordered}, self.notes)
+
     def of(self, kind: str) -> dict[str, Curve]:
         """Task → curve, for one of the tags of ``PER_TASK``; in the order of logging."""
         return {tag.partition("/")[2]: curve for tag, curve in self._curves.items() if tag.partition("/")[0] == kind}
@@ -45,22 +56,23 @@ class History:
 
 
 def read_history(folder: str | Path) -> History:
-    """Read a log folder: its event files if it has any, else its ``metrics.csv``.
+    """Read a log folder, also one behind a URL: its event files if it has any, else its ``metrics.csv``.
 
     Raises:
         FileNotFoundError: if there is no such folder, or neither kind of file in it.
         ValueError: if a file cannot be read, or holds none of our tags; the message says which and what to do.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    place = Folder(folder)
+    if not place.exists():
         raise FileNotFoundError(f"There is no log folder {folder}. Give the one that the table at the end of fit named.")
-    events, table = sorted(folder.glob("events.out.tfevents.*")), folder / "metrics.csv"
-    if events:
-        history = _of_events(events)
-    elif table.exists():
-        history = History(_of_csv(table))
+    if events := place.find(_EVENTS):
+        with place.here(*sorted(events, key=_as_written)) as files:
+            history = _of_events(files)
+    elif place.has(_TABLE):
+        with place.here(_TABLE) as (table,):
+            history = History(_of_csv(table))
     else:
-        inside = sorted({str(p.parent) for name in ("events.out.tfevents.*", "metrics.csv") for p in folder.rglob(name)})
+        inside = sorted({str(place.path(os.path.dirname(path))) for path in place.find(_EVENTS, _TABLE, below=True)})
         hint = f" Below it, these have: {', '.join(inside[:5])}." if inside else ""
         raise FileNotFoundError(
             f"{folder} holds neither TensorBoard event files nor Lightning's metrics.csv.{hint} Give a folder that a "
@@ -73,6 +85,11 @@ def read_history(folder: str | Path) -> History:
             "another folder."
         )
     return history
+
+
+def _as_written(name: str) -> list[str | int]:
+    """Sorts event files as they were begun: a process numbers those of one second, and 10 comes after 9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _of_events(files: list[Path]) -> History:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_gradnorm.folders import Folder
+from lightning_gradnorm.losses import task_tag
 from lightning_gradnorm.report import figure
 from lightning_gradnorm.report.history import Curve, History, read_history
 from lightning_gradnorm.report.summary import TaskSummary
@@ -19,10 +21,11 @@ class RunReport(NamedTuple):
     Attributes:
         method: the balancer's name.
         rows: one per task.
-        steps: optimiser steps that they are over.
-        warmup: how many of them the means after warm-up leave out.
+        steps: optimiser steps of the run.
+        warmup: how many of the measured ones the means after warm-up leave out.
         settings: of the method, as plain values.
-        logged_only: whether they are over the steps that were logged, instead of all.
+        logged_only: whether they are over the steps that were logged, instead of all that were measured.
+        measured: how many of the steps were measured; ``None`` for all.
     """
 
     method: str
@@ -31,11 +34,19 @@ class RunReport(NamedTuple):
     warmup: int
     settings: Mapping[str, Any]
     logged_only: bool = False
+    measured: int | None = None
+
+    @property
+    def _is_partly_measured(self) -> bool:
+        return self.measured is not None and self.measured < self.steps
 
     @property
     def heading(self) -> str:
         """Of the figure."""
-        return f"{self.method} after " + (f"the {self.steps} logged steps" if self.logged_only else f"{self.steps} steps")
+        measured = f", {self.measured} of them measured" if self._is_partly_measured else ""
+        return f"{self.method} after " + (
+            f"the {self.steps} logged steps" if self.logged_only else f"{self.steps} steps{measured}"
+        )
 
     @property
     def title(self) -> str:
@@ -50,7 +61,7 @@ class RunReport(NamedTuple):
         if not wandering:
             return ""
         task, most = max(wandering.items(), key=lambda item: item[1])
-        kind = "logged steps" if self.logged_only else "steps"
+        kind = "logged steps" if self.logged_only else "measured steps" if self._is_partly_measured else "steps"
         since = f"After the first {self.warmup} {kind}" if self.warmup else "From the first step on"
         if most <= 0.1:
             return f"{since} every weight stayed within {most:.0%} of its mean: fixed weights would do."
@@ -67,8 +78,8 @@ class RunReport(NamedTuple):
         if self.verdict:
             print(self.verdict)
 
-    def write(self, folder: Path) -> Path:
-        """Write ``loss_weights.yaml``, which ``report_of`` reads; returns its path."""
+    def write(self, folder: str | Path) -> str | Path:
+        """Write ``loss_weights.yaml`` into a folder, also behind a URL; ``report_of`` reads it. Returns its path."""
         return write_weights(
             folder,
             {row.task: row.statistics() for row in self.rows},
@@ -76,6 +87,7 @@ class RunReport(NamedTuple):
             settings=self.settings,
             steps=self.steps,
             warmup=self.warmup,
+            measured=self.measured,
             note=self.verdict,
         )
 
@@ -83,28 +95,31 @@ class RunReport(NamedTuple):
 def report_of(folder: str | Path) -> tuple[RunReport, History]:
     """The report of an earlier run, out of its log folder.
 
-    The table is that of the end of fit where ``loss_weights.yaml`` is there; else it is over the steps that were logged.
+    The table is that of the end of fit where ``loss_weights.yaml`` is there; else it is over the steps that were logged. Beside
+    that file the folder may be without logs that can be read here, as those of W&B and MLflow: the history is empty then.
 
     Raises:
         FileNotFoundError, ValueError: as ``read_history`` does, and for a weights file that is something else.
     """
-    folder = Path(folder)
-    history = read_history(folder)
-    file = folder / FILE_NAME
-    if not file.exists():
+    place = Folder(folder)
+    if not place.has(FILE_NAME):
+        history = read_history(folder)
         return _of_history(history), history
-    content = read_file(file)
+    try:
+        history = read_history(folder)
+    except (FileNotFoundError, ValueError) as error:
+        history = History({}, (f"No curves, so no figure: {error}",))
+    content = read_file(place.path(FILE_NAME))
     rows = [TaskSummary.of_statistics(task, row) for task, row in content["tasks"].items()]
+    history = history.in_order_of([task_tag(row.task) for row in rows])
     settings = content.get("settings") or {}
-    report = RunReport(content.get("method", ""), rows, content.get("steps", 0), content.get("warmup_steps", 0), settings)
-    return report, history
+    counts = content.get("steps", 0), content.get("warmup_steps", 0)
+    return RunReport(content.get("method", ""), rows, *counts, settings, measured=content.get("measured_steps")), history
 
 
-def draw(history: History, folder: Path, title: str = "") -> Path:
-    """Write the figure into the folder; returns its path."""
-    path = folder / figure.FILE_NAME
-    figure.draw_history(history, path, title)
-    return path
+def draw(history: History, folder: str | Path, title: str = "") -> str | Path:
+    """Write the figure into a folder, also behind a URL; returns its path."""
+    return Folder(folder).write(figure.FILE_NAME, figure.drawn(history, title))
 
 
 def _of_history(history: History) -> RunReport:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.measurement import Measurement
+from lightning_gradnorm.measurement import Measurement, reading_is_free
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,10 @@ class TaskSummary:
         mean: mean of the weights that its steps applied.
         std: their standard deviation.
         final: the weight that a next step would apply.
-        share_before: its part of Σ_i n_i at its first measured step, in [0, 1]; NaN if no norms were measured.
-        share_after: its part of Σ_i w_i n_i, mean over the last epoch; NaN likewise.
-        loss_ratio: L_i(t) over its first measured loss, mean over the last epoch.
+        share_before: its part of Σ_i n_i at the first measured step in which it had a gradient, in [0, 1]; NaN if none was
+            measured.
+        share_after: its part of Σ_i w_i n_i, mean over the last epoch's steps in which it had a gradient; NaN likewise.
+        loss_ratio: L_i(t) over its loss at that first step, mean over the same steps.
         mean_after_warmup: mean of the weights without the first steps (``RunSummary.warmup_steps``); NaN if there are none.
         std_after_warmup: their standard deviation.
     """
@@ -82,11 +83,16 @@ class RunSummary:
         self._started: set[str] = set()
         # Sums of the weights after 1, 2, 4, … steps, to have the mean without a warm-up whose length nobody knew at its end.
         self._added = 0
+        self._passed = 0
         self._marks: dict[int, Tensor] = {}
+
+    def count_step(self) -> None:
+        """One more optimiser step, measured or not."""
+        self._passed += 1
 
     @torch.no_grad()
     def add(self, weights: Tensor, measurement: Measurement, epoch: int) -> None:
-        """Take one optimiser step.
+        """Take one measured optimiser step.
 
         Args:
             weights: the weights that it applied, of ``measurement.tasks``, shape ``[T]``.
@@ -98,24 +104,32 @@ class RunSummary:
         weights = weights.to(losses)
         usable = (losses if norms is None else losses + norms / norms.sum()).sum().isfinite()  # all norms 0 is no share
         norms = torch.full_like(losses, torch.nan) if norms is None else norms.to(losses)
+        active = norms != 0  # a task without a gradient has no share of it, and its loss is none to compare with
         at = (
             slice(None)
             if tasks == self.tasks
             else torch.tensor([self.tasks.index(task) for task in tasks], device=losses.device)
         )
-        if not self._started.issuperset(tasks) and bool(usable):
-            first = torch.stack([weights, norms / norms.sum(), losses])
-            self._first[:, at] = torch.where(self._first[:, at].isnan(), first, self._first[:, at])
-            self._started.update(tasks)
+        if not self._started.issuperset(tasks):
+            first = torch.stack([weights, *torch.where(active, torch.stack([norms / norms.sum(), losses]), torch.nan)])
+            self._first[:, at] = torch.where(self._first[:, at].isnan() & usable, first, self._first[:, at])
+            self._note_started(losses)
         if epoch != self._epoch:
             self._sums[_EPOCH:] = 0.0
             self._epoch = epoch
         one, weighted = torch.ones_like(losses), weights * norms
         added = torch.stack([one, weights, weights * weights, one, weighted / weighted.sum(), losses / self._first[2, at]])
+        added[_EPOCH:] = torch.where(active, added[_EPOCH:], 0.0)
         self._sums[:, at] += torch.where(usable, added, 0.0)
         self._added += 1
         if self._added & (self._added - 1) == 0:
             self._marks[self._added] = self._sums[:_WEIGHTS].clone()
+
+    def _note_started(self, like: Tensor) -> None:
+        """Who has a first loss; elsewhere than on the CPU asked for after 1, 2, 4, … steps only, for the host has to wait."""
+        if reading_is_free(like) or self._added & (self._added + 1) == 0:
+            firsts = zip(self.tasks, self._first[2].tolist(), strict=True)
+            self._started.update(task for task, first_loss in firsts if not math.isnan(first_loss))
 
     def rows(self, final: Mapping[str, float]) -> list[TaskSummary]:
         """One row per task that took part in a step; ``final``: task → weight of a next step."""
@@ -148,8 +162,13 @@ class RunSummary:
 
     @property
     def steps(self) -> int:
-        """Measured optimiser steps that the task seen most often took part in."""
-        return int(self._sums[0].max().item()) if self.tasks else 0
+        """Optimiser steps of the run."""
+        return max(self._passed, self._added)
+
+    @property
+    def measured(self) -> int:
+        """How many of them were measured, also those that were not finite."""
+        return self._added
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -159,12 +178,14 @@ class RunSummary:
             "first": self._first.clone(),
             "sums": self._sums.clone(),
             "added": self._added,
+            "passed": self._passed,
             "marks": {str(step): sums.clone() for step, sums in self._marks.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.tasks, self._started, self._epoch = tuple(state["tasks"]), set(state["started"]), state["epoch"]
         self._first, self._sums = state["first"].clone(), state["sums"].clone()
+        self._passed = state.get("passed", 0)
         self._added, self._marks = state["added"], {int(step): sums.clone() for step, sums in state["marks"].items()}
 
     def _make_room(self, tasks: Sequence[str], like: Tensor) -> None:

@@ -11,6 +11,14 @@
 | ``grad_cosine/<a>_<b>`` | cosine between two tasks' gradients on W; below 0 they conflict |
 | ``total_loss/weighted`` | Σ w_i L_i, what was trained on |
 | ``total_loss/unweighted`` | Σ L_i, a yardstick that does not move |
+| ``total_loss/unweighted_epoch`` | the same, mean over the epoch's batches |
+| ``task_loss_epoch/<task>`` | L_i, mean over the epoch's batches that have the task |
+| ``val_total_loss``, ``test_total_loss`` | Σ L_i of an evaluation, mean over its batches |
+| ``val_task_loss/<task>``, ``test_task_loss/<task>`` | L_i of an evaluation likewise |
+
+Means are by batch size and over all ranks. Where no steps are logged (``log_every_n_steps=0``) an epoch's means stand under the
+names without ``_epoch``. For EarlyStopping, ModelCheckpoint and ReduceLROnPlateau the epoch's mean is there as
+``total_loss/unweighted`` in any case.
 """
 
 import itertools
@@ -20,7 +28,9 @@ from torch import Tensor
 
 from lightning_gradnorm.losses import task_tag
 
-# the tags that have one value per task
+WEIGHTED, UNWEIGHTED = "total_loss/weighted", "total_loss/unweighted"
+
+# the tags that have one value per task and step
 PER_TASK = ("loss_weight", "task_loss", "grad_norm", "target_norm", "loss_ratio", "inverse_rate")
 
 # chart → the tags on it, as TensorBoard's Custom Scalars takes them: regular expressions, so any task's name will do
@@ -39,9 +49,14 @@ def custom_scalars_layout() -> dict[str, dict[str, list[object]]]:
     return {"loss balancing": {chart: ["Multiline", tags] for chart, tags in CHARTS.items()}}
 
 
+def per_task_names(tag: str, tasks: Sequence[str]) -> list[str]:
+    """``<tag>/<task>`` for each task."""
+    return [f"{tag}/{task_tag(task)}" for task in tasks]
+
+
 def per_task(tag: str, tasks: Sequence[str], values: Tensor) -> dict[str, Tensor]:
     """``[T]`` values → ``<tag>/<task>`` → scalar."""
-    return {f"{tag}/{task_tag(task)}": value for task, value in zip(tasks, values.unbind(), strict=True)}
+    return dict(zip(per_task_names(tag, tasks), values.unbind(), strict=True))
 
 
 def per_pair_names(tag: str, tasks: Sequence[str]) -> list[str]:
@@ -63,4 +78,4 @@ def per_pair(tag: str, tasks: Sequence[str], values: Tensor) -> dict[str, Tensor
 
 def totals(weights: Tensor, losses: Tensor) -> Mapping[str, Tensor]:
     """Σ w_i L_i and Σ L_i of two ``[T]`` vectors."""
-    return {"total_loss/weighted": (weights * losses).sum(), "total_loss/unweighted": losses.sum()}
+    return {WEIGHTED: (weights * losses).sum(), UNWEIGHTED: losses.sum()}

@@ -1,11 +1,14 @@
 """The weights' own optimiser equals torch's; refused entries and steps leave no trace."""
 
 import functools
+import warnings
 
 import pytest
 import torch
 
+from lightning_gradnorm import GradNorm, Measurement, SelfAdaptivePoints, UncertaintyWeighting
 from lightning_gradnorm.balancers.optimizer import VectorOptimizer
+from lightning_gradnorm.pointwise import NotedPoints
 from tests.helpers import same_state
 
 FACTORIES = {
@@ -91,3 +94,74 @@ def test_the_constructors_learning_rate_wins_over_the_checkpoints():
     values = old.step(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64), YES)
     new.load_state_dict(old.state_dict())
     assert (new.step(values, torch.ones_like(values), YES) - values).tolist() == [-0.5] * 3
+
+
+# -- a checkpoint of another optimiser ------------------------------------------------------------------------------------
+
+
+def stepped(factory, steps=4):
+    ours, values = VectorOptimizer(factory, 0.1), torch.ones(3, dtype=torch.float64)
+    for gradient in gradients(steps):
+        values = ours.step(values, gradient, YES)
+    return ours, values
+
+
+OTHER = [(old, new) for old in FACTORIES for new in FACTORIES if old != new]
+
+
+@pytest.mark.parametrize(("old", "new"), OTHER)
+@pytest.mark.parametrize("named", [True, False], ids=["", "of 0.1"])
+def test_the_memory_of_another_optimiser_is_left_and_told(old, new, named):
+    """Where it is another class, or it lacks what this one remembers."""
+    before, values = stepped(FACTORIES[old])
+    state = before.state_dict()
+    if not named:
+        del state["optimizer"]
+    after, fresh = VectorOptimizer(FACTORIES[new], 0.1), VectorOptimizer(FACTORIES[new], 0.1)
+    remembers = any(state["state"].values())
+    same_class = {old, new} in ({"SGD", "momentum"}, {"Adam", "AMSGrad"})
+    lacks = (old, new) == ("Adam", "AMSGrad")
+    if not (lacks or not same_class if named else remembers):
+        after.load_state_dict(state)
+    else:
+        was = before.name if named else "one that remembers "
+        words = f"optimiser in the checkpoint is {was}.*now it is {after.name}, .*memory starts anew, and the weights go on"
+        with pytest.warns(UserWarning, match=words):
+            after.load_state_dict(state)
+        (gradient,) = gradients(1)
+        assert torch.equal(after.step(values, gradient, YES), fresh.step(values, gradient, YES))
+    assert after.step(values, gradients(1)[0], YES).isfinite().all()
+    again = VectorOptimizer(FACTORIES[new], 0.1)
+    again.load_state_dict(after.state_dict())  # and it is told once
+
+
+def test_a_state_without_a_step_is_nobodys_memory():
+    again = VectorOptimizer(torch.optim.Adagrad, 0.1)
+    again.load_state_dict(VectorOptimizer(torch.optim.Adagrad, 0.1).state_dict())
+    assert again.step(torch.ones(3, dtype=torch.float64), gradients(1)[0], YES).isfinite().all()
+
+
+@pytest.mark.parametrize("old", FACTORIES)
+@pytest.mark.parametrize("new", FACTORIES)
+def test_gradnorm_and_its_kin_resume_with_another_optimiser(old, new):
+    measurement = Measurement(("a", "b"), torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0]))
+    for make in (GradNorm, UncertaintyWeighting):
+        before, after = make(optimizer=FACTORIES[old]), make(optimizer=FACTORIES[new])
+        before.update(measurement)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            after.load_state_dict(before.state_dict())
+        assert after.weights == before.weights
+        after.update(measurement)
+        assert after.weights != before.weights and after.skipped_updates == 0
+        assert after.settings()["optimizer"] == after.state_dict()["optimizer"]["optimizer"]
+
+
+def test_masks_of_points_resume_with_another_optimiser():
+    before, after = SelfAdaptivePoints(3), SelfAdaptivePoints(3, optimizer=torch.optim.Adagrad)
+    before.update([NotedPoints(torch.rand(3), None)])
+    with pytest.warns(UserWarning, match="checkpoint is Adam, and now it is Adagrad"):
+        after.load_state_dict(before.state_dict())
+    assert torch.equal(after.masks, before.masks)
+    after.update([NotedPoints(torch.rand(3), None)])
+    assert (after.masks > before.masks).all()

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from lightning_gradnorm import DynamicTaskPrioritization, GradNormCallback, LossBalancingCallback, SelfAdaptivePoints
-from lightning_gradnorm.callbacks.ranks import RankAgreement
+from lightning_gradnorm.session import RankAgreement
 from tests.callbacks.two_processes import WORLD
 from tests.helpers import TrunkAndHeads, quiet_trainer
 
@@ -179,6 +179,6 @@ def run_until_one_rank_stops(hook, rank, path):
         error = None
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
-    left = (len(callback._link.noted), bool(callback._measuring.window))
+    left = (len(callback._session.noted), bool(callback._session.window))
     state = {"steps": callback.balancer.steps, "weights": callback.weights, "history": callback.history}
     torch.save({"error": error, "left": left, **state}, path)

@@ -139,9 +139,9 @@ def test_a_checkpoint_of_the_network_alone_loads_anywhere_and_brings_no_loss_wei
 
     live = callback.weights
     quiet_trainer(tmp_path, callbacks=[callback]).test(module, batches(2), ckpt_path=path, verbose=False)
-    weighed = [sum(live[task] * loss for task, loss in module.losses(x).items()) for (x,) in batches(2)]
     assert callback.weights == live
-    assert [total.item() for total, _ in module.tested] == pytest.approx([total.item() for total in weighed], rel=1e-6)
+    assert len(module.tested) == 2
+    assert all(torch.equal(total, plain) for total, plain in module.tested), "whatever the weights are"
 
     fresh = GradNormCallback(**METHOD, summary=False)
     quiet_trainer(tmp_path, callbacks=[fresh]).test(loaded, batches(2), ckpt_path=path, verbose=False)

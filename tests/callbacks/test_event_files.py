@@ -56,12 +56,13 @@ def as_float32(value):
 
 def assert_holds(folder, held, steps):
     """Each of our tags at these steps and no others, with the value that was held there."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
+    files = sorted(folder.glob("events.*"), key=lambda file: file.stat().st_mtime_ns)
+    events = [EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload() for file in files]
     tags = set(held[steps[0]])
     assert len(tags) == 32
-    assert tags <= set(events.Tags()["scalars"])
+    assert all(tags <= set(file.Tags()["scalars"]) for file in events)
     for tag in tags:
-        read = events.Scalars(tag)
+        read = [event for file in events for event in file.Scalars(tag)]
         assert [event.step for event in read] == steps, tag
         assert [event.value for event in read] == [as_float32(held[step][tag]) for step in steps], tag
 

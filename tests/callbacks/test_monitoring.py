@@ -100,6 +100,21 @@ def test_method_and_settings_stand_among_the_runs_hyperparameters(tmp_path, modu
     assert checkpoint.get("hyper_parameters", {}) == own
 
 
+def test_the_data_modules_hyperparameters_stand_there_too(tmp_path):
+    class Data(L.LightningDataModule):
+        def __init__(self, rows=24):
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self):
+            return batches(3)
+
+    logger, model = TensorBoardLogger(tmp_path), WithHyperparameters()
+    quiet_trainer(tmp_path, callbacks=[GradNormCallback(summary=False)], logger=logger).fit(model, datamodule=Data())
+    page = b"".join(EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams").values())
+    assert all(name in page for name in (b"loss_balancing/alpha", b"width", b"rows"))
+
+
 def test_an_error_before_training_leaves_the_modules_hyperparameters_alone(tmp_path):
     class Breaks(L.Callback):
         def on_sanity_check_start(self, *args):
@@ -175,9 +190,10 @@ def test_weights_that_never_move_are_told():
     assert told(frozen, [(1.0, 0.9)] * 30) == {}
 
 
-def test_a_fit_in_which_weights_stand_still_says_so_once(tmp_path):
+@pytest.mark.parametrize("every", [0, 50, 10_000])
+def test_a_fit_in_which_weights_stand_still_says_so_once(tmp_path, every):
     callback = GradNormCallback(lr=0.0, summary=False)
-    trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=12, log_every_n_steps=50)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=12, log_every_n_steps=every)
     with pytest.warns(UserWarning, match="The loss weights have not moved in") as caught:
         trainer.fit(TrunkAndHeads(lr=1e-4), batches(50))
     assert sum("have not moved" in str(warning.message) for warning in caught) == 1

@@ -115,10 +115,10 @@ def test_masks_survive_a_checkpoint_in_mid_epoch(tmp_path):
 
 
 def test_masks_are_frozen_while_lbfgs_runs(tmp_path):
-    callback = balancing(SelfAdaptivePoints(POINTS, lr=0.1))
-    quiet_trainer(tmp_path, callbacks=[callback], max_epochs=3).fit(Curve(), loader())
+    callback, module = balancing(SelfAdaptivePoints(POINTS, lr=0.1)), Curve()
+    quiet_trainer(tmp_path, callbacks=[callback], max_epochs=3).fit(module, loader())
     before = callback.points["curve"].state_dict()
-    module = Curve(torch.optim.LBFGS, lr=0.5)
+    module.make_optimizer, module.lr = torch.optim.LBFGS, 0.5
     quiet_trainer(tmp_path, callbacks=[callback], max_epochs=3).fit(module, loader())
     assert same_state(callback.points["curve"].state_dict(), before)
 

@@ -71,7 +71,7 @@ def test_the_tuner_changes_nothing(tmp_path):
     assert_same_history(run(True), run(False), rtol=0)
 
 
-@pytest.mark.feature("two `fit`s in a row", "supported", "the second goes on; `callback.balancer.reset()` starts anew")
+@pytest.mark.feature("two `fit`s of one module", "supported", "the second goes on; `callback.balancer.reset()` starts anew")
 def test_two_fits_go_on_with_the_weights(tmp_path):
     module, callback = TrunkAndHeads(), Watch()
     quiet_trainer(tmp_path, callbacks=[callback]).fit(module, batches(4))
@@ -108,8 +108,8 @@ def test_an_exception_leaves_whole_state_and_no_graph(tmp_path, where, error):
     setattr(module, where, fails)
     with pytest.raises((error, SystemExit)):
         quiet_trainer(tmp_path, callbacks=[callback]).fit(module, batches(6))
-    assert callback._link.noted == []
-    assert not callback._measuring.window
+    assert callback._session.noted == []
+    assert not callback._session.window
     assert callback.balancer.steps == 2
     assert all(0.5 < weight < 5 for weight in callback.weights.values())
     setattr(module, where, original)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_gradnorm import GradNormCallback
+from lightning_gradnorm.callbacks.refusals import check_strategy
 from tests.helpers import SCALES, TrunkAndHeads, quiet_trainer
 
 TASKS = list(SCALES)
@@ -323,7 +324,7 @@ class Inner(L.Callback):
 
     def on_before_backward(self, trainer, pl_module, loss):
         copied = copy.deepcopy(pl_module)
-        assert copied._loss_balancing.noted == []
+        assert copied._loss_balancing is None
         assert torch.equal(copied.trunk[0].weight, pl_module.trunk[0].weight)
 
 
@@ -354,9 +355,9 @@ def test_untested_strategies_are_refused_early_with_a_way_past(tmp_path):
         for name in Strategy.__abstractmethods__:
             locals()[name] = None
 
-    callback = GradNormCallback(summary=False)
     with pytest.raises(ValueError, match=r"not with Other\. Use one of these; or try it with untested_strategies=True"):
-        callback._check_strategy(Other())
-    GradNormCallback(untested_strategies=True)._check_strategy(Other())
+        check_strategy(Other(), "GradNormCallback", untested=False)
+    check_strategy(Other(), "GradNormCallback", untested=True)
+    callback = GradNormCallback(summary=False)
     train(tmp_path, OnTensors(), loader(torch.randn(2, 8, 6)), callback, strategy=Sharded(device="cpu"))
     assert callback.balancer.steps == 2

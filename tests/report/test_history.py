@@ -70,6 +70,14 @@ def test_a_resumed_run_has_each_step_once_as_it_was_logged_last(tmp_path):
     assert weights_of(tmp_path) == {step: 1.0 if step < 5 else 2.0 for step in range(12)}
 
 
+def test_files_of_one_second_are_read_in_the_order_of_their_numbers(tmp_path):
+    for number in (8, 9, 10):
+        write_events(tmp_path, [("loss_weight/a", 0, float(number))])
+        (new,) = (file for file in tmp_path.iterdir() if "host" not in file.name)
+        new.rename(tmp_path / f"events.out.tfevents.1700000000.host.77.{number}")
+    assert weights_of(tmp_path) == {0: 10.0}
+
+
 def test_a_resumed_fit_has_each_step_once(tmp_path):
     module, folder = TrunkAndHeads(), tmp_path / "log"
     logger = {"save_dir": folder, "name": "", "version": ""}
@@ -135,6 +143,16 @@ def test_a_history_takes_points_in_any_order():
     history = History({"loss_weight/a/b": {7: 3.0, 1: 2.0}, "loss_weight/c": {}, "epoch": {0: 1.0}})
     assert history.tasks == ("a/b",)
     assert history.of("loss_weight") == {"a/b": ([1, 7], [2.0, 3.0])}
+
+
+def test_a_history_in_the_order_of_training():
+    history = History(
+        {"loss_weight/a": {0: 1.0}, "task_loss/a": {0: 1.0}, "loss_weight/b": {0: 2.0}, "loss_weight/x": {0: 3.0}}, ("n",)
+    )
+    ordered = history.in_order_of(["c", "b", "a"])
+    assert (history.tasks, ordered.tasks, ordered.notes) == (("a", "b", "x"), ("b", "a", "x"), ("n",))
+    assert ordered.of("loss_weight")["b"] == ([0], [2.0])
+    assert ordered.of("task_loss") == history.of("task_loss")
 
 
 def test_a_folder_that_is_none(tmp_path):

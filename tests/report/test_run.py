@@ -174,7 +174,9 @@ def test_a_folder_that_cannot_be_written_does_not_hide_the_error(tmp_path):
         (folder / "loss_weights.yaml").mkdir(parents=True)
 
     with (
-        pytest.warns(UserWarning, match=r"report of the interrupted fit could not be written: .*loss_weights.yaml"),
+        pytest.warns(
+            UserWarning, match=r"report of the interrupted fit could not be written: .*loss_weights.yaml.* go into .*log"
+        ),
         pytest.raises(RuntimeError, match="boom"),
     ):
         fit(tmp_path, GradNormCallback(), Raising(RuntimeError("boom"), before=block))
@@ -213,10 +215,8 @@ def test_only_the_first_process_writes(tmp_path, rank, capsys):
     vector = balancer.weights_for(["a", "b"])
     reporting.add(vector, Measurement(("a", "b"), vector.double(), vector.double()), 0)
     logger = types.SimpleNamespace(save=lambda: None, log_dir=str(tmp_path), save_dir=None)
-    for size in (1, 2):
-        trainer = types.SimpleNamespace(
-            fast_dev_run=False, is_global_zero=rank == 0, loggers=[logger], world_size=size, log_dir=str(tmp_path)
-        )
-        reporting.write_what_there_is(trainer, balancer)
+    trainer = types.SimpleNamespace(fast_dev_run=False, is_global_zero=rank == 0, loggers=[logger], world_size=2)
+    for interrupted in (False, True):
+        reporting.write(trainer, balancer, interrupted=interrupted)
         assert written(tmp_path) == ({"loss_weights.yaml"} if rank == 0 else set())
         assert bool(capsys.readouterr().out) == (rank == 0)

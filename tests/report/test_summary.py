@@ -105,8 +105,7 @@ def test_the_rows_are_the_plain_statistics(run):
         for std in (STD, -1):
             assert by_sums.pop(std) == pytest.approx(plain.pop(std), abs=1e-4, nan_ok=True), "sums of squares up to 1e6"
         assert by_sums == pytest.approx(plain, rel=1e-9, nan_ok=True)
-    seen = [sum(finite(step) and task in step for epoch in run for step in epoch) for task in TASKS]
-    assert summary.steps == max(seen)
+    assert summary.measured == sum(map(len, run))
 
 
 @given(runs(), st.data())
@@ -127,7 +126,7 @@ def test_a_state_saved_and_loaded_goes_on_as_if_nothing_had_been(run, data):
             seen += 1
     assert repr(summary.rows(FINAL)) == repr(whole.rows(FINAL))
     assert summary.tasks == whole.tasks
-    assert summary.steps == whole.steps
+    assert (summary.steps, summary.measured) == (whole.steps, whole.measured)
 
 
 def test_a_state_is_a_copy():
@@ -156,7 +155,23 @@ def test_numbers_that_can_be_done_in_the_head():
     a, b = summary.rows({"a": 2.5})
     assert numbers(a) == pytest.approx([1.0, 2.0, 0.5**0.5, 2.5, 1.0, (3 / 6 + 6 / 7) / 2, (4 / 8 + 2 / 8) / 2, 2.0, 0.5**0.5])
     assert numbers(b) == pytest.approx([1.0, 0.75, 0.25, 0.75, 3 / 4, (3 / 6 + 1 / 7) / 2, 0.75, 0.75, 0.25])
-    assert summary.steps == 4
+    assert (summary.steps, summary.measured) == (5, 5)
+
+
+def test_steps_that_were_not_measured_are_steps():
+    """Every tenth of 160 is measured; tasks that take turns do not halve the count."""
+    summary = RunSummary()
+    for step in range(160):
+        summary.count_step()
+        if step % 10 == 0:
+            take(summary, {"ab"[step // 10 % 2]: [1.0, 2.0, 3.0]})
+    assert (summary.steps, summary.measured) == (160, 16)
+    other = RunSummary()
+    other.load_state_dict(summary.state_dict())
+    assert (other.steps, other.measured) == (160, 16)
+    of_version_0_1 = {name: value for name, value in summary.state_dict().items() if name != "passed"}
+    other.load_state_dict(of_version_0_1)
+    assert (other.steps, other.measured) == (16, 16), "all that it knew of"
 
 
 def test_without_norms_there_are_no_shares():
@@ -169,6 +184,38 @@ def test_without_norms_there_are_no_shares():
 def test_a_step_whose_gradients_all_vanish_does_not_spoil_the_shares():
     summary = summary_of([[{"a": [1.0, 2.0, 1.0], "b": [1.0, 2.0, 3.0]}, {"a": [1.0, 2.0, 0.0], "b": [1.0, 2.0, 0.0]}]])
     assert [row.share_after for row in summary.rows({})] == pytest.approx([0.25, 0.75])
+
+
+def test_a_task_without_a_gradient_has_no_share_and_no_first_loss_in_that_step():
+    """As a detection batch without boxes; the weights that it was given count all the same."""
+    steps = [
+        {"a": [1.0, 4.0, 1.0], "b": [1.0, 0.0, 0.0]},
+        {"a": [1.0, 2.0, 1.0], "b": [1.0, 8.0, 3.0]},
+        {"a": [2.0, 2.0, 1.0], "b": [3.0, 0.0, 0.0]},
+        {"a": [2.0, 1.0, 1.0], "b": [3.0, 4.0, 2.0]},
+    ]
+    a, b = summary_of([steps]).rows({"a": 2.0, "b": 3.0})
+    assert (b.start, b.mean, b.std, b.final) == (1.0, 2.0, 1.0, 3.0)
+    assert (b.share_before, b.share_after, b.loss_ratio) == pytest.approx((3 / 4, (3 / 4 + 6 / 8) / 2, (1 + 0.5) / 2))
+    assert (a.share_before, a.share_after, a.loss_ratio) == pytest.approx((1.0, (1 + 1 / 4 + 1 + 2 / 8) / 4, 2.25 / 4))
+
+
+def test_a_task_that_never_has_a_gradient_has_weights_and_nothing_else():
+    a, b = summary_of([[{"a": [1.0, 4.0, 1.0], "b": [1.5, 3.0, 0.0]}] * 3]).rows({"a": 1.0, "b": 1.5})
+    assert (b.start, b.mean, a.share_after) == (1.5, 1.5, 1.0)
+    assert all(math.isnan(value) for value in (b.share_before, b.share_after, b.loss_ratio))
+
+
+def test_on_a_device_who_has_started_is_asked_for_now_and_then(monkeypatch):
+    steps = [{"a": [1.0, 4.0, 1.0], "b": [1.0, 3.0, float(step > 4)]} for step in range(12)]
+    free = summary_of([steps])
+    asked = []
+    whole = torch.Tensor.tolist
+    monkeypatch.setattr("lightning_gradnorm.report.summary.reading_is_free", lambda tensor: False)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(1) or whole(self))
+    waiting = summary_of([steps])
+    assert len(asked) == 4, "after 1, 2, 4 and 8 steps"
+    assert repr(waiting.rows({})) == repr(free.rows({}))
 
 
 def test_an_epoch_without_steps_leaves_the_last_one_standing():

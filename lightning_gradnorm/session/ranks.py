@@ -8,18 +8,24 @@ from torch import Tensor
 
 
 class RankAgreement:
-    """The tasks' order and the size of W, the same on every rank.
+    """The tasks' order and W, the same on every rank.
 
-    Agreed once, at the first measured step of a fit, by all ranks together; after that, each update needs one collective
-    whose size every rank knows, whatever it has seen itself.
+    Agreed at the first update of a run, by all ranks together, and again while no rank has measured anything; after that,
+    each update needs one collective whose size every rank knows, whatever it has seen itself.
+
+    Args:
+        device: where the collectives work.
 
     Attributes:
         tasks: all tasks, in the agreed order; empty before.
+        layer: the names of the parameters of W.
         entries: |W|; 0 where no rank measures gradients.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.tasks: tuple[str, ...] = ()
+        self.layer: tuple[str, ...] = ()
         self.entries = 0
 
     def agree(self, tasks: Sequence[str], layer: Sequence[str], entries: int) -> None:
@@ -35,14 +41,15 @@ class RankAgreement:
         """
         gathered: list[tuple[Sequence[str], Sequence[str], int]] = [((), (), 0)] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, (tuple(tasks), tuple(layer), entries))
-        layers = {known: size for _, known, size in gathered if known}
+        layers = {tuple(known) for _, known, _ in gathered if known}
         if len(layers) > 1:
             raise ValueError(
-                f"The ranks found different shared layers: {', '.join(' and '.join(names) for names in layers)}. "
+                f"The ranks found different shared layers: {', '.join(' and '.join(names) for names in sorted(layers))}. "
                 "Let shared_layer() name the one to use."
             )
         self.tasks = tuple(dict.fromkeys(task for known, _, _ in gathered for task in known))
-        self.entries = next(iter(layers.values()), 0)
+        self.layer = next(iter(layers), ())
+        self.entries = max(size for _, _, size in gathered)
 
     def check(self, tasks: Sequence[str]) -> None:
         """Refuse a task that the ranks do not all know of.
@@ -54,8 +61,7 @@ class RankAgreement:
         if new:
             raise ValueError(
                 f"Task {', '.join(map(repr, new))} appeared after the first step of a distributed run, where the ranks agreed "
-                "on the "
-                f"tasks {list(self.tasks)}. Declare all of them: tasks={[*self.tasks, *new]}."
+                f"on the tasks {list(self.tasks)}. Declare all of them: tasks={[*self.tasks, *new]}."
             )
 
     @staticmethod

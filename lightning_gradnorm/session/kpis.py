@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
-from torchmetrics import Metric
 
 
 def read_kpis(tasks: Iterable[str], kpis: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -31,8 +30,8 @@ def read_kpis(tasks: Iterable[str], kpis: Mapping[str, Any]) -> dict[str, Tensor
 
 @torch.no_grad()
 def _read(task: str, kpi: Any) -> Tensor:
-    if isinstance(kpi, Metric):
-        if kpi.sync_on_compute and torch.distributed.is_available() and torch.distributed.is_initialized():
+    if callable(getattr(kpi, "compute", None)):  # a torchmetrics Metric, without the import
+        if getattr(kpi, "sync_on_compute", False) and torch.distributed.is_available() and torch.distributed.is_initialized():
             raise ValueError(
                 f"The metric of task {task!r} would exchange its state with the other ranks in the middle of a step, where "
                 "they need not be waiting. Build it with sync_on_compute=False; the indicators are averaged over the ranks."

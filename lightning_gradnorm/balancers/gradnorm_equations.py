@@ -1,0 +1,81 @@
+"""GradNorm's equations (Chen, Badrinarayanan, Lee, Rabinovich, ICML 2018, arXiv 1711.02257).
+
+Symbols of the paper, and names here: L̃_i ``loss_ratio``; r_i ``relative_inverse_training_rate``; G_i ``gradient_norm`` of
+the weighted loss, w_i n_i; Ḡ r_i^α ``target_norm``; L_grad ``gradnorm_loss``. All vectors have shape ``[T]``; where ``active``
+is given, boolean, shape ``[T]``, the tasks that it leaves out take no part in any mean, and their entries mean nothing.
+"""
+
+import torch
+from torch import Tensor
+
+
+def where_active(values: Tensor, active: Tensor | None) -> Tensor:
+    """The values, 0 for tasks that take no part."""
+    return values if active is None else torch.where(active, values, 0.0)
+
+
+def sum_among(values: Tensor, active: Tensor | None) -> Tensor:
+    """Σ over the tasks that take part, scalar."""
+    return where_active(values, active).sum()
+
+
+def loss_ratios(losses: Tensor, initial_losses: Tensor) -> Tensor:
+    """L̃_i = L_i(t) / L_i(0): how much of the loss is left, the *inverse* training rate (section 3.1)."""
+    return losses / initial_losses
+
+
+def mean_among(values: Tensor, active: Tensor | None = None) -> Tensor:
+    """Mean over the tasks that take part, scalar."""
+    return values.mean() if active is None else sum_among(values, active) / active.sum()
+
+
+def relative_inverse_training_rates(ratios: Tensor, active: Tensor | None = None) -> Tensor:
+    """r_i = L̃_i / mean_j L̃_j: above 1 for a task that trains slowly (section 3.1)."""
+    return ratios / mean_among(ratios, active)
+
+
+def target_norms(
+    gradient_norms: Tensor,
+    rates: Tensor,
+    alpha: float,
+    *,
+    priorities: Tensor | None = None,
+    feasible: bool = True,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Ḡ r_i^α (equation 1): what the weighted gradient norms should be; a constant for L_grad.
+
+    The norms average to Ḡ and the printed targets, in general, do not, so they cannot be met unless α is 0 or 1 or all
+    rates are equal. ``feasible`` divides them by mean_j r_j^α, after which they can.
+
+    Args:
+        gradient_norms: G_i = w_i n_i, shape ``[T]``.
+        rates: r_i, shape ``[T]``.
+        alpha: strength of the pull towards equal training rates; at 0 all norms are pulled together.
+        priorities: relative importance of the tasks, a factor of the targets; not in the paper.
+        feasible: a deviation from the printed equation; ``False`` for the printed one.
+        active: which tasks take part; ``None`` for all.
+    """
+    shares = rates**alpha
+    if priorities is not None:
+        shares = shares * (priorities / mean_among(priorities, active))
+    return mean_among(gradient_norms, active) * (shares / mean_among(shares, active) if feasible else shares)
+
+
+def gradnorm_loss(gradient_norms: Tensor, targets: Tensor) -> Tensor:
+    """L_grad = Σ_i |G_i − target_i| (equation 2), scalar."""
+    return (gradient_norms - targets).abs().sum()
+
+
+def gradnorm_gradient(gradient_norms: Tensor, targets: Tensor, unweighted_norms: Tensor) -> Tensor:
+    """∂L_grad/∂w_i = sign(G_i − target_i) n_i, with the targets constant (Algorithm 1); no second-order graph is needed.
+
+    With G_i in the place of n_i it is ∂L_grad/∂log w_i.
+    """
+    return torch.sign(gradient_norms - targets) * unweighted_norms
+
+
+def balanced_weights(unweighted_norms: Tensor, rates: Tensor, alpha: float, *, priorities: Tensor | None = None) -> Tensor:
+    """w_i ∝ r_i^α / n_i: where L_grad with the feasible target is 0; up to their common factor."""
+    shares = rates**alpha if priorities is None else rates**alpha * priorities
+    return shares / unweighted_norms

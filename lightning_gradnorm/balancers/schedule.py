@@ -1,0 +1,15 @@
+"""Which optimiser steps are measured, where not all are."""
+
+_GOLDEN = 2654435769  # 2³² / φ, made odd
+
+
+def is_measured(step: int, every: int) -> bool:
+    """Whether the optimiser step of this number, from 0, is one of the one in ``every`` that are measured.
+
+    The first is, and then one of each ``every`` that follow, at a place that moves from block to block by the golden ratio.
+    So tasks that take turns, with whatever period, are measured in every one of their turns, and in each as often: of two
+    that alternate, every n-th step, n even, would see one alone. It is a function of the step alone, the same on every
+    rank and after a resume.
+    """
+    block, place = divmod(step - 1, every)
+    return step == 0 or place == ((block + 1) * _GOLDEN % 2**32) * every >> 32

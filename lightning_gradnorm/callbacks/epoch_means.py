@@ -1,0 +1,117 @@
+"""Mean losses of an epoch, in training and in evaluation: added up on the device, read once at the end."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.measurement import widest_float
+
+Gather = Callable[[Any], list[Any]]
+
+
+@dataclass(frozen=True)
+class MeanLosses:
+    """Of one epoch.
+
+    Attributes:
+        total: Σ_i L_i, the mean over the batches.
+        tasks: task → L_i, the mean over the batches that have it.
+    """
+
+    total: float
+    tasks: dict[str, float]
+
+
+class EpochMeans:
+    """Adds up batches, each by its size: what ``self.log(…, on_epoch=True)`` would make of the same losses.
+
+    A batch costs one addition of a ``[T]`` vector and no synchronisation.
+
+    Attributes:
+        epoch: that the sums are of; ``None`` before the first.
+    """
+
+    def __init__(self) -> None:
+        self.epoch: int | None = None
+        # by the tasks that a batch has, so that nothing is looked up on the device: Σ size · L_i, Σ size
+        self._sums: dict[tuple[str, ...], tuple[Tensor, float]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
+    def begin(self, epoch: int) -> None:
+        """An epoch begins, or goes on after a resume in its middle."""
+        if epoch != self.epoch:
+            self.reset()
+            self.epoch = epoch
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self._sums.clear()
+        self.epoch = None
+
+    def add(self, tasks: Sequence[str], losses: Tensor, batch_size: int = 1) -> None:
+        """Take one batch.
+
+        Args:
+            tasks: those that it has.
+            losses: L_i, unweighted and detached, shape ``[T]``.
+            batch_size: what it counts in the means.
+        """
+        key = tuple(tasks)
+        sums, size = self._sums.get(key, (None, 0.0))
+        if sums is None:
+            sums = torch.zeros(len(key), dtype=widest_float(losses.device), device=losses.device)
+        self._sums[key] = sums.to(losses.device).add_(losses, alpha=batch_size), size + batch_size
+
+    def means(self, gather: Gather | None = None) -> MeanLosses | None:
+        """The means so far, over all ranks; ``None`` where no rank has had a batch. Waits for the device.
+
+        Args:
+            gather: gives what every rank hands it; called once by each rank, whatever it has seen.
+        """
+        here = [(key, sums.tolist(), size) for key, (sums, size) in self._sums.items()]
+        total, batches = 0.0, 0.0
+        sums_of: dict[str, float] = {}
+        size_of: dict[str, float] = {}
+        for tasks, sums, size in (group for rank in (gather(here) if gather else [here]) for group in rank):
+            total, batches = total + sum(sums), batches + size
+            for task, value in zip(tasks, sums, strict=True):
+                sums_of[task] = sums_of.get(task, 0.0) + value
+                size_of[task] = size_of.get(task, 0.0) + size
+        if not batches:
+            return None
+        return MeanLosses(total / batches, {task: value / size_of[task] for task, value in sums_of.items() if size_of[task]})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers, strings, lists and dicts."""
+        groups = [{"tasks": list(key), "sums": sums.clone(), "size": size} for key, (sums, size) in self._sums.items()]
+        return {"epoch": self.epoch if groups else None, "groups": groups}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state from ``state_dict``."""
+        self.epoch = state["epoch"]
+        self._sums = {tuple(group["tasks"]): (group["sums"].clone(), group["size"]) for group in state["groups"]}
+
+
+def batch_size_of(batch: Any) -> int:
+    """Rows of the first tensor in a batch, which is what Lightning takes too; 1 where there is none."""
+    sizes = _sizes(batch)
+    return next(sizes, None) or 1
+
+
+def _sizes(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        yield len(batch) if batch.ndim else 1
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _sizes(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _sizes(value)
+    elif hasattr(batch, "__dataclass_fields__"):
+        for name in batch.__dataclass_fields__:
+            yield from _sizes(getattr(batch, name))

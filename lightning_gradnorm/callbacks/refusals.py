@@ -1,0 +1,68 @@
+"""What a balancing callback refuses before a run begins, with what to do instead."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_gradnorm.mixin import MultiTaskMixin, check_attributes
+
+_TESTED = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+
+
+def check_module(module: Any, name: str) -> None:
+    """Refuse a module that cannot hand over its losses.
+
+    Raises:
+        TypeError: if it has no ``MultiTaskMixin``, or names of the mixin stand for something else in it.
+    """
+    if not isinstance(module, MultiTaskMixin):
+        own = type(module).__name__
+        raise TypeError(
+            f"{name} needs a module with MultiTaskMixin, and {own} has none. Write class {own}(MultiTaskMixin, "
+            "L.LightningModule) and return self.total_loss({'task': loss, …}) from training_step."
+        )
+    check_attributes(module)
+
+
+def check_strategy(strategy: Any, name: str, *, untested: bool) -> None:
+    """Refuse a Trainer's strategy that the callback is not tested with, unless the user says so.
+
+    Raises:
+        ValueError: naming the strategy.
+    """
+    names = [cls.__name__ for cls in type(strategy).__mro__]
+    tested = any(known in _TESTED for known in names) and not any("DeepSpeed" in known for known in names)
+    found = names[0]
+    if tested and "ModelParallelStrategy" in names:
+        tensor_parallel = strategy.device_mesh["tensor_parallel"].size()
+        tested, found = tensor_parallel == 1, f"{found}(tensor_parallel_size={tensor_parallel})"
+    if not (tested or untested):
+        raise ValueError(
+            f"{name} is tested with one device, with DDP, and with FSDP2 by ModelParallelStrategy(data_parallel_size=…, "
+            f"tensor_parallel_size=1); not with {found}. Use one of these; or try it with untested_strategies=True, best with "
+            "norm_of='features', which needs no parameter gradient."
+        )
+
+
+def check_alone(callbacks: Sequence[object]) -> None:
+    """Refuse several callbacks that weigh losses.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if len(callbacks) > 1:
+        raise ValueError(
+            f"One callback weighs the losses, and the Trainer was given {len(callbacks)}: "
+            f"{', '.join(type(callback).__name__ for callback in callbacks)}. Keep one of them."
+        )
+
+
+def never_called(module: Any, name: str) -> str:
+    """What is said of a module that has not called ``total_loss`` by the end of its first step."""
+    own = type(module).__name__
+    owner = next(cls for cls in type(module).__mro__ if "total_loss" in vars(cls))
+    hidden = "" if owner is MultiTaskMixin else f" (It has a total_loss of its own, from {owner.__name__}.)"
+    return (
+        f"The training_step of {own} never called total_loss(), so {name} has no losses to weigh, and the network is trained "
+        f"on what {own} adds up by itself.{hidden} Return self.total_loss({{'task': loss, …}}) from training_step, with the "
+        f"losses of all tasks; or take {name} off the Trainer."
+    )

@@ -1,0 +1,139 @@
+"""Which backward passes of a run are read, and what those of one optimiser step add up to."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from lightning_gradnorm.gradients import UnreachedSharedLayerError
+from lightning_gradnorm.session.loop import Loop
+from lightning_gradnorm.session.ranks import RankAgreement
+from lightning_gradnorm.session.shared import SharedReading, hides_parameters
+from lightning_gradnorm.shared_layer import SharedLayer
+from lightning_gradnorm.window import MeasurementWindow
+
+Tell = Callable[[str, str], None]
+
+
+class Measuring:
+    """Measures the steps of one run.
+
+    Args:
+        reading: finds W and reads the gradients on it.
+        with_kpis: whether every task comes with a key performance indicator.
+
+    Attributes:
+        window: the sums of the step under way.
+    """
+
+    def __init__(self, reading: SharedReading, *, with_kpis: bool) -> None:
+        self.reading, self._with_kpis = reading, with_kpis
+        self._reached: set[str] = set()  # the tasks whose gradient on W was read before
+        self.new_window()
+
+    def new_window(self) -> None:
+        """Another optimiser step."""
+        self.window = MeasurementWindow(of_features=self.reading.norm_of == "features", with_kpis=self._with_kpis)
+        self._layer_changed = False
+
+    def before_backward(self, root: Tensor, losses: Mapping[str, Tensor], loop: Loop, tell: Tell) -> bool:
+        """Get ready for the backward of ``root``.
+
+        Args:
+            root: scalar that ``backward()`` will be called on.
+            losses: the tapped losses that it was built from.
+            loop: whose network it is.
+            tell: takes what is to be warned of.
+
+        Returns:
+            Whether the backward will be read.
+
+        Raises:
+            UnreachedSharedLayerError: if some of the tasks reach W and others do not.
+            ValueError: if there is no W.
+        """
+        if not self._find_layer(losses, loop, tell) or self._layer_changed:
+            return False
+        try:
+            there = self.reading.before_backward(root, losses)
+        except UnreachedSharedLayerError as error:
+            only_others = bool(self._reached) and self._reached.isdisjoint(losses)
+            if len(error.tasks) < len(losses) or only_others or hides_parameters(root):
+                raise
+            tell(
+                "unreached",
+                f"No task's loss reached the shared layer ({self.reading.layer}) in this step. Such steps are skipped: "
+                "they leave the weights as they are. That is as it should be where the layer is left out at random, or sees "
+                f"some batches only. {error}",
+            )
+            return False
+        if not there:
+            tell(
+                "frozen",
+                f"The shared layer ({self.reading.layer}) is frozen or was not used in this step: the weights stay as they are "
+                "until it is trained.",
+            )
+        return there
+
+    def _find_layer(self, losses: Mapping[str, Tensor], loop: Loop, tell: Tell) -> bool:
+        before = self.reading.layer
+        try:
+            known = self.reading.find(losses)
+        except ValueError as error:
+            # A finetuning callback freezes now what it will train later; anywhere else it is a mistake.
+            if not loop.may_thaw:
+                raise
+            tell("frozen", f"The weights stay as they are while a finetuning callback keeps the layer frozen. {error}")
+            return False
+        if self.reading.layer is not before:
+            self._announce(before, loop)
+        return known
+
+    def _announce(self, before: SharedLayer | None, loop: Loop) -> None:
+        if self.reading.layer is not None:
+            where = "at the output of" if self.reading.norm_of == "features" else "on"
+            loop.inform(
+                f"{loop.name} compares the tasks' gradients {where} {self.reading.layer}. They are read by the "
+                f"{self.reading.engine.engine_to_use!r} engine."
+            )
+        if before is None:
+            return
+        if loop.ranks is not None:
+            raise ValueError(
+                f"A task that came later does not reach the shared layer that the ranks agreed on ({before}). Name one that "
+                "all tasks reach with shared_layer(), or declare all tasks: tasks=[…]."
+            )
+        loop.inform(f"A task that came later does not reach what was the shared layer until now ({before}).")
+        # What this step has read already is of the other layer.
+        changed = bool(self.window)
+        self.new_window()
+        self._layer_changed = changed
+        self._reached.clear()
+
+    def after_backward(self) -> None:
+        """Take what the backward brought.
+
+        Raises:
+            IncompleteBackwardError: if it could not be read.
+        """
+        gradients = self.reading.engine.finish()
+        if gradients is not None:
+            self._reached.update(gradients.tasks)
+            self.window.add_gradients(gradients)
+
+    def reduce(self, window: MeasurementWindow, ranks: RankAgreement, known_tasks: Sequence[str], *, measures: bool) -> None:
+        """The same measurement on every rank: one collective, which all ranks call whatever they have seen.
+
+        Args:
+            window: this rank's part of the step.
+            ranks: what they agree on.
+            known_tasks: of the balancer.
+            measures: whether the method needs the tasks' gradients.
+        """
+        layer = self.reading.layer
+        if not ranks.tasks or (measures and not ranks.entries):
+            ranks.agree((*known_tasks, *window.tasks), () if layer is None else layer.names, window.entries)
+            if layer is None and ranks.layer and self.reading.norm_of == "parameters":
+                self.reading.adopt(ranks.layer, "as another rank found it; override shared_layer() to choose another")
+        ranks.check(window.tasks)
+        if ranks.tasks and (ranks.entries or not measures):
+            window.reduce(ranks.all_reduce, ranks.tasks, ranks.entries, ranks.device)

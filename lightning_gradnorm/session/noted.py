@@ -1,0 +1,95 @@
+"""What a total leaves behind for the backward and the step that follow."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradnorm.balancers import LossBalancer
+from lightning_gradnorm.gradients import tap_losses
+from lightning_gradnorm.plain import plain_keys
+from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
+from lightning_gradnorm.session.kpis import read_kpis
+
+
+@dataclass(frozen=True)
+class NotedLosses:
+    """What one total left behind for the backward that follows.
+
+    Attributes:
+        losses: task name → the tapped loss, with its graph; the plain one where no gradients are to be read.
+        tapped: whether they are tapped.
+        weights: those that the total applied, shape ``[T]``.
+        kpis: task name → scalar, where the method needs them.
+        points: task name → its points, where they are weighed one by one.
+    """
+
+    losses: dict[str, Tensor]
+    tapped: bool
+    weights: Tensor
+    kpis: dict[str, Tensor]
+    points: dict[str, NotedPoints]
+
+    @classmethod
+    def joined(cls, noted: Sequence["NotedLosses"]) -> "NotedLosses":
+        """Several totals that one backward runs through, as one.
+
+        Raises:
+            RuntimeError: if a task is in two of them.
+        """
+        tasks = [task for one in noted for task in one.losses]
+        twice = sorted({task for task in tasks if tasks.count(task) > 1})
+        if twice:
+            raise RuntimeError(
+                f"One backward runs through two totals of task {', '.join(map(repr, twice))}. Call total_loss() once with the "
+                "losses of all tasks, or run a backward of its own for each total."
+            )
+        return cls(
+            {task: loss for one in noted for task, loss in one.losses.items()},
+            noted[0].tapped,
+            torch.cat([one.weights for one in noted]),
+            {task: kpi for one in noted for task, kpi in one.kpis.items()},
+            {task: points for one in noted for task, points in one.points.items()},
+        )
+
+
+def note(
+    balancer: LossBalancer,
+    points: Mapping[str, PointWeighting],
+    losses: Mapping[str, Tensor],
+    network: nn.Module,
+    kpis: Mapping[str, Any],
+    given_points: Mapping[str, Tensor],
+    *,
+    tapped: bool,
+) -> NotedLosses:
+    """Checked losses, weighed with the present weights.
+
+    Args:
+        balancer: the method.
+        points: task → how its points are weighed.
+        losses: task name → scalar loss; of a task of ``points``, one loss per point.
+        network: what they were computed with.
+        kpis: task name → key performance indicator.
+        given_points: task name → what identifies its points.
+        tapped: whether the tasks' gradients are to be read.
+    """
+    kpis, given_points = plain_keys(kpis), plain_keys(given_points)
+    indicators = read_kpis(losses, kpis) if "kpis" in balancer.needs else {}
+    weighed = {task: NotedPoints(losses[task].detach(), given_points.get(task)) for task in losses if task in points}
+    terms = {
+        task: points[task].term(loss, given_points.get(task), network) if task in weighed else loss
+        for task, loss in losses.items()
+    }
+    terms = tap_losses(terms) if tapped else terms
+    return NotedLosses(terms, tapped, balancer.weights_at(terms), indicators, weighed)
+
+
+def called_twice(first: Iterable[str], now: Iterable[str]) -> str:
+    """What is said of a second total in one step, with the tasks of both."""
+    return (
+        f"total_loss() was called twice in one step: first for the tasks {list(first)}, now for {list(now)}. Call it once with "
+        "the losses of all tasks; add terms that are not to be balanced to what it returns."
+    )

@@ -1,0 +1,329 @@
+"""``BalancingSession``: one training run in which a balancer weighs the losses, whatever loop drives it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradnorm.autograd_graph import is_built_from
+from lightning_gradnorm.balancers import LossBalancer
+from lightning_gradnorm.gradients import IncompleteBackwardError
+from lightning_gradnorm.losses import TaskLosses, check_losses, plain_sum, weighted_sum
+from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
+from lightning_gradnorm.reading import Engine
+from lightning_gradnorm.session.loop import BalancedStep, Loop, warn
+from lightning_gradnorm.session.measuring import Measuring
+from lightning_gradnorm.session.noted import NotedLosses, called_twice, note
+from lightning_gradnorm.session.shared import NormOf, SharedReading
+from lightning_gradnorm.session.telling import of_counts, unsettled
+from lightning_gradnorm.shared_layer import SharedLayer, SharedLayerSpec
+from lightning_gradnorm.window import MeasurementWindow
+
+
+class BalancingSession:
+    """Weighs the losses of a training run, reads the tasks' gradients and updates the weights, in any loop::
+
+        session = BalancingSession(GradNorm(), network)
+        for x, y in batches:
+            total = session.total({"a": loss_a(network(x), y), "b": loss_b(network(x), y)})
+            session.before_backward(total)
+            total.backward()
+            session.after_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            session.step()
+
+    Several backward passes before one ``step`` are its micro-batches: the norms are those of the mean gradient.
+
+    Args:
+        balancer: the method.
+        network: what is trained; without it, ``open`` begins a run.
+        shared_layer: the layer on which gradients are compared; found from the graph if it is not given.
+        engine: how the tasks' gradients are read: ``"joint"``, ``"per_task"``, or ``"auto"``.
+        norm_of: ``"parameters"`` of the shared layer, or its ``"features"``: the layer's output.
+        points: task → how the single points of its term are weighed.
+
+    Attributes:
+        balancer: the method.
+        points: as given.
+        reading: W, and the engine.
+        on_evaluation: called with the losses of a total outside training, task → detached scalar.
+        totals: how many totals this run has weighed so far.
+    """
+
+    _loop: Loop | None
+
+    def __init__(
+        self,
+        balancer: LossBalancer,
+        network: nn.Module | None = None,
+        *,
+        shared_layer: SharedLayerSpec | None = None,
+        engine: Engine = "auto",
+        norm_of: NormOf = "parameters",
+        points: Mapping[str, PointWeighting] | None = None,
+    ) -> None:
+        self.balancer, self.points = balancer, dict(points or {})
+        self.reading = SharedReading(engine, norm_of, balancer.needs)
+        self._close()
+        if network is not None:
+            self.open(Loop(network, lambda: shared_layer))
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def open(self, loop: Loop) -> None:
+        """Begin a run: W is looked for, the ranks agree, warnings speak again; what was learnt stays."""
+        self.close()
+        self._loop = loop
+        self.reading.open(loop.network, loop.shared_layer, self.balancer.known_tasks)
+        self.begin_batch()
+
+    def close(self) -> None:
+        """End the run: no graph, network or hook is held; totals are the plain sum from now on."""
+        self.reading.drop()
+        self.reading.close()
+        self._close()
+
+    def _close(self) -> None:
+        self._loop = None
+        self._told: set[str] = set()
+        self._measuring = Measuring(self.reading, with_kpis="kpis" in self.balancer.needs)
+        self.on_evaluation: Callable[[dict[str, Tensor]], None] | None = None
+        self.totals = 0
+        self.noted: list[NotedLosses] = []
+        self._recording = False
+        self._new_window()
+
+    def _new_window(self) -> None:
+        self._measuring.new_window()
+        self._noted_points: dict[str, list[NotedPoints]] = {}
+        self._balanced: set[str] = set()  # tasks whose total went backward in this step
+        self._stepping = False
+
+    def start_anew(self) -> None:
+        """Forget all that was learnt: weights, L(0), masks, W. The next step starts as on another problem."""
+        self.balancer.reset()
+        for weighting in self.points.values():
+            weighting.reset()
+        self.reading.known_names = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: vars(self)[name] for name in ("balancer", "points", "reading")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was learnt, as plain tensors, numbers, strings, lists and dicts."""
+        return {
+            "balancer": self.balancer.state_dict(),
+            "shared_layer": list(self.reading.known_names) if self.balancer.steps else [],
+            "points": {task: weighting.state_dict() for task, weighting in self.points.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state from ``state_dict``; further entries are left alone."""
+        self.balancer.load_state_dict(state["balancer"])
+        self.reading.known_names = list(state["shared_layer"])
+        for task, weighting in self.points.items():
+            if task in state["points"]:
+                weighting.load_state_dict(state["points"][task])
+
+    # -- one batch -------------------------------------------------------------------------------------------------
+
+    def begin_batch(self) -> None:
+        """Weigh and note totals from now on. Needed where batches and steps are not one to one."""
+        self._recording = True
+        self.noted.clear()
+        if self._measures:
+            self.reading.watch()
+
+    def end_batch(self) -> None:
+        """Weigh nothing until the next batch begins: a total is the plain sum, as in evaluation."""
+        self._recording = False
+        self.noted.clear()
+        self.reading.stop_watching()
+
+    def total(
+        self,
+        losses: TaskLosses,
+        *,
+        kpis: Mapping[str, Any] | None = None,
+        points: Mapping[str, Tensor] | None = None,
+        differentiable: bool | None = None,
+    ) -> Tensor:
+        """The loss to train on, scalar: Σ_i w_i L_i with the present weights; outside training Σ_i L_i.
+
+        Args:
+            losses: task name → scalar loss, or one loss per point for a task of ``points``.
+            kpis: task name → key performance indicator, for methods that need it.
+            points: task name → what identifies the points of its losses.
+            differentiable: whether a backward is to follow; by default where gradients are on and the network trains.
+
+        Raises:
+            TypeError, ValueError: for losses that cannot be used.
+            RuntimeError: for a second total in a loop that allows one.
+        """
+        loop, grad = self._loop, torch.is_grad_enabled()
+        if differentiable is None:
+            differentiable = grad and (loop is None or loop.network.training)
+        checked = check_losses(losses, differentiable=differentiable, per_point=self.points)
+        if loop is None or not (self._recording and grad):
+            return self._evaluate(checked)
+        if self.noted and loop.one_total:
+            raise RuntimeError(called_twice(self.noted[-1].losses, checked))
+        self.totals += 1
+        if not checked:  # all tasks are absent: a batch without labels trains nothing
+            return plain_sum(checked)
+        noted = note(self.balancer, self.points, checked, loop.network, kpis or {}, points or {}, tapped=self._measures)
+        self.noted.append(noted)
+        return weighted_sum(noted.weights, noted.losses)
+
+    def _evaluate(self, losses: Mapping[str, Tensor]) -> Tensor:
+        # A term is the plain mean of its points here: they are not those that have masks.
+        scalars = {task: loss.mean() if loss.ndim else loss for task, loss in losses.items()}
+        if self.on_evaluation is not None:
+            self.on_evaluation({task: loss.detach() for task, loss in scalars.items()})
+        return plain_sum(scalars)
+
+    @property
+    def _measures(self) -> bool:
+        return self.balancer.due and self.balancer.needs_gradients
+
+    # -- around the backward ---------------------------------------------------------------------------------------
+
+    def before_backward(self, root: Tensor) -> dict[str, Tensor]:
+        """Get ready to read the backward of ``root``: a total, scaled or with further terms as the case may be.
+
+        Returns:
+            The losses that it takes to the step, task → detached scalar; none of a root that is no total's, or of a closure
+            that is evaluated again.
+
+        Raises:
+            UnreachedSharedLayerError: if some of the tasks reach W and others do not.
+            ValueError: if there is no W.
+        """
+        loop = self._loop
+        built = [noted for noted in self.noted if is_built_from(root, noted.losses)]
+        if loop is None or not built:
+            if self.noted and loop is not None and loop.one_total:
+                self.tell(
+                    "unused",
+                    "training_step called total_loss() but returned a loss that was not built from its result, so there is "
+                    "nothing to balance. Return what total_loss() gave, with further terms added if you like.",
+                )
+            return {}
+        noted = built[0] if len(built) == 1 else NotedLosses.joined(built)
+        self.noted = [other for other in self.noted if all(other is not one for one in built)]
+        if self._stepping and not self._balanced.isdisjoint(noted.losses):
+            return {}
+        self._balanced.update(noted.losses)
+        losses = {task: loss.detach() for task, loss in noted.losses.items()}
+        if not noted.tapped or self._measuring.before_backward(root, noted.losses, loop, self.tell):
+            self._measuring.window.add_losses(losses, noted.weights, noted.kpis)
+            for task, points in noted.points.items():
+                self._noted_points.setdefault(task, []).append(points)
+        return losses
+
+    def after_backward(self) -> None:
+        """Take what the backward brought.
+
+        Raises:
+            IncompleteBackwardError: if it could not be read, and the engine is not chosen by itself.
+        """
+        try:
+            self._measuring.after_backward()
+        except IncompleteBackwardError:
+            self.drop()
+            if self.reading.engine.engine != "auto":
+                raise
+        while self.reading.engine.words:
+            word = self.reading.engine.words.pop(0)
+            self.tell(word, word)
+
+    # -- the optimiser's step --------------------------------------------------------------------------------------
+
+    def drop(self) -> None:
+        """Forget the step under way."""
+        self.reading.drop()
+        self._new_window()
+
+    def before_step(self) -> None:
+        """The optimiser begins to step; a closure that it evaluates again is no further micro-batch."""
+        self._stepping = bool(self._balanced)
+
+    def step(self, *, describe: bool = False, freeze_points: bool = False) -> BalancedStep | None:
+        """The optimiser has stepped: update the weights for the next step.
+
+        Args:
+            describe: whether the step is wanted also where the balancer does not learn from it.
+            freeze_points: whether the points' masks stay as they are: a line search needs an objective that stays.
+
+        Returns:
+            The step; ``None`` where nothing was measured.
+        """
+        window, points, balanced = self._measuring.window, {} if freeze_points else self._noted_points, self._balanced
+        due, ranks = self.balancer.due, self._loop.ranks if self._loop is not None else None
+        self.drop()
+        if self._recording:
+            self.begin_batch()
+        if ranks is None and not balanced:
+            return None  # a step of something else
+        if ranks is not None and due:
+            self._measuring.reduce(window, ranks, self.balancer.known_tasks, measures=self.balancer.needs_gradients)
+        magnitudes = due and "gradient_means" in self.balancer.needs
+        measurement = window.measurement(magnitudes=magnitudes) if due or describe else None
+        for task, weighting in self.points.items():
+            all_reduce, device = (ranks.all_reduce, ranks.device) if ranks is not None else (None, None)
+            weighting.update(points.pop(task, []), all_reduce, device)
+        if measurement is None:
+            self.balancer.update(None)
+            return None
+        applied = self._applied(measurement.tasks, window.applied)
+        self.balancer.update(measurement if due else None)
+        self.reading.remember()
+        return BalancedStep(measurement, applied, due, window)
+
+    def _applied(self, tasks: tuple[str, ...], here: Mapping[str, Tensor]) -> Tensor:
+        """The weights that the step applied, ``[T]``; of a task that only other ranks had, those that it would have had."""
+        if tasks == tuple(here):
+            return torch.stack(list(here.values()))
+        would = zip(tasks, self.balancer.weights_for(tasks).unbind(), strict=True)
+        return torch.stack([here.get(task, weight).to(weight) for task, weight in would])
+
+    def end_epoch(self) -> None:
+        """An epoch of training is over; for methods that compare epochs, and for what is worth a word by then."""
+        if not self.balancer.frozen:
+            self.balancer.end_epoch()
+        self.tell_counts()
+        if self.totals and self.shared is None and self.balancer.needs_gradients:
+            self.tell("unsettled", unsettled(self.balancer.known_tasks))
+
+    # -- what is told ----------------------------------------------------------------------------------------------
+
+    @property
+    def shared(self) -> SharedLayer | None:
+        """The shared layer W, once it is known."""
+        return self.reading.layer
+
+    @property
+    def window(self) -> MeasurementWindow:
+        """The sums of the optimiser step under way."""
+        return self._measuring.window
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__ if self._loop is None else self._loop.name
+
+    def tell(self, about: str, message: str) -> None:
+        """Warn of something, once in a run."""
+        if about not in self._told:
+            self._told.add(about)
+            (warn if self._loop is None else self._loop.tell)(about, message)
+
+    def tell_counts(self) -> None:
+        """Warn of updates that were skipped and of tasks that took no part; asks the device, so not for every step."""
+        for about, message in of_counts(self.balancer, self._name):
+            self.tell(about, message)

@@ -1,0 +1,465 @@
+"""A module that hands over its losses in its own way, in several totals, past the Trainer, or not at all."""
+
+import copy
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
+
+from lightning_gradnorm import GradNormCallback, LossBalancingCallback, MultiTaskMixin, UncertaintyWeighting
+from tests.callbacks.test_trainer_features import OnTensors, Watch, assert_same_history, loader
+from tests.helpers import SCALES, TrunkAndHeads, batches, quiet_trainer
+
+
+def fit(tmp_path, module, callback=None, data=None, **settings):
+    callback = callback or GradNormCallback(lr=0.1, summary=False)
+    quiet_trainer(tmp_path, callbacks=[callback, *settings.pop("callbacks", [])], **settings).fit(module, data or batches(4))
+    return callback
+
+
+# -- total_loss is never called ------------------------------------------------------------------------------------------
+
+
+class Vendor(TrunkAndHeads):
+    """Adds its losses up by itself."""
+
+    def training_step(self, batch, batch_idx):
+        return sum(self.losses(batch[0]).values())
+
+
+class OnlyInName(Vendor, MultiTaskMixin):
+    pass
+
+
+@pytest.mark.feature(
+    "a `training_step` that never calls `total_loss`", "refused", "after the first step: “never called total_loss(), …”"
+)
+def test_a_module_that_never_calls_total_loss_ends_after_the_first_step_with_what_to_write(tmp_path):
+    module = OnlyInName()
+    words = (
+        r"training_step of OnlyInName never called total_loss\(\).*GradNormCallback.*Return self\.total_loss\(\{'task': loss"
+    )
+    with pytest.raises(RuntimeError, match=words):
+        fit(tmp_path, module)
+    assert module.trainer.global_step == 1
+
+
+def test_so_it_does_after_the_first_window_of_accumulation_and_with_a_method_that_reads_no_gradients(tmp_path):
+    module = OnlyInName()
+    callback = LossBalancingCallback(UncertaintyWeighting(), summary=False)
+    with pytest.raises(RuntimeError, match="never called total_loss"):
+        fit(tmp_path, module, callback, accumulate_grad_batches=2)
+    assert module.trainer.global_step == 1
+    assert callback.balancer.steps == 0
+
+
+def test_a_total_loss_of_the_vendors_own_is_named_as_the_reason(tmp_path):
+    class WithTotal(Vendor):
+        def total_loss(self, x):
+            return sum(self.losses(x).values())
+
+        def training_step(self, batch, batch_idx):
+            return self.total_loss(batch[0])
+
+    class Below(WithTotal, MultiTaskMixin):
+        pass
+
+    with pytest.raises(RuntimeError, match=r"has a total_loss of its own, from WithTotal"):
+        fit(tmp_path, Below())
+
+
+def test_a_manual_loop_that_never_calls_it_is_warned_once(tmp_path):
+    class Manual(OnlyInName):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+
+    with pytest.warns(UserWarning, match=r"training_step of Manual never called total_loss\(\)") as caught:
+        callback = fit(tmp_path, Manual(), max_epochs=2)
+    assert len([w for w in caught if "never called" in str(w.message)]) == 1
+    assert callback.balancer.steps == 0
+
+
+class Sparse(TrunkAndHeads):
+    """Every other batch has no labels at all."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx % 2 == 0 else super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        return self.total_loss(self.losses(batch[0]))
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None")
+def test_a_batch_without_labels_is_no_mistake_and_no_step_of_the_balancer(tmp_path):
+    callback, module = GradNormCallback(lr=0.1, summary=False), Sparse()
+    quiet_trainer(tmp_path, callbacks=[callback], num_sanity_val_steps=1).fit(module, batches(6), batches(2))
+    assert callback.balancer.steps == 3
+    assert callback.weights["small"] > 1
+
+
+def test_the_extra_epoch_of_stochastic_weight_averaging_is_no_mistake(tmp_path):
+    class Normed(TrunkAndHeads):
+        def __init__(self):
+            super().__init__()
+            self.trunk.append(nn.BatchNorm1d(10))
+
+    callback = GradNormCallback(lr=0.1, summary=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(tmp_path, Normed(), callback, callbacks=[StochasticWeightAveraging(1e-3, swa_epoch_start=1)], max_epochs=3)
+    assert callback.balancer.steps == 12
+
+
+def test_steps_without_a_total_are_not_counted(tmp_path):
+    class Alternating(TrunkAndHeads):
+        def training_step(self, batch, batch_idx):
+            total = super().training_step(batch, batch_idx) if batch_idx % 2 == 0 else None
+            return self.heads["odd"](self.trunk(batch[0])).square().mean() if total is None else total
+
+    assert fit(tmp_path, Alternating(), data=batches(6)).balancer.steps == 3
+
+
+# -- several totals in one step of a manual loop --------------------------------------------------------------------------
+
+
+class Manual(OnTensors):
+    """One step on all tasks, in as many totals and backward passes as ``parts`` says."""
+
+    def __init__(self, parts=tuple((task,) for task in SCALES), *, backwards=None, step_each=False):
+        super().__init__()
+        self.automatic_optimization = False
+        self.parts, self.together, self.step_each = parts, backwards == 1, step_each
+
+    def shared_layer(self):
+        return self.trunk[2]
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        losses = self.losses(batch)
+        totals = [self.total_loss({task: losses[task] for task in part}) for part in self.parts]
+        for total in [sum(totals)] if self.together else totals:
+            self.manual_backward(total, retain_graph=True)
+            if self.step_each:
+                optimizer.step()
+                optimizer.zero_grad()
+                losses = self.losses(batch)
+        if not self.step_each:
+            optimizer.step()
+
+
+PARTS = {
+    "one total per task": {},
+    "two totals": {"parts": (("small", "middle"), ("large", "odd"))},
+    "one backward through all totals": {"backwards": 1},
+}
+
+
+@pytest.mark.parametrize("engine", ["joint", "per_task"])
+@pytest.mark.parametrize("settings", PARTS.values(), ids=PARTS)
+@pytest.mark.feature("several totals in one step of manual optimisation", "supported", "they are weighed together")
+def test_several_totals_of_one_step_are_weighed_as_one(tmp_path, settings, engine):
+    x, module = torch.randn(6, 8, 6), Manual(**settings)
+    whole = Manual(parts=(tuple(SCALES),))
+    whole.load_state_dict(module.state_dict())
+    callback, expected = Watch(engine=engine), Watch(engine=engine)
+    fit(tmp_path, module, callback, loader(x))
+    fit(tmp_path, whole, expected, loader(x))
+    assert_same_history(callback, expected)
+    assert callback.balancer.steps == 6
+
+
+def test_a_total_a_backward_and_an_optimiser_step_per_task_are_weighed_together(tmp_path):
+    class StepEach(Manual):
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            for task in SCALES:
+                optimizer.zero_grad()
+                self.manual_backward(self.total_loss({task: self.losses(batch)[task]}))
+                optimizer.step()
+
+    callback = fit(tmp_path, StepEach(), Watch(), loader(torch.randn(6, 8, 6)))
+    assert list(callback.weights) == list(SCALES)
+    assert callback.balancer.steps == 6
+    assert callback.weights["small"] > 1 > callback.weights["large"]
+
+
+def test_micro_batches_inside_one_training_step_are_one_batch(tmp_path):
+    class Micro(Manual):
+        def training_step(self, batch, batch_idx):
+            self.optimizers().zero_grad()
+            for part in batch.chunk(self.chunks):
+                self.manual_backward(self.total_loss(self.losses(part)) / self.chunks)
+            self.optimizers().step()
+
+    x, one = torch.randn(4, 12, 6), Micro()
+    other, one.chunks = copy.deepcopy(one), 1
+    other.chunks = 3
+    assert_same_history(fit(tmp_path, other, Watch(), loader(x)), fit(tmp_path, one, Watch(), loader(x)))
+
+
+def test_one_backward_through_two_totals_of_one_task_is_refused(tmp_path):
+    class Twice(Manual):
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self.total_loss(self.losses(batch)) + self.total_loss(self.losses(batch)))
+
+    with pytest.raises(RuntimeError, match=r"One backward runs through two totals of task 'large', 'middle'.*once"):
+        fit(tmp_path, Twice(), data=loader(torch.randn(2, 8, 6)))
+
+
+# -- an optimiser that the Trainer does not see ----------------------------------------------------------------------------
+
+
+class Unwrapped(OnTensors):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(self.total_loss(self.losses(batch)))
+        optimizer.step()
+
+
+@pytest.mark.feature(
+    "an optimiser that the Trainer does not see (`use_pl_optimizer=False`)", "warned", "“trainer.global_step does not move”"
+)
+def test_an_unwrapped_optimiser_is_told_at_the_first_batch(tmp_path):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = True
+
+    with pytest.warns(UserWarning, match=r"trainer\.global_step does not move.*updates no weight.*self\.optimizers\(\)"):
+        callback = fit(tmp_path, Unwrapped(), data=loader(torch.randn(3, 8, 6)), limit_train_batches=1)
+    assert callback.balancer.steps == 0
+
+
+def test_a_manual_loop_that_accumulates_is_not_told_so(tmp_path):
+    class Accumulating(Unwrapped):
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self.total_loss(self.losses(batch)))
+            if batch_idx % 3 == 2:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    assert fit(tmp_path, Accumulating(), data=loader(torch.randn(6, 8, 6))).balancer.steps == 2
+
+
+# -- a step in which no task reaches W --------------------------------------------------------------------------------------
+
+
+class Dropped(OnTensors):
+    """The layer that is W is left out in some steps, for all tasks or for some."""
+
+    def __init__(self, skipped=(2, 3), tasks=tuple(SCALES)):
+        super().__init__()
+        self.skipped, self.without, self.left_out = skipped, tasks, False
+        self.step = -1
+
+    def shared_layer(self):
+        return self.trunk[2]
+
+    def losses(self, x):
+        self.step += 1
+        with_layer, first = self.trunk(x), self.trunk[:2](x)
+        out = self.step in self.skipped
+        target = x[:, :2]
+        return {
+            task: SCALES[task] * (head(first if out and task in self.without else with_layer) - (k + 1) * target).pow(2).mean()
+            for k, (task, head) in enumerate(self.heads.items())
+        }
+
+
+@pytest.mark.feature(
+    "a step in which no task reaches the shared layer (LayerDrop, routing)", "supported", "skipped, and told once"
+)
+@pytest.mark.parametrize("skipped", [(2, 3), (0,)], ids=["later", "at the start"])
+@pytest.mark.parametrize("settings", [{"engine": "joint"}, {"engine": "per_task"}, {"norm_of": "features"}], ids=str)
+def test_a_step_in_which_no_task_reaches_the_shared_layer_is_skipped_with_a_word(tmp_path, settings, skipped):
+    callback = Watch(**settings)
+    module = Dropped(skipped)
+    if "norm_of" in settings:
+        module.trunk[:2].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"No task's loss reached the shared layer.*skipped") as caught:
+        fit(tmp_path, module, callback, loader(torch.randn(6, 8, 6)))
+    assert len([w for w in caught if "No task's loss" in str(w.message)]) == 1
+    assert callback.balancer.steps == 6
+    moved = [not torch.equal(a, b) for a, b in zip(callback.applied, callback.applied[1:], strict=False)]
+    assert moved == [step not in skipped for step in range(5)]
+
+
+@pytest.mark.parametrize("engine", ["joint", "per_task"])
+def test_one_in_which_some_tasks_reach_it_and_some_do_not_is_an_error(tmp_path, engine):
+    with pytest.raises(ValueError, match="The loss of task 'odd' does not reach the shared layer"):
+        fit(tmp_path, Dropped(tasks=("odd",)), Watch(engine=engine), loader(torch.randn(6, 8, 6)))
+
+
+# -- names of the mixin that stand for something else ----------------------------------------------------------------------
+
+
+def test_a_module_of_lightnings_own_demos_keeps_its_step(tmp_path):
+    class Boring(MultiTaskMixin, BoringModel):
+        pass
+
+    quiet_trainer(tmp_path, limit_train_batches=2, limit_val_batches=0).fit(Boring())
+    balanced = quiet_trainer(tmp_path, callbacks=[GradNormCallback()], limit_train_batches=2, limit_val_batches=0)
+    with pytest.raises(RuntimeError, match="training_step of Boring never called total_loss"):
+        balanced.fit(Boring())
+
+
+class HasStep(L.LightningModule):
+    """A vendor's module, which has never heard of the mixin."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.seen = nn.Linear(6, 1), []
+
+    def training_step(self, batch):
+        self.seen.append("vendor")
+        return self.lin(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.feature("a `training_step` from another base, after the mixin", "supported", "it is not hidden")
+def test_the_mixin_hides_no_training_step_that_another_base_brings(tmp_path):
+    class Both(MultiTaskMixin, HasStep):
+        pass
+
+    module = Both()
+    quiet_trainer(tmp_path).fit(module, batches(2))
+    assert module.seen == ["vendor"] * 2
+    with pytest.raises(RuntimeError, match="training_step of Both never called total_loss"):
+        fit(tmp_path, Both())
+
+
+def test_a_subclass_of_it_hides_none_either_and_its_task_losses_count(tmp_path):
+    class Both(MultiTaskMixin, HasStep):
+        pass
+
+    class Further(Both):
+        pass
+
+    class Own(Both):
+        def task_losses(self, batch, batch_idx):
+            self.seen.append("own")
+            out = self.lin(batch[0])
+            return {"a": out.square().mean(), "b": (out - 1).square().mean()}
+
+    for kind, expected in ((Further, "vendor"), (Own, "own")):
+        module = kind()
+        quiet_trainer(tmp_path).fit(module, batches(2))
+        assert module.seen == [expected] * 2
+
+
+def test_a_vendors_own_task_losses_and_shared_layer_are_not_hidden():
+    class WithNames(HasStep):
+        def task_losses(self, x):
+            return "vendor's"
+
+        def shared_layer(self):
+            return self.lin
+
+    class Both(MultiTaskMixin, WithNames):
+        pass
+
+    module = Both()
+    assert module.task_losses(1) == "vendor's"
+    assert module.shared_layer() is module.lin
+
+
+def test_a_vendors_own_total_loss_is_refused_with_the_way_out():
+    class WithTotal(HasStep):
+        def total_loss(self, x):
+            return x
+
+    with pytest.raises(TypeError, match=r"WithTotal has a total_loss of its own, which MultiTaskMixin would hide.*rename"):
+
+        class Both(MultiTaskMixin, WithTotal):
+            pass
+
+
+KINDS = {
+    "module": lambda self: nn.Linear(10, 10),
+    "parameter": lambda self: self.trunk[0].weight,
+    "name": lambda self: "trunk.0",
+    "list": lambda self: [self.trunk[0]],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_under_shared_layer_is_the_answer(tmp_path, kind):
+    class Has(TrunkAndHeads):
+        def __init__(self):
+            super().__init__()
+            self.shared_layer = KINDS[kind](self)
+
+        def features(self, x):
+            return self.shared_layer(self.trunk(x)) if kind == "module" else self.trunk(x)
+
+    callback, module = Watch(), Has()
+    fit(tmp_path, module, callback)
+    assert callback.shared.reason == "given by shared_layer()"
+    expected = module.shared_layer.weight if kind == "module" else module.trunk[0].weight
+    assert any(parameter is expected for parameter in callback.shared.parameters)
+
+
+def test_a_class_attribute_and_a_property_are_answers_too(tmp_path):
+    class Named(TrunkAndHeads):
+        shared_layer = "trunk.0"
+
+    class Property(TrunkAndHeads):
+        @property
+        def shared_layer(self):
+            return self.trunk[0]
+
+    for kind in (Named, Property):
+        assert fit(tmp_path, kind()).shared.names == ("trunk.0.weight", "trunk.0.bias")
+
+
+@pytest.mark.parametrize("value", [7, torch.ones(2), {"a": 1}], ids=["number", "tensor", "dict"])
+def test_anything_else_under_shared_layer_is_refused(value):
+    with pytest.raises(TypeError, match=r"shared_layer is the name by which MultiTaskMixin.*module, a parameter.*another name"):
+        TrunkAndHeads().shared_layer = value
+
+
+@pytest.mark.parametrize("name", ["total_loss", "task_losses"])
+@pytest.mark.parametrize("value", [0.0, {}, nn.Linear(2, 2), torch.ones(())], ids=["number", "dict", "module", "tensor"])
+def test_an_attribute_in_the_place_of_a_method_is_refused_at_once(name, value):
+    with pytest.raises(TypeError, match=f"{name} is a method of MultiTaskMixin.*another name"):
+        setattr(TrunkAndHeads(), name, value)
+
+
+def test_so_it_is_in_the_class_and_below_another_base(tmp_path):
+    with pytest.raises(TypeError, match=r"total_loss is a method of MultiTaskMixin.*another name"):
+
+        class Shadowed(TrunkAndHeads):
+            total_loss = 0.0
+
+    class Below(HasStep, MultiTaskMixin):
+        pass
+
+    module = Below()
+    module.total_loss = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"total_loss is a method of MultiTaskMixin.*another name"):
+        fit(tmp_path, module)
+
+
+def test_a_function_put_in_the_place_of_a_method_is_taken():
+    module = TrunkAndHeads()
+    original, called = module.total_loss, []
+    module.total_loss = lambda *args, **kwargs: called.append(1) or original(*args, **kwargs)
+    module.training_step([torch.randn(4, 6)], 0)
+    assert called == [1]

@@ -18,6 +18,9 @@ def differences(training: Training) -> tuple[int, str]:
     """How many batches could be compared, and the first difference, if there is one."""
     with TemporaryDirectory() as folder:
         weights, parameters, names = through_the_trainer(training, Path(folder))
+    if not names:  # W was not found: a task had no gradient anywhere
+        found = {weight for step in weights for weight in step.values()}
+        return 0, "" if found <= {1.0} else f"no W, and weights {found}"
     tolerance = TOLERANCES[training.precision][0]
     compared, start = 0, parameters[0]
     for compared, (expected, after) in enumerate(by_hand(training, names), 1):

@@ -20,7 +20,7 @@ OPERATIONS: dict[str, list[Callable[[Tensor], Tensor]]] = {
         nn.functional.softplus,
         lambda h: torch.softmax(h, 1),
     ],
-    "dropout": [lambda h: nn.functional.dropout(h, 0.3), lambda h: h * torch.rand(h.shape).to(h.dtype)],
+    "dropout": [lambda h: nn.functional.dropout(h, 0.3), lambda h: h * torch.rand(h.shape, dtype=torch.float32).to(h.dtype)],
     "reshaped": [
         lambda h: in_two(h).transpose(1, 2).reshape(h.shape),
         lambda h: h.reshape(len(h), 2, 2, h.shape[1] // 4).permute(0, 3, 1, 2).flatten(1),

@@ -283,6 +283,8 @@ def _hangs_on_rounding(training: Training, balancer: GradNorm) -> bool:
 
 _pieces = pieces_but_for("complex_linear", "fourier", "embedding", "function")  # "64-true" leaves complex numbers as they are
 
+_pieces_with_gradients = pieces_but_for("complex_linear", "fourier", "embedding", "function", "held_back")
+
 
 @st.composite
 def trainings(draw: st.DrawFn) -> Training:
@@ -298,11 +300,14 @@ def trainings(draw: st.DrawFn) -> Training:
         "ema_decay": draw(st.sampled_from([0.9, 0.0])),
     }
     settings |= {"reference": "task0"} if settings["scale"] == "reference" else {}
-    absent = tuple(draw(st.lists(st.integers(0, 2**tasks - 1), min_size=1, max_size=3))) if draw(st.booleans()) else (0,)
+    given = draw(st.sampled_from([True, True, True, False]))  # W is not found while tasks, or their gradients, are to come
+    pieces = _pieces if given else _pieces_with_gradients
+    missing = st.lists(st.integers(0, 2**tasks - 1), min_size=1, max_size=3)
+    absent = tuple(draw(missing)) if given and draw(st.booleans()) else (0,)
     return Training(
         below=tuple(draw(st.lists(_pieces, max_size=2))),
-        above=tuple(draw(st.lists(_pieces, max_size=2))),
-        heads=tuple(tuple(draw(st.lists(_pieces, max_size=2))) for _ in range(tasks)),
+        above=tuple(draw(st.lists(pieces, max_size=2))),
+        heads=tuple(tuple(draw(st.lists(pieces, max_size=2))) for _ in range(tasks)),
         losses=tuple(draw(st.sampled_from(["square", "absolute", "huber", "logsumexp"])) for _ in range(tasks)),
         sizes=tuple(draw(st.sampled_from([1.0, 0.01, 10.0, 3.0])) for _ in range(tasks)),
         absent=absent,
@@ -319,6 +324,6 @@ def trainings(draw: st.DrawFn) -> Training:
         engine=draw(st.sampled_from(["auto", "joint", "per_task"])),
         resumed_after=draw(st.sampled_from([0, 0, 1, 2])),
         validates=draw(st.booleans()),
-        given=draw(st.sampled_from([True, True, True, False])),
+        given=given,
         seed=draw(st.integers(0, 99)),
     )

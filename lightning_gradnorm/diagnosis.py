@@ -133,7 +133,7 @@ class Diagnosing(GradNormCallback):
         self.noted = _Noted()
 
     def _tell(self, about: str, message: str) -> None:
-        if not about.startswith("idle "):  # the diagnosis says that itself
+        if not about.startswith("idle"):  # the diagnosis says that itself
             super()._tell(about, message)
 
     def on_train_batch_end(

@@ -257,6 +257,38 @@ def test_a_task_that_comes_later_and_does_not_reach_the_layer_has_it_looked_for_
     assert len(told.informed) == 3
 
 
+def test_a_layer_that_changes_in_the_middle_of_a_step_leaves_that_step_unmeasured():
+    told, module = Told(), Branching()
+    session = BalancingSession(GradNorm(lr=0.1))
+    session.open(told.loop(module))
+    step_with(session, module, data()[0], ["small", "odd"])
+    before = session.balancer.weights
+    for tasks in (["small", "odd"], ["early"]):
+        losses = module.losses(data()[1])
+        total = session.total({task: losses[task] for task in tasks})
+        session.before_backward(total)
+        total.backward()
+        session.after_backward()
+    assert session.step() is None, "the one backward was read on one layer, the other would be on another"
+    assert session.balancer.weights == before
+    assert session.balancer.steps == 2
+    step = step_with(session, module, data()[2], ["small", "odd", "early"])
+    assert session.shared.names == ("trunk.2.weight",)
+    assert step.measurement.tasks == ("small", "odd", "early")
+
+
+def test_one_task_alone_is_no_reason_to_warn():
+    told, module = Told(), made()
+    session = BalancingSession(GradNorm(lr=0.1))
+    session.open(told.loop(module))
+    step_with(session, module, data()[0], ["small"])
+    session.end_epoch()
+    assert told.warned == []
+    assert told.informed == [
+        "There is one task so far, 'small', and so there is nothing to weigh. Hand total_loss() the losses of all tasks."
+    ]
+
+
 @pytest.mark.parametrize("all_at_once", [True, False])
 def test_a_batch_whose_terms_are_all_absent_changes_nothing(all_at_once):
     module = made()
@@ -375,6 +407,8 @@ def test_a_task_without_a_gradient_on_the_layer_is_told_with_what_to_look_at():
         session.after_backward()
         session.step()
         session.tell_counts()
-    assert [message for message in told.warned if "Task 'dead' took no part" in message and "saturates" in message] != []
+    assert [
+        message for message in told.warned if "took no part so far, as if they were absent: 'dead' in 1 step. Their" in message
+    ] != []
     assert len(told.warned) == 1
     assert session.balancer.weights["dead"] == 1

@@ -16,7 +16,7 @@ from lightning_gradnorm.session.loop import BalancedStep, Loop, warn
 from lightning_gradnorm.session.measuring import Measuring
 from lightning_gradnorm.session.noted import NotedLosses, called_twice, note
 from lightning_gradnorm.session.shared import NormOf, SharedReading
-from lightning_gradnorm.session.telling import of_counts, unsettled
+from lightning_gradnorm.session.telling import idle_tasks, lone, of_idle, of_skipped, unsettled
 from lightning_gradnorm.shared_layer import SharedLayer, SharedLayerSpec
 from lightning_gradnorm.window import MeasurementWindow
 
@@ -88,6 +88,7 @@ class BalancingSession:
     def _close(self) -> None:
         self._loop = None
         self._told: set[str] = set()
+        self._seen: set[str] = set()  # the tasks of this run
         self._measuring = Measuring(self.reading, with_kpis="kpis" in self.balancer.needs)
         self.on_evaluation: Callable[[dict[str, Tensor]], None] | None = None
         self.totals = 0
@@ -220,6 +221,7 @@ class BalancingSession:
         if self._stepping and not self._balanced.isdisjoint(noted.losses):
             return {}
         self._balanced.update(noted.losses)
+        self._seen.update(noted.losses)
         losses = {task: loss.detach() for task, loss in noted.losses.items()}
         if not noted.tapped or self._measuring.before_backward(root, noted.losses, loop, self.tell):
             self._measuring.window.add_losses(losses, noted.weights, noted.kpis)
@@ -298,8 +300,13 @@ class BalancingSession:
         if not self.balancer.frozen:
             self.balancer.end_epoch()
         self.tell_counts()
-        if self.totals and self.shared is None and self.balancer.needs_gradients:
-            self.tell("unsettled", unsettled(self.balancer.known_tasks))
+        if self._loop is None or not self._seen or self.shared is not None or not self.balancer.needs_gradients:
+            return
+        tasks = self.balancer.known_tasks
+        if len(self._seen) == 1 and not tasks:
+            self._loop.inform(lone(*self._seen))
+        elif "frozen" not in self._told:
+            self.tell("unsettled", unsettled(tasks))
 
     # -- what is told ----------------------------------------------------------------------------------------------
 
@@ -325,5 +332,10 @@ class BalancingSession:
 
     def tell_counts(self) -> None:
         """Warn of updates that were skipped and of tasks that took no part; asks the device, so not for every step."""
-        for about, message in of_counts(self.balancer, self._name):
-            self.tell(about, message)
+        skipped, idle = of_skipped(self.balancer, self._name), idle_tasks(self.balancer)
+        if skipped:
+            self.tell("skipped", skipped)
+        new = {task: steps for task, steps in idle.items() if f"idle {task}" not in self._told}
+        if new:
+            self._told |= {f"idle {task}" for task in new}
+            self.tell(f"idle: {', '.join(new)}", of_idle(new))

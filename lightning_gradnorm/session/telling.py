@@ -1,39 +1,50 @@
 """What a balancer has counted, in words."""
 
-from collections.abc import Iterator, Sequence
-
-import torch
+from collections.abc import Mapping, Sequence
 
 from lightning_gradnorm.balancers import LossBalancer
 
 
-def of_counts(balancer: LossBalancer, name: str) -> Iterator[tuple[str, str]]:
-    """(about, message) of updates that were skipped, and of tasks that had no gradient; asks the device.
+def of_skipped(balancer: LossBalancer, name: str) -> str:
+    """What is said of updates that were skipped; nothing where none was. Asks the device.
 
     Args:
         balancer: the method.
         name: of what the user sees.
     """
     skipped = int(balancer.skipped_updates.item())
-    if skipped:
-        yield (
-            "skipped",
-            f"{name} skipped {skipped} weight update{'s' if skipped > 1 else ''} so far: a task's loss or gradient was not "
-            "finite, or all gradients on the shared layer were zero. The weights stayed as they were; the count is in "
-            "balancer.skipped_updates.",
-        )
-    idle = getattr(balancer, "idle_steps", None)
-    if not isinstance(idle, torch.Tensor):
-        return
-    for task, steps in zip(balancer.tasks, idle.tolist(), strict=True):
-        if steps:
-            yield (
-                f"idle {task}",
-                f"Task {task!r} took no part in {steps} step{'s' if steps > 1 else ''} so far, as if it were absent: its "
-                "gradient on the shared layer was exactly zero. Look whether its loss depends on that layer at all, whether "
-                "its output saturates or is clamped, and whether its batches have labels. The counts are in "
-                "balancer.idle_steps.",
-            )
+    if not skipped:
+        return ""
+    return (
+        f"{name} skipped {skipped} weight update{'s' if skipped > 1 else ''} so far: a task's loss or gradient was not "
+        "finite, or all gradients on the shared layer were zero. The weights stayed as they were; the count is in "
+        "balancer.skipped_updates."
+    )
+
+
+def idle_tasks(balancer: LossBalancer) -> dict[str, int]:
+    """Task → the measured steps in which its gradient on the shared layer was exactly zero, if any; asks the device."""
+    return {task: steps for task, steps in zip(balancer.tasks, balancer.idle_steps.tolist(), strict=True) if steps}
+
+
+def of_idle(tasks: Mapping[str, int]) -> str:
+    """What is said of tasks that took no part.
+
+    Args:
+        tasks: task → in how many steps.
+    """
+    named = [f"{task!r} in {steps} step{'s' if steps > 1 else ''}" for task, steps in tasks.items()]
+    more = f" and {len(named) - 4} more" if len(named) > 4 else ""
+    return (
+        f"Tasks that took no part so far, as if they were absent: {', '.join(named[:4])}{more}. Their gradient on the shared "
+        "layer was exactly zero. Look whether the loss depends on that layer at all, whether an output saturates or is "
+        "clamped, and whether there are labels in every batch. The counts are in balancer.idle_steps."
+    )
+
+
+def lone(task: str) -> str:
+    """What is said at the end of an epoch in which there was one task."""
+    return f"There is one task so far, {task!r}, and so there is nothing to weigh. Hand total_loss() the losses of all tasks."
 
 
 def unsettled(tasks: Sequence[str]) -> str:

@@ -60,6 +60,7 @@ def seeded(instead, steps):
     return Detector(instead, steps)
 
 
+@pytest.mark.filterwarnings("ignore:Tasks that took no part so far, .*'small' in")
 @pytest.mark.parametrize("steps", [(0,), (2, 3), (0, 1, 5)], ids=str)
 @pytest.mark.parametrize("engine", ["joint", "per_task"])
 def test_a_loss_without_a_gradient_is_a_term_left_out(tmp_path, engine, steps):
@@ -77,7 +78,7 @@ def test_a_batch_in_which_all_terms_are_absent_trains_nothing_and_goes_on(tmp_pa
     callback, recorder = run(tmp_path, seeded(lambda losses: dict.fromkeys(losses, 0.0), (1, 2)))
     assert recorder.weights[0] == recorder.weights[1] == recorder.weights[2] != recorder.weights[3]
     assert torch.equal(recorder.parameters[0], recorder.parameters[2])
-    assert callback.balancer.steps == 6
+    assert callback.balancer.steps == 4, "what was balanced"
 
 
 class Named(TrunkAndHeads):

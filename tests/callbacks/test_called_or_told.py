@@ -236,12 +236,26 @@ class Unwrapped(OnTensors):
     "an optimiser that the Trainer does not see (`use_pl_optimizer=False`)", "warned", "“trainer.global_step does not move”"
 )
 def test_an_unwrapped_optimiser_is_told_at_the_first_batch(tmp_path):
-    class Stop(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            trainer.should_stop = True
+    module, seen = Unwrapped(), L.Callback()
+    seen.on_train_batch_start = lambda trainer, *args: module.begun.append(trainer.global_step)
+    module.begun = []
+    words = r"trainer\.global_step does not move.*updates no weight.*self\.optimizers\(\)"
+    with pytest.raises(UserWarning, match=words):  # warnings are errors here
+        fit(tmp_path, module, data=loader(torch.randn(3, 8, 6)), callbacks=[seen])
+    assert module.begun == [0]
 
-    with pytest.warns(UserWarning, match=r"trainer\.global_step does not move.*updates no weight.*self\.optimizers\(\)"):
-        callback = fit(tmp_path, Unwrapped(), data=loader(torch.randn(3, 8, 6)), limit_train_batches=1)
+
+def test_an_optimiser_that_changes_parameters_behind_autograds_back_is_told_at_the_end_of_the_epoch(tmp_path):
+    class Behind(Unwrapped):
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self.total_loss(self.losses(batch)))
+            for parameter in self.parameters():
+                parameter.data -= 0.01 * parameter.grad
+                parameter.grad = None
+
+    with pytest.warns(UserWarning, match=r"trainer\.global_step does not move") as caught:
+        callback = fit(tmp_path, Behind(), data=loader(torch.randn(3, 8, 6)))
+    assert len([w for w in caught if "global_step" in str(w.message)]) == 1
     assert callback.balancer.steps == 0
 
 

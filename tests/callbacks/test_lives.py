@@ -290,9 +290,9 @@ def test_from_a_launched_process_to_the_next(tmp_path, strategy):
     _, module = fit_on_two(tmp_path, strategy, callback)
     first, twin = callback.weights, pickled(callback)
     fit_on_two(tmp_path, strategy, callback, module)
+    assert twin.weights == first, "news is for the callback that was launched"
     assert callback.balancer.steps == 12
     assert callback.weights != first
-    assert twin.weights == first, "news is for the callback that was launched"
     fit_on_two(tmp_path, strategy, callback)
     assert callback.balancer.steps == 6
     assert callback.weights == pytest.approx(first)

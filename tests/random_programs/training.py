@@ -233,6 +233,8 @@ def by_hand(training: Training, names: list[str]) -> Iterator[tuple[dict[str, fl
                     torch.stack([loss.double() / count for loss, _, count in sums.values()]),
                     torch.stack([(gradient.double() / count).norm() for _, gradient, count in sums.values()]),
                 )
+                if training.precision == "scaler" and not measured.gradient_norms.isfinite().all():
+                    return  # what overflows float16 here need not do so in the joint backward
                 balancer.update(measured if balancer.due else None)
                 sums = {}
             yield balancer.weights, torch.cat([p.detach().flatten().clone() for p in net.parameters()])
@@ -251,7 +253,7 @@ def _gradients(training: Training, net: Net, x: Tensor, number: int, names: list
             losses = other.losses(x, number)
         if task in losses:
             w = [dict(other.named_parameters())[name] for name in names]
-            scale = _SCALE if training.precision == "scaler" else 1.0  # or float16 underflows
+            scale = _SCALE / training.accumulate if training.precision == "scaler" else 1.0  # or float16 underflows
             gradients = torch.autograd.grad(losses[task] * scale, w)
             found[task] = losses[task].detach(), torch.cat([g.flatten() for g in gradients]) / scale
     return found

@@ -164,6 +164,8 @@ def truth(
         seed = program.tasks[task].weight * program.scale if seeded else 1.0
         if loss.requires_grad:
             found = list(torch.autograd.grad(loss, w, torch.full_like(loss, seed or 1.0), allow_unused=True))
+        elif loss == 0:
+            raise LookupError("a loss of 0 without a graph is a task that is absent")
         else:
             detached.append(name)
         nodes = _nodes(loss.grad_fn)

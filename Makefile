@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint format types bench clean
+.PHONY: demo test test-fast fuzz lint format types bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/digits.py
@@ -13,6 +13,9 @@ test: lint types
 
 test-fast: lint types
 	$(BIN)/python -m pytest -m "not slow"
+
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m tests.random_programs --programs 10000
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -30,8 +30,8 @@ class Gram:
         inputs = inputs - mean
         self._gram = inputs @ inputs.mT
         self._mean_square = mean.square().sum((-1, -2)).to(widest_float(mean.device))  # per group
-        # Columns 1 and X̃ μ: Δᵀ times both at once.
-        self._columns = torch.cat([torch.ones_like(inputs[..., :1]), inputs @ mean.mT], dim=-1)
+        # Rows 1 and X̃ μ: both times Δ at once.
+        self._pair = torch.cat([torch.ones_like(inputs[..., :1]), inputs @ mean.mT], dim=-1).mT.contiguous()
         self._deltas = deltas
         self._lengths = self._gram.new_zeros(0)
 
@@ -43,11 +43,11 @@ class Gram:
             for start, stop, strip in strips:
                 block = delta[..., start:stop, :] @ delta[..., start:, :].mT
                 wholes.append(torch.dot(block.flatten(), strip))
-            products.append(delta.mT @ self._columns)
+            products.append(self._pair @ delta)
             lengths.append(torch.linalg.vector_norm(delta))
         tasks = len(self._deltas)
         self._lengths = torch.stack(lengths).to(wide)
-        sums, crossed = torch.stack(products).to(wide).unbind(-1)  # [T, (groups,) outputs] each
+        sums, crossed = torch.stack(products).to(wide).unbind(-2)  # [T, (groups,) outputs] each
         # What is left of a sum that rounding alone has kept from 0 counts as 0.
         noise = 4 * self._eps * math.sqrt(self._rows) * self._lengths
         kept = torch.linalg.vector_norm(sums.reshape(tasks, -1), dim=1) > noise
@@ -63,18 +63,26 @@ class Gram:
         Rounding makes an error of the size of ε ‖X̃ X̃ᵀ‖ ‖Δ Δᵀ‖, Frobenius norms. ‖Δ‖² is more than the last, and at hand;
         where that does not do, ‖Δ Δᵀ z‖ over a few z of random signs tells it about.
         """
-        nothing = self._lengths <= self._tiny / self._eps
-        if not bool(squares.isfinite().all()) or any(self._deltas[i].any() for i in nothing.nonzero().flatten().tolist()):
-            return False
-        size = 4 * self._eps * torch.linalg.vector_norm(self._gram).to(squares)
-        if bool((nothing | (size * self._lengths.square() + self._tiny <= _TRUSTED * squares)).all()):
-            return True
+        size, whole = 4 * self._eps * float(torch.linalg.vector_norm(self._gram)), True
+        for delta, square, length in zip(self._deltas, squares.tolist(), self._lengths.tolist(), strict=True):
+            if not math.isfinite(square):
+                return False
+            if length <= self._tiny / self._eps:  # nothing, or what float cannot square
+                if bool(delta.any()):
+                    return False
+            else:
+                whole &= size * length**2 + self._tiny <= _TRUSTED * square
+        return whole or self._probes_trust(squares, size)
+
+    def _probes_trust(self, squares: Tensor, size: float) -> bool:
         draws = torch.Generator(self._gram.device).manual_seed(0)
         signs = torch.randint(0, 2, (self._gram.shape[-1], _PROBES), generator=draws, device=self._gram.device)
         signs = (2 * signs - 1).to(self._gram)
-        probed = [torch.linalg.vector_norm(delta @ (delta.mT @ signs)) for delta in self._deltas]
-        sizes = 3 * torch.stack(probed).to(squares) / math.sqrt(_PROBES)
-        return bool((nothing | (size * sizes + self._tiny <= _TRUSTED * squares)).all())
+        for delta, square in zip(self._deltas, squares.tolist(), strict=True):
+            probed = 3 * float(torch.linalg.vector_norm(delta @ (delta.mT @ signs))) / math.sqrt(_PROBES)
+            if probed and size * probed + self._tiny > _TRUSTED * square:
+                return False
+        return True
 
 
 def can_wait(device: torch.device) -> bool:

@@ -97,11 +97,20 @@ class KleinGordon(Pinn):
         return torch.optim.LBFGS(self.parameters(), max_iter=20, history_size=10, line_search_fn="strong_wolfe")
 
 
+def balancing() -> GradNormCallback:
+    """GradNorm, the equation's residual at weight 1."""
+    return GradNormCallback(alpha=0, scale="reference", reference="pde", summary=False)
+
+
 def second_callback(way: str, first: GradNormCallback) -> list[L.Callback]:
-    """What weighs the losses while L-BFGS runs: nothing, the same callback, or its last weights as constants."""
+    """What weighs the losses while L-BFGS runs: nothing, GradNorm that goes on from the first, or its last weights."""
     if way == "held":
         return [LossBalancingCallback(FixedWeights(first.weights), summary=False)]
-    return [first] if way == "moving" else []
+    if way == "equal":
+        return []
+    second = balancing()  # one callback on another module starts anew, unless it is given what to go on from
+    second.load_state_dict(first.state_dict())
+    return [second]
 
 
 def fixed_points(seed: int) -> Batch:
@@ -119,7 +128,7 @@ def train_once(seed: int, steps: int, every: int, progress: Progress) -> dict[st
     for ways in (("equal",), ("held", "moving")):
         torch.manual_seed(seed)
         adam, before = KleinGordon(), History(every)
-        callback = GradNormCallback(alpha=0, scale="reference", reference="pde", summary=False)
+        callback = balancing()
         progress.name(f"seed {seed}, Adam")
         fit(adam, Draws(lambda _: points, seed, steps), [progress, *([] if ways == ("equal",) else [callback]), before])
         for way in ways:

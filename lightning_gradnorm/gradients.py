@@ -32,7 +32,7 @@ from lightning_gradnorm.gradient_reader import (
 from lightning_gradnorm.losses import check_losses
 from lightning_gradnorm.measurement import stack_scalars
 from lightning_gradnorm.task_gradients import TaskGradients
-from lightning_gradnorm.vector_jacobian import frames_of, shape_of
+from lightning_gradnorm.vector_jacobian import frames_of, has_shards, shape_of, undone
 
 __all__ = [
     "CompiledSharedLayerError",
@@ -81,6 +81,9 @@ class PerTaskBackward(GradientReader):
         _check_reached(graph, losses)
         if graph.has_reentrant_checkpoint():
             raise HiddenUseError(_BETWEEN)
+        if has_shards(graph.edges):
+            self._gradients = self._by_engine(root, losses)
+            return
         seeds = self._seeds(root, losses, graph, ends)
         arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.edges)
         for (node, number), task in ends.items():
@@ -88,6 +91,16 @@ class PerTaskBackward(GradientReader):
         Descent(list(graph.edges), graph.edges, graph.targets, arrivals).lower_all()
         self._wanted = []
         self._gradients = TaskGradients(self.tasks, arrivals.gradients, stack_scalars(seeds), self.parameters)
+
+    def _by_engine(self, root: Tensor, losses: Mapping[str, Tensor]) -> TaskGradients:
+        found = torch.autograd.grad(root, list(losses.values()), retain_graph=True, allow_unused=True)
+        seeds = [_seed(seed, loss) for seed, loss in zip(found, losses.values(), strict=True)]
+        with undone():
+            rows: list[list[Tensor | None]] = [
+                list(torch.autograd.grad(loss, self._wanted, seed, retain_graph=True, allow_unused=True))
+                for loss, seed in zip(losses.values(), seeds, strict=True)
+            ]
+        return TaskGradients(self.tasks, rows, stack_scalars(seeds), self.parameters)
 
     @staticmethod
     def _seeds(
@@ -103,16 +116,18 @@ class PerTaskBackward(GradientReader):
         arrivals = Arrivals(1, len(ends), ends, above)
         arrivals.add(0, root.grad_fn, root.output_nr, torch.ones_like(root))
         Descent(list(above), above, ends, arrivals).lower_all()
-        return [
-            torch.ones_like(loss) if seed is None else torch.where(seed == 0, torch.ones_like(seed), seed).detach()
-            for seed, loss in zip(arrivals.gradients[0], losses.values(), strict=True)
-        ]
+        return [_seed(seed, loss) for seed, loss in zip(arrivals.gradients[0], losses.values(), strict=True)]
 
     def gradients(self) -> TaskGradients:
         return self._gradients
 
     def discard(self) -> None:
         del self._gradients
+
+
+def _seed(cotangent: Tensor | None, loss: Tensor) -> Tensor:
+    one = torch.ones_like(loss)
+    return one if cotangent is None else torch.where(cotangent == 0, one, cotangent).detach()
 
 
 class JointBackward(GradientReader):

@@ -23,6 +23,7 @@ from lightning_gradnorm.gradients import (
     PerTaskBackward,
 )
 from lightning_gradnorm.task_gradients import TaskGradients
+from lightning_gradnorm.vector_jacobian import has_shards
 
 Engine = Literal["auto", "joint", "per_task"]
 
@@ -77,7 +78,8 @@ class Reading:
         reader = self._type(root, losses, tensors, edges)
         self._reader = reader
         kind = (tuple(losses), tuple((tuple(t.shape), t.dtype, id(t) if t.is_leaf else 0) for t in tensors), reader.shapes)
-        if isinstance(reader, JointBackward) and kind not in self._proved and len(self._proved) < _MOST_CHECKS:
+        proves = isinstance(reader, JointBackward) and not has_shards(reader.graph.edges)
+        if proves and kind not in self._proved and len(self._proved) < _MOST_CHECKS:
             self._proved.add(kind)
             reader.discard()  # or it would hear of the second reading
             try:

@@ -92,8 +92,7 @@ def _of_python_function(node: Any, cotangents: Sequence[Tensor | None]) -> Gradi
         torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device) if cotangent is None else cotangent
         for cotangent, metadata in zip(cotangents, _metadata(node), strict=True)
     ]
-    # DDP's own passes on what arrives, and queues a reduction, which only an engine's run can have.
-    result = (None, *given) if type(node).__name__ == "_DDPSinkBackward" else node.apply(*given)
+    result = (None, *given) if type(node).__name__ in _PASS_ON else node.apply(*given)
     found = iter(
         [
             gradient
@@ -150,6 +149,16 @@ _PARTS: dict[str, Callable[[Any, Tensor, Sequence[bool]], Gradients]] = {
     "AddmmBackward0": _of_addmm,
     "ConvolutionBackward0": _of_convolution,
 }
+
+
+_SHARDED = "RegisterPostBackwardFunctionBackward"  # FSDP2's: gives a module's parameters back to their ranks
+# They pass on what arrives, and do for the ordinary backward what only that may do.
+_PASS_ON = {"_DDPSinkBackward", _SHARDED}
+
+
+def has_shards(nodes: Iterable[Node]) -> bool:
+    """Whether parameters on the way are whole only while autograd's engine, and the hooks that it runs, is at them."""
+    return any(type(node).__name__ == _SHARDED for node in nodes)
 
 
 # -- what was saved through hooks ----------------------------------------------------------------------------------

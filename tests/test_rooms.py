@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "gradient_reader": {"measurement", "task_gradients"},
     "gradients": FLOOR | {"autograd_graph", "descent", "factors", "gradient_reader", "task_gradients", "vector_jacobian"},
     "audit": {"autograd_graph", "measurement", "vector_jacobian"},
-    "reading": {"audit", "balancers", "descent", "gradients", "task_gradients"},
+    "reading": {"audit", "balancers", "descent", "gradients", "task_gradients", "vector_jacobian"},
     "layer_watch": {"gradients"},
     "window": {"measurement", "task_gradients"},
     "folders": set(),

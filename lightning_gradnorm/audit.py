@@ -24,7 +24,7 @@ class Audit:
 
     def __init__(self, graph: TaskGraph, parameters: Sequence[Tensor]) -> None:
         self.in_half_precision = any(dtype_of(node).itemsize == 2 for node in graph.edges)
-        self._parameters, self._numbers = list(parameters), range(len(parameters))
+        self._parameters = list(parameters)
         self._whole: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         for node in graph.edges:
@@ -45,10 +45,18 @@ class Audit:
 
         return hook
 
-    def is_explained_by(self, gradients: Sequence[Tensor | None], tolerance: float) -> bool:
-        """Whether these, one per tensor of W, come to what arrived, up to a relative difference; once the backward has run."""
-        found, expected = (_flat(rows, self._parameters) for rows in (gradients, [self._whole.get(k) for k in self._numbers]))
-        return bool((found - expected).norm() <= tolerance * expected.norm())
+    def hooks_changed(self, expected: Sequence[Tensor | None], difference: Tensor, rounding: float) -> bool:
+        """Whether hooks of the user have changed what arrived; once the backward has run.
+
+        Args:
+            expected: what arrives without hooks, one per tensor of W.
+            difference: of two readings of the tasks' gradients, all tasks together, ``[|W|]``. Where no hook is at work, what
+                arrived is off by nothing, and not by as much as the readings.
+            rounding: relative to all that arrived, what is nothing.
+        """
+        whole = _flat([self._whole.get(k) for k in range(len(self._parameters))], self._parameters)
+        off = (whole - _flat(expected, self._parameters)).norm()
+        return bool(off > rounding * whole.norm()) and bool(off > 0.5 * difference.to(off).norm())
 
     def discard(self) -> None:
         """Take the hooks off the graph, and let go of what arrived."""

@@ -164,15 +164,23 @@ def has_shards(nodes: Iterable[Node]) -> bool:
 # -- what was saved through hooks ----------------------------------------------------------------------------------
 
 
+_HIDES = "CopySlices"
+
+
 @functools.lru_cache(maxsize=1024)
 def _saved_by(kind: type) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved"))
 
 
 def frames_of(nodes: Iterable[Node]) -> dict[Node, int]:
-    """Those of the nodes that have saved tensors through hooks → whose hooks, a checkpoint's or another's."""
+    """Those of the nodes that have saved tensors through hooks → whose hooks, a checkpoint's or another's.
+
+    A write into a part of a tensor hides what it has saved, and is one for itself.
+    """
     frames = {}
     for node in nodes:
+        if type(node).__name__ == _HIDES:
+            frames[node] = id(node)
         for name in _saved_by(type(node)):
             hook = _hook_of(getattr(node, name))
             if hook is not None:

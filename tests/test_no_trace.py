@@ -252,6 +252,26 @@ def test_several_checkpoints_one_after_the_other(engine):
     torch.testing.assert_close(found.norms(), oracle(None, losses(lambda block, z: block(z)), w))
 
 
+@ENGINES
+def test_a_slice_written_in_place_inside_a_checkpoint(engine):
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(5, 6)
+
+    def block(z):
+        z = net.shared(z)
+        factor = z.clone()
+        z[:, :4] = factor[:, :4].exp() * factor[:, 4:]
+        z[:, 2:6].mul_(factor[:, 4:8].tanh())
+        return z * 2
+
+    def losses(wrap):
+        z = wrap(block, net.first(x).tanh())
+        return {f"task{i}": head(z).square().mean() for i, head in enumerate(net.heads)}
+
+    found = read(engine, net, losses(lambda f, z: checkpoint(f, z, use_reentrant=False)))
+    torch.testing.assert_close(found.norms(), oracle(net, losses(lambda f, z: f(z))))
+
+
 def test_what_is_saved_on_the_cpu_is_read_too():
     net, x = Net(), torch.randn(5, 6)
     with torch.autograd.graph.save_on_cpu():

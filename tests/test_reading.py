@@ -123,6 +123,31 @@ def test_a_checkpoint_on_a_tasks_own_part_is_proved_too(counted):
     assert not reading.words
 
 
+def test_a_hook_on_a_small_tasks_own_part_is_seen_beside_a_large_one(counted):
+    torch.manual_seed(0)
+    net, losses = net_and_losses(hook=lambda gradient: 0.1 * gradient)
+    reading = Reading("auto")
+    read(reading, {"task0": 1e-3 * losses["task0"], "task1": losses["task1"]}, [net[0].weight])
+    assert counted
+    assert not reading.words
+
+
+def test_gradients_of_the_wrong_tasks_are_noticed(monkeypatch):
+    class Swapped(JointBackward):
+        _keeps_factors = False
+
+        def gradients(self):
+            found = super().gradients()
+            return TaskGradients(found.tasks, found.gradients[::-1], found.cotangents, found.parameters)
+
+    monkeypatch.setattr("lightning_gradnorm.reading.JointBackward", Swapped)
+    torch.manual_seed(0)
+    net, losses = net_and_losses()
+    reading = Reading("auto")
+    read(reading, losses, [net[0].weight])
+    assert len(reading.words) == 1
+
+
 def test_hooks_that_change_gradients_above_and_below_w_are_no_fault_of_the_reading():
     """What the backward brings is neither what the first nor what the second reading promises, and nothing is wrong."""
     torch.manual_seed(0)

@@ -148,6 +148,16 @@ class Program(_Printed):
             yield piece
             stack += piece.inner
 
+    def holds_in_a_checkpoint(self, *kinds: str) -> bool:
+        """Whether there is a piece of one of the kinds that a checkpoint runs again."""
+        stack = [piece for outer in self.pieces() if outer.kind == "checkpointed" for piece in outer.inner]
+        while stack:
+            piece = stack.pop()
+            if piece.kind in kinds:
+                return True
+            stack += piece.inner
+        return False
+
     def simpler(self) -> Iterator["Program"]:
         """Programs with one thing less, for whoever looks for the least one that shows a difference."""
         for body in _simpler_pieces(self.body):

@@ -1,6 +1,6 @@
 """Walks over the autograd graph: which nodes lead to W, and which task each of them belongs to."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -76,7 +76,7 @@ def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | Gradie
     lowest = next(iter(nodes_of_w)) if len(nodes_of_w) == 1 and not leaves else None
     edges: dict[Node, list[Node]] = {}
     seen: dict[Node, _Ways | None] = {}
-    for node, ways in _children_first(root, seen, lowest):
+    for node, ways in children_first([root], seen, lowest):
         if not ways:
             if leaves and (number := leaves.get(id(getattr(node, "variable", None)))) is not None:
                 targets[node, 0] = number
@@ -97,29 +97,32 @@ def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | Gradie
     return TaskGraph(targets, edges, owners, leaving, {task for tap, task in taps.items() if tap in seen})
 
 
-def _children_first(root: Node, seen: dict[Node, _Ways | None], lowest: Node | None = None) -> Iterator[tuple[Node, _Ways]]:
+def children_first(
+    roots: Iterable[Node], seen: dict[Node, _Ways | None], lowest: Node | None = None
+) -> Iterator[tuple[Node, _Ways]]:
     """Depth-first: every node, with the ways down from it, after all that it leads to; a leaf has none.
 
     Args:
-        root: where to begin.
+        roots: where to begin.
         seen: filled with all nodes that were met, leaves included.
         lowest: a node below which the walk does not go.
     """
-    stack = [root]
-    while stack:
-        node = stack[-1]
-        if node not in seen:
-            ways = seen[node] = () if node is lowest else node.next_functions
-            for child, _ in ways:
-                if child is not None and child not in seen:
-                    stack.append(child)
-            if ways:
-                continue  # it comes up again
-        stack.pop()
-        below = seen[node]
-        if below is not None:  # not done before
-            seen[node] = None
-            yield node, below
+    for root in roots:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node not in seen:
+                ways = seen[node] = () if node is lowest else node.next_functions
+                for child, _ in ways:
+                    if child is not None and child not in seen:
+                        stack.append(child)
+                if ways:
+                    continue  # it comes up again
+            stack.pop()
+            below = seen[node]
+            if below is not None:  # not done before
+                seen[node] = None
+                yield node, below
 
 
 def _owners(edges: dict[Node, list[Node]], taps: Mapping[Node, int]) -> dict[Node, int]:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "losses": {"plain"},
     "measurement": set(),
     "autograd_graph": set(),
-    "shared_layer": {"descent"},
+    "shared_layer": {"autograd_graph", "descent"},
     "vector_jacobian": set(),
     "gram": {"measurement"},
     "factors": {"gram", "measurement", "vector_jacobian"},

@@ -352,9 +352,9 @@ def test_a_graph_of_many_nodes_is_walked_twice(monkeypatch):
     losses = {f"task{i}": p[:, i].square().mean() for i in range(5)}
     from lightning_gradnorm.shared_layer import weight_graph
 
-    seen, walks, children_first, flow = [], [], weight_graph._children_first, WeightGraph._flow
+    seen, walks, children_first, flow = [], [], weight_graph.children_first, WeightGraph._flow
     monkeypatch.setattr(
-        weight_graph, "_children_first", lambda roots: (seen.append(step[0]) or step for step in children_first(roots))
+        weight_graph, "children_first", lambda roots, met: (seen.append(step[0]) or step for step in children_first(roots, met))
     )
     monkeypatch.setattr(WeightGraph, "_flow", lambda self, only: walks.append(1) or flow(self, only))
     assert detect_shared_layer(losses, net).names == ("layers.399.weight",)

@@ -1,10 +1,12 @@
 """Which weights the tasks' losses reach, and which of them lies above which: from the autograd graph of one batch."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+
+from lightning_gradnorm.autograd_graph import children_first
 
 # Whose backward may not run before the ordinary one: a compiled one gives its buffers away as it runs, and a reentrant
 # checkpoint refuses to run for gradients that are asked for by name.
@@ -68,8 +70,8 @@ class WeightGraph:
         first_use: list[tuple[int, int]] = []
         lower: list[int] = []  # weight → bits of those below it
         roots = set(self._roots)
-        for node, ways in _children_first(self._roots):
-            self._ways[node] = ways
+        for node, edges in children_first(filter(None, self._roots), {}):
+            ways = self._ways[node] = [child for child, _ in edges if child is not None]
             if not ways:
                 parameter = getattr(node, "variable", None)
                 name = weight_names.get(parameter) if isinstance(parameter, nn.Parameter) else None
@@ -128,25 +130,6 @@ class WeightGraph:
             for node in uses:
                 flow[weight] |= bits[node]
         return flow
-
-
-def _children_first(roots: Iterable[Node | None]) -> Iterator[tuple[Node, list[Node]]]:
-    """Depth-first: every node, with its children, after all of these; a leaf has none."""
-    seen: dict[Node, list[Node] | None] = {}
-    for root in roots:
-        stack = [] if root is None else [root]
-        while stack:
-            node = stack[-1]
-            if node not in seen:
-                ways = seen[node] = [child for child, _ in node.next_functions if child is not None]
-                stack += [child for child in ways if child not in seen]
-                if ways:
-                    continue  # it comes up again
-            stack.pop()
-            below = seen[node]
-            if below is not None:  # not done before
-                seen[node] = None
-                yield node, below
 
 
 def _bits(rows: list[int], count: int) -> Tensor:

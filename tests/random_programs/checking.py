@@ -87,7 +87,9 @@ def _exact(program: Program, scaling: set[int]) -> tuple[Tensor, Tensor, Truth]:
     else:
         wide = truth(program, torch.float64, scaling.__contains__, half=False)
         exact, other = (wide, here) if program.precision == "float32" else (here, wide)
-    noise = torch.linalg.vector_norm(exact.rows - other.rows, dim=1).nan_to_num(0, 0, 0)
+    noise = torch.linalg.vector_norm(exact.rows - other.rows, dim=1)
+    # Of what the program's own precision cannot hold, anything may be read.
+    noise = noise.nan_to_num(0, 0, 0) if program.precision == "float64" else noise.nan_to_num(torch.inf, torch.inf, torch.inf)
     if program.precision == "float64":
         noise = noise * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     return exact.rows, noise, here
@@ -191,7 +193,7 @@ def _numbers(program: Program, read: Read, exact: Tensor, noise: Tensor) -> Iter
 
 def _beyond(off: Tensor, allowed: Tensor, norms: Tensor) -> bool:
     """Where the exact norm is not finite, whatever is not finite will do."""
-    return bool(torch.where(norms.isfinite(), ~(off <= allowed), off.isfinite()).any())
+    return bool(torch.where(norms.isfinite(), ~(off.nan_to_num(torch.inf) <= allowed), off.isfinite()).any())
 
 
 def least(program: Program, verdict: Verdict) -> tuple[Program, Verdict]:

@@ -52,11 +52,12 @@ class Audit:
             expected: what arrives without hooks, one per tensor of W.
             difference: of two readings of the tasks' gradients, all tasks together, ``[|W|]``. Where no hook is at work, what
                 arrived is off by nothing, and not by as much as the readings.
-            rounding: relative to all that arrived, what is nothing.
+            rounding: relative to all that arrived, what is nothing, in ε of its precision.
         """
         whole = _flat([self._whole.get(k) for k in range(len(self._parameters))], self._parameters)
         off = (whole - _flat(expected, self._parameters)).norm()
-        return bool(off > rounding * whole.norm()) and bool(off > 0.5 * difference.to(off).norm())
+        eps = max(torch.finfo(parameter.dtype).eps for parameter in self._parameters)
+        return bool(off > rounding * eps * whole.norm()) and bool(off > 0.5 * difference.to(off).norm())
 
     def discard(self) -> None:
         """Take the hooks off the graph, and let go of what arrived."""

@@ -80,7 +80,7 @@ class Gram:
         signs = (2 * signs - 1).to(self._gram)
         for delta, square in zip(self._deltas, squares.tolist(), strict=True):
             probed = 3 * float(torch.linalg.vector_norm(delta @ (delta.mT @ signs))) / math.sqrt(_PROBES)
-            if probed and size * probed + self._tiny > _TRUSTED * square:
+            if size * probed + self._tiny > _TRUSTED * square and bool(delta.any()):
                 return False
         return True
 

@@ -10,9 +10,9 @@ from lightning_gradnorm.reading import Reading
 from lightning_gradnorm.task_gradients import TaskGradients
 
 
-def net_and_losses(rows=5, tasks=2, net=None, hook=None):
-    net = net or nn.Sequential(nn.Linear(6, 8), nn.Tanh(), *[nn.Linear(8, 2) for _ in range(3)])
-    z = net[1](net[0](torch.ones(rows, 6)))
+def net_and_losses(rows=5, tasks=2, net=None, hook=None, dtype=torch.float32):
+    net = net or nn.Sequential(nn.Linear(6, 8), nn.Tanh(), *[nn.Linear(8, 2) for _ in range(3)]).to(dtype)
+    z = net[1](net[0](torch.ones(rows, 6, dtype=dtype)))
     own = [head(z) for head in list(net)[2 : 2 + tasks]]
     if hook is not None:
         own[0].register_hook(hook)
@@ -123,11 +123,12 @@ def test_a_checkpoint_on_a_tasks_own_part_is_proved_too(counted):
     assert not reading.words
 
 
-def test_a_hook_on_a_small_tasks_own_part_is_seen_beside_a_large_one(counted):
+@pytest.mark.parametrize(("share", "dtype"), [(1e-3, torch.float32), (1e-8, torch.float64)])
+def test_a_hook_on_a_small_tasks_own_part_is_seen_beside_a_large_one(counted, share, dtype):
     torch.manual_seed(0)
-    net, losses = net_and_losses(hook=lambda gradient: 0.1 * gradient)
+    net, losses = net_and_losses(hook=lambda gradient: 0.1 * gradient, dtype=dtype)
     reading = Reading("auto")
-    read(reading, {"task0": 1e-3 * losses["task0"], "task1": losses["task1"]}, [net[0].weight])
+    read(reading, {"task0": share * losses["task0"], "task1": losses["task1"]}, [net[0].weight])
     assert counted
     assert not reading.words
 

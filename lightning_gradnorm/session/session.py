@@ -86,6 +86,7 @@ class BalancingSession(Totals):
     def _close(self) -> None:
         self._loop = None
         self._told: set[str] = set()
+        self._has_measured = False
         self._seen: set[str] = set()  # the tasks of this run's steps that were to be measured
         self._measuring = Measuring(self.reading, with_kpis="kpis" in self.balancer.needs)
         self._note_nothing()
@@ -220,6 +221,9 @@ class BalancingSession(Totals):
         applied = self._applied(measurement.tasks, window.applied)
         self.balancer.update(measurement if due else None)
         self.reading.remember()
+        if due and self.reading.is_given and not self._has_measured:
+            self.tell_counts()  # of a layer that was found, every task was seen to have a gradient
+        self._has_measured |= due
         return BalancedStep(measurement, applied, due, window)
 
     def _applied(self, tasks: tuple[str, ...], here: Mapping[str, Tensor]) -> Tensor:

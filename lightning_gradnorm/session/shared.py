@@ -31,6 +31,7 @@ class SharedReading:
 
     Attributes:
         layer: the shared layer, once it is known.
+        is_given: whether the user has named it.
         engine: reads the tasks' gradients on it.
         known_names: names of W's parameters, also those of the run that a state is from.
     """
@@ -39,7 +40,7 @@ class SharedReading:
     _given: Callable[[], SharedLayerSpec | None]
     _search: SharedLayerSearch | None
     _declared: tuple[str, ...]
-    _is_given: bool
+    is_given: bool
     _fitting: set[str]  # the tasks that W is known to fit
 
     def __init__(self, engine: Engine, norm_of: NormOf, needs: Sequence[str] = ()) -> None:
@@ -83,7 +84,7 @@ class SharedReading:
 
     def close(self) -> None:
         """The run is over: what belongs to it is let go of; ``layer`` stays, for people to look at."""
-        self._network, self._search, self._declared, self._is_given = None, None, (), False
+        self._network, self._search, self._declared, self.is_given = None, None, (), False
         self._given = lambda: None
         self._fitting = set()
         self._features: list[tuple[Tensor, GradientEdge]] = []
@@ -129,12 +130,12 @@ class SharedReading:
         assert self._network is not None, "open comes first"
         if self.layer is None and self._search is None:
             spec = self._given()
-            self._is_given = spec is not None
+            self.is_given = spec is not None
             if self.norm_of == "features":
                 self.layer = shared_features(spec, self._network)
             elif spec is not None:
                 self.layer = resolve_shared_layer(spec, self._network)
-        if self._is_given:
+        if self.is_given:
             return True
         if self.layer is None and self._search is None and self._are_known():
             self.adopt(self.known_names, "as before; override shared_layer() to choose another")

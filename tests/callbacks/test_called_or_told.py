@@ -477,3 +477,24 @@ def test_a_function_put_in_the_place_of_a_method_is_taken():
     module.total_loss = lambda *args, **kwargs: called.append(1) or original(*args, **kwargs)
     module.training_step([torch.randn(4, 6)], 0)
     assert called == [1]
+
+
+@pytest.mark.feature("a given layer on which a task has no gradient", "warned", "at the first step, by the task's name")
+def test_a_given_layer_that_a_task_has_no_gradient_on_is_told_at_the_first_step(tmp_path):
+    class OnAHead(TrunkAndHeads):
+        def shared_layer(self):
+            return self.heads["odd"]
+
+        def losses(self, x):
+            z = self.features(x)
+            whole = torch.cat([head(z) for head in self.heads.values()], dim=1)
+            return {task: whole[:, 2 * k : 2 * k + 2].square().mean() for k, task in enumerate(self.heads)}
+
+    class AfterOne(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise ValueError("after one step")
+
+    words = r"took no part so far.*'small' in 1 step, 'middle' in 1 step, 'large' in 1 step.*depends on that layer at all"
+    callbacks = [GradNormCallback(summary=False), AfterOne()]
+    with pytest.warns(UserWarning, match=words), pytest.raises(ValueError, match="after one step"):
+        quiet_trainer(tmp_path, callbacks=callbacks, log_every_n_steps=50).fit(OnAHead(), batches(3))

@@ -121,8 +121,10 @@ def _refusals(program: Program, found: Truth) -> list[tuple[type[Exception], str
     if found.detached:
         return [(ValueError, f"The loss of task {found.detached[0]!r} is detached from the network")]
     refusals: list[tuple[type[Exception], str]] = []
-    first = "tap" in program.extras  # a further term of the total is made of its loss
-    missing = [f"task{i}" for i, task in enumerate(program.tasks) if not (task.in_total or (first and i == 0))]
+    tapped = "tap" in program.extras  # a further term of the total is made of the last loss
+    missing = [
+        f"task{i}" for i, task in enumerate(program.tasks) if not (task.in_total or (tapped and i + 1 == len(program.tasks)))
+    ]
     if missing:
         refusals.append((ValueError, f"not built from the tapped loss of {', '.join(f'task {name!r}' for name in missing)}"))
     unreached = [f"task{i}" for i, reached in enumerate(found.reached) if not reached]

@@ -27,7 +27,7 @@ from lightning_gradnorm.mixin import MultiTaskMixin
 from lightning_gradnorm.pointwise import GradientNormPoints, PointWeighting, SelfAdaptivePoints, UniformPoints
 from lightning_gradnorm.shared_layer import SharedLayerSpec
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "AdaptiveNormalizedLoss",

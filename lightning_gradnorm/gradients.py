@@ -86,9 +86,10 @@ class PerTaskBackward(GradientReader):
             return
         seeds = self._seeds(root, losses, graph, ends)
         arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.edges)
-        for (node, number), task in ends.items():
+        descent = Descent(list(graph.edges), graph.edges, graph.targets, arrivals)
+        for (node, number), task in ends.items():  # one after the other: together they would hold all tasks' activations
             arrivals.add(task, node, number, seeds[task])
-        Descent(list(graph.edges), graph.edges, graph.targets, arrivals).lower_all()
+            descent.lower_all()
         self._wanted = []
         self._gradients = TaskGradients(self.tasks, arrivals.gradients, stack_scalars(seeds), self.parameters)
 

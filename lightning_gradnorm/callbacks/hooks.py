@@ -87,7 +87,7 @@ class TrainerHooks(Callback):
         self._log.shown = {}
         self._news = (
             f"{type(self).__name__} starts anew, as this is another module than the one of its last fit. To go on with what it "
-            "learnt there, fit the same module object or pass ckpt_path."
+            "learnt there, fit the same module object, pass ckpt_path, or load this one's state_dict() into a new callback."
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

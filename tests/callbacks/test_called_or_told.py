@@ -1,17 +1,15 @@
-"""A module that hands over its losses in its own way, in several totals, past the Trainer, or not at all."""
+"""A module that hands over its losses past the Trainer, or not at all, or in vain: it is told."""
 
-import copy
 import warnings
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lightning_gradnorm import GradNormCallback, LossBalancingCallback, MultiTaskMixin, UncertaintyWeighting
-from tests.callbacks.test_trainer_features import OnTensors, Watch, assert_same_history, loader
+from tests.callbacks.test_trainer_features import OnTensors, Watch, loader
 from tests.helpers import SCALES, TrunkAndHeads, batches, quiet_trainer
 
 
@@ -129,94 +127,6 @@ def test_steps_without_a_total_are_not_counted(tmp_path):
     assert fit(tmp_path, Alternating(), data=batches(6)).balancer.steps == 3
 
 
-# -- several totals in one step of a manual loop --------------------------------------------------------------------------
-
-
-class Manual(OnTensors):
-    """One step on all tasks, in as many totals and backward passes as ``parts`` says."""
-
-    def __init__(self, parts=tuple((task,) for task in SCALES), *, backwards=None, step_each=False):
-        super().__init__()
-        self.automatic_optimization = False
-        self.parts, self.together, self.step_each = parts, backwards == 1, step_each
-
-    def shared_layer(self):
-        return self.trunk[2]
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        losses = self.losses(batch)
-        totals = [self.total_loss({task: losses[task] for task in part}) for part in self.parts]
-        for total in [sum(totals)] if self.together else totals:
-            self.manual_backward(total, retain_graph=True)
-            if self.step_each:
-                optimizer.step()
-                optimizer.zero_grad()
-                losses = self.losses(batch)
-        if not self.step_each:
-            optimizer.step()
-
-
-PARTS = {
-    "one total per task": {},
-    "two totals": {"parts": (("small", "middle"), ("large", "odd"))},
-    "one backward through all totals": {"backwards": 1},
-}
-
-
-@pytest.mark.parametrize("engine", ["joint", "per_task"])
-@pytest.mark.parametrize("settings", PARTS.values(), ids=PARTS)
-@pytest.mark.feature("several totals in one step of manual optimisation", "supported", "they are weighed together")
-def test_several_totals_of_one_step_are_weighed_as_one(tmp_path, settings, engine):
-    x, module = torch.randn(6, 8, 6), Manual(**settings)
-    whole = Manual(parts=(tuple(SCALES),))
-    whole.load_state_dict(module.state_dict())
-    callback, expected = Watch(engine=engine), Watch(engine=engine)
-    fit(tmp_path, module, callback, loader(x))
-    fit(tmp_path, whole, expected, loader(x))
-    assert_same_history(callback, expected)
-    assert callback.balancer.steps == 6
-
-
-def test_a_total_a_backward_and_an_optimiser_step_per_task_are_weighed_together(tmp_path):
-    class StepEach(Manual):
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            for task in SCALES:
-                optimizer.zero_grad()
-                self.manual_backward(self.total_loss({task: self.losses(batch)[task]}))
-                optimizer.step()
-
-    callback = fit(tmp_path, StepEach(), Watch(), loader(torch.randn(6, 8, 6)))
-    assert list(callback.weights) == list(SCALES)
-    assert callback.balancer.steps == 6
-    assert callback.weights["small"] > 1 > callback.weights["large"]
-
-
-def test_micro_batches_inside_one_training_step_are_one_batch(tmp_path):
-    class Micro(Manual):
-        def training_step(self, batch, batch_idx):
-            self.optimizers().zero_grad()
-            for part in batch.chunk(self.chunks):
-                self.manual_backward(self.total_loss(self.losses(part)) / self.chunks)
-            self.optimizers().step()
-
-    x, one = torch.randn(4, 12, 6), Micro()
-    other, one.chunks = copy.deepcopy(one), 1
-    other.chunks = 3
-    assert_same_history(fit(tmp_path, other, Watch(), loader(x)), fit(tmp_path, one, Watch(), loader(x)))
-
-
-def test_one_backward_through_two_totals_of_one_task_is_refused(tmp_path):
-    class Twice(Manual):
-        def training_step(self, batch, batch_idx):
-            self.manual_backward(self.total_loss(self.losses(batch)) + self.total_loss(self.losses(batch)))
-
-    with pytest.raises(RuntimeError, match=r"One backward runs through two totals of task 'large', 'middle'.*once"):
-        fit(tmp_path, Twice(), data=loader(torch.randn(2, 8, 6)))
-
-
 # -- an optimiser that the Trainer does not see ----------------------------------------------------------------------------
 
 
@@ -319,164 +229,7 @@ def test_one_in_which_some_tasks_reach_it_and_some_do_not_is_an_error(tmp_path, 
         fit(tmp_path, Dropped(tasks=("odd",)), Watch(engine=engine), loader(torch.randn(6, 8, 6)))
 
 
-# -- names of the mixin that stand for something else ----------------------------------------------------------------------
-
-
-def test_a_module_of_lightnings_own_demos_keeps_its_step(tmp_path):
-    class Boring(MultiTaskMixin, BoringModel):
-        pass
-
-    quiet_trainer(tmp_path, limit_train_batches=2, limit_val_batches=0).fit(Boring())
-    balanced = quiet_trainer(tmp_path, callbacks=[GradNormCallback()], limit_train_batches=2, limit_val_batches=0)
-    with pytest.raises(RuntimeError, match="training_step of Boring never called total_loss"):
-        balanced.fit(Boring())
-
-
-class HasStep(L.LightningModule):
-    """A vendor's module, which has never heard of the mixin."""
-
-    def __init__(self):
-        super().__init__()
-        self.lin, self.seen = nn.Linear(6, 1), []
-
-    def training_step(self, batch):
-        self.seen.append("vendor")
-        return self.lin(batch[0]).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-@pytest.mark.feature("a `training_step` from another base, after the mixin", "supported", "it is not hidden")
-def test_the_mixin_hides_no_training_step_that_another_base_brings(tmp_path):
-    class Both(MultiTaskMixin, HasStep):
-        pass
-
-    module = Both()
-    quiet_trainer(tmp_path).fit(module, batches(2))
-    assert module.seen == ["vendor"] * 2
-    with pytest.raises(RuntimeError, match="training_step of Both never called total_loss"):
-        fit(tmp_path, Both())
-
-
-def test_a_subclass_of_it_hides_none_either_and_its_task_losses_count(tmp_path):
-    class Both(MultiTaskMixin, HasStep):
-        pass
-
-    class Further(Both):
-        pass
-
-    class Own(Both):
-        def task_losses(self, batch, batch_idx):
-            self.seen.append("own")
-            out = self.lin(batch[0])
-            return {"a": out.square().mean(), "b": (out - 1).square().mean()}
-
-    for kind, expected in ((Further, "vendor"), (Own, "own")):
-        module = kind()
-        quiet_trainer(tmp_path).fit(module, batches(2))
-        assert module.seen == [expected] * 2
-
-
-def test_a_vendors_own_task_losses_and_shared_layer_are_not_hidden():
-    class WithNames(HasStep):
-        def task_losses(self, x):
-            return "vendor's"
-
-        def shared_layer(self):
-            return self.lin
-
-    class Both(MultiTaskMixin, WithNames):
-        pass
-
-    module = Both()
-    assert module.task_losses(1) == "vendor's"
-    assert module.shared_layer() is module.lin
-
-
-def test_a_vendors_own_total_loss_is_refused_with_the_way_out():
-    class WithTotal(HasStep):
-        def total_loss(self, x):
-            return x
-
-    with pytest.raises(TypeError, match=r"WithTotal has a total_loss of its own, which MultiTaskMixin would hide.*rename"):
-
-        class Both(MultiTaskMixin, WithTotal):
-            pass
-
-
-KINDS = {
-    "module": lambda self: nn.Linear(10, 10),
-    "parameter": lambda self: self.trunk[0].weight,
-    "name": lambda self: "trunk.0",
-    "list": lambda self: [self.trunk[0]],
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_stands_under_shared_layer_is_the_answer(tmp_path, kind):
-    class Has(TrunkAndHeads):
-        def __init__(self):
-            super().__init__()
-            self.shared_layer = KINDS[kind](self)
-
-        def features(self, x):
-            return self.shared_layer(self.trunk(x)) if kind == "module" else self.trunk(x)
-
-    callback, module = Watch(), Has()
-    fit(tmp_path, module, callback)
-    assert callback.shared.reason == "given by shared_layer()"
-    expected = module.shared_layer.weight if kind == "module" else module.trunk[0].weight
-    assert any(parameter is expected for parameter in callback.shared.parameters)
-
-
-def test_a_class_attribute_and_a_property_are_answers_too(tmp_path):
-    class Named(TrunkAndHeads):
-        shared_layer = "trunk.0"
-
-    class Property(TrunkAndHeads):
-        @property
-        def shared_layer(self):
-            return self.trunk[0]
-
-    for kind in (Named, Property):
-        assert fit(tmp_path, kind()).shared.names == ("trunk.0.weight", "trunk.0.bias")
-
-
-@pytest.mark.parametrize("value", [7, torch.ones(2), {"a": 1}], ids=["number", "tensor", "dict"])
-def test_anything_else_under_shared_layer_is_refused(value):
-    with pytest.raises(TypeError, match=r"shared_layer is the name by which MultiTaskMixin.*module, a parameter.*another name"):
-        TrunkAndHeads().shared_layer = value
-
-
-@pytest.mark.parametrize("name", ["total_loss", "task_losses"])
-@pytest.mark.parametrize("value", [0.0, {}, nn.Linear(2, 2), torch.ones(())], ids=["number", "dict", "module", "tensor"])
-def test_an_attribute_in_the_place_of_a_method_is_refused_at_once(name, value):
-    with pytest.raises(TypeError, match=f"{name} is a method of MultiTaskMixin.*another name"):
-        setattr(TrunkAndHeads(), name, value)
-
-
-def test_so_it_is_in_the_class_and_below_another_base(tmp_path):
-    with pytest.raises(TypeError, match=r"total_loss is a method of MultiTaskMixin.*another name"):
-
-        class Shadowed(TrunkAndHeads):
-            total_loss = 0.0
-
-    class Below(HasStep, MultiTaskMixin):
-        pass
-
-    module = Below()
-    module.total_loss = nn.Linear(2, 2)
-    with pytest.raises(TypeError, match=r"total_loss is a method of MultiTaskMixin.*another name"):
-        fit(tmp_path, module)
-
-
-def test_a_function_put_in_the_place_of_a_method_is_taken():
-    module = TrunkAndHeads()
-    original, called = module.total_loss, []
-    module.total_loss = lambda *args, **kwargs: called.append(1) or original(*args, **kwargs)
-    module.training_step([torch.randn(4, 6)], 0)
-    assert called == [1]
+# -- a given layer ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.feature("a given layer on which a task has no gradient", "warned", "at the first step, by the task's name")

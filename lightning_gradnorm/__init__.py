@@ -20,6 +20,7 @@ from lightning_gradnorm.balancers import (
 from lightning_gradnorm.callbacks import GradNormCallback, LossBalancingCallback
 from lightning_gradnorm.comparison import compare
 from lightning_gradnorm.diagnosis import diagnose
+from lightning_gradnorm.door import total_loss
 from lightning_gradnorm.gradients import JointBackward, PerTaskBackward, tap_losses
 from lightning_gradnorm.layer_watch import LayerWatch
 from lightning_gradnorm.measurement import Measurement
@@ -60,4 +61,5 @@ __all__ = [
     "compare",
     "diagnose",
     "tap_losses",
+    "total_loss",
 ]

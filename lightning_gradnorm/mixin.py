@@ -168,6 +168,8 @@ def check_attributes(module: Any) -> None:
 
 def shared_layer_of(module: Any) -> SharedLayerSpec | None:
     """What the module names as its shared layer, by the method or by what stands under its name."""
+    if not isinstance(module, MultiTaskMixin):
+        return None  # whatever it has under that name, nobody meant this
     found: Any = module.shared_layer
     given: SharedLayerSpec | None = found() if callable(found) and not isinstance(found, nn.Module) else found
     return given

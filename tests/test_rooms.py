@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "balancers": FLOOR | {"weights_file"},
     "pointwise": FLOOR | {"balancers"},
     "report": FLOOR | {"folders", "weights_file"},
+    "door": FLOOR,
     "mixin": FLOOR | {"shared_layer"},
     "session": FLOOR
     | {"autograd_graph", "reading", "shared_layer", "gradients", "task_gradients", "window", "balancers", "pointwise"},
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     | {
         "session",
         "shared_layer",
+        "door",
         "window",
         "balancers",
         "report",
@@ -59,6 +61,7 @@ MAY_IMPORT = {
         "layer_watch",
         "shared_layer",
         "balancers",
+        "door",
         "mixin",
         "pointwise",
         "callbacks",

@@ -23,7 +23,10 @@ Mode = Literal["balance", "monitor"]
 
 
 class LossBalancingCallback(TrainerHooks):
-    """Weighs the losses of a module with ``MultiTaskMixin`` by any ``LossBalancer``.
+    """Weighs the losses of a module by any ``LossBalancer``.
+
+    The module hands its losses over by ``MultiTaskMixin``; where somebody else wrote it, whatever code has them in one place
+    does by the function ``lightning_gradnorm.total_loss``.
 
     Automatic optimisation stays as it is. ``total_loss`` applies the weights; around the backward the tasks' gradients on
     the shared layer are read; once the optimiser has stepped, the balancer updates the weights for the next step.
@@ -39,6 +42,8 @@ class LossBalancingCallback(TrainerHooks):
 
     Args:
         balancer: the method.
+        shared_layer: the dotted name of the layer that the tasks share, or a list of names, of modules or parameters of the
+            LightningModule; wins over the module's ``shared_layer()``. By default that is asked, or the layer is found.
         engine: how the tasks' gradients are read. ``"joint"``: from the one backward; ``"per_task"``: by one
             ``autograd.grad`` per task, slower; ``"auto"``: the first, falling back to the second where the backward cannot
             be read.
@@ -64,6 +69,7 @@ class LossBalancingCallback(TrainerHooks):
         self,
         balancer: LossBalancer,
         *,
+        shared_layer: str | list[str] | None = None,
         engine: Engine = "auto",
         norm_of: NormOf = "parameters",
         log_cosines: bool | None = None,
@@ -89,6 +95,7 @@ class LossBalancingCallback(TrainerHooks):
         balancer.frozen = balancer.frozen or mode == "monitor"
         self._session = BalancingSession(balancer, engine=engine, norm_of=norm_of, points=points)
         self._untested_strategies = untested_strategies
+        self._shared_layer = _names_of(shared_layer)
         self._log = BalancingLog(log_cosines, progress_bar)
         self._epochs = EpochLog()
         self._reporting = Reporting(summary)
@@ -212,3 +219,18 @@ class LossBalancingCallback(TrainerHooks):
         reading, layer = self._session.reading, found["layer"]
         reading.engine.engine_used = found["engine_used"]
         reading.layer = None if layer is None else SharedLayer(tuple(layer["names"]), (), layer["reason"])
+
+
+def _names_of(given: object) -> list[str]:
+    """Dotted names; a module itself would be copied and pickled with the callback.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    names = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else None
+    if given is not None and (not names or not all(isinstance(name, str) for name in names)):
+        raise TypeError(
+            "shared_layer is the dotted name of a module or parameter of the LightningModule, or a list of names, got "
+            f"{given!r}. Write shared_layer='model.trunk.2', as in named_modules()."
+        )
+    return [str(name) for name in names or ()]

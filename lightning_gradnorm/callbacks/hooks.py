@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextvars import Token
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from lightning_gradnorm.callbacks.log import BalancingLog, lay_out_charts
 from lightning_gradnorm.callbacks.loop_watch import LoopWatch
 from lightning_gradnorm.callbacks.refusals import check_alone, check_module, check_strategy
 from lightning_gradnorm.callbacks.reporting import Reporting
+from lightning_gradnorm.door import close_door, open_door
 from lightning_gradnorm.mixin import shared_layer_of
 from lightning_gradnorm.session import BalancingSession, Loop, RankAgreement, TotalLink
 
@@ -35,11 +37,24 @@ class TrainerHooks(Callback):
     _reporting: Reporting
     _homecoming: Homecoming
     _untested_strategies: bool
+    _shared_layer: list[str]  # names that win over the module's
     _is_set_up: bool
     _last_mark: list[float] | None  # of the module of the last fit, where that was in a process of its own
     # Not for a copy: bound methods of the module that the Trainer puts here, and what belongs to a fit under way.
     _of_a_fit: ClassVar[frozenset[str]] = frozenset(
-        {"log", "log_dict", "_stage", "_news", "_concerns", "_watch", "_evaluated", "_last_global_step", "_last_module"}
+        {
+            "log",
+            "log_dict",
+            "_stage",
+            "_news",
+            "_concerns",
+            "_watch",
+            "_evaluated",
+            "_last_global_step",
+            "_last_module",
+            "_link",
+            "_door",
+        }
     )
 
     def _rest(self) -> None:
@@ -47,6 +62,8 @@ class TrainerHooks(Callback):
         self._stage: str | None = None
         self._last_global_step = 0
         self._last_module: Callable[[], Any] | None = None  # of the fit that the state is of
+        self._link: TotalLink | None = None
+        self._door: Token[Any] | None = None  # while it is open
         self._begin()
 
     def _begin(self) -> None:
@@ -64,10 +81,11 @@ class TrainerHooks(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage, self._is_set_up = stage, True
         name = type(self).__name__
-        check_module(pl_module, name)
+        check_module(pl_module)
         check_strategy(setting_of(trainer, "strategy"), name, untested=self._untested_strategies)
         check_alone([callback for callback in setting_of(trainer, "callbacks") if isinstance(callback, TrainerHooks)])
-        vars(pl_module)["_loss_balancing"] = TotalLink(self._session.total)
+        self._link = TotalLink(self._session.total)
+        vars(pl_module)["_loss_balancing"] = self._link
         if stage == "fit":
             self._begin()
             self._epochs.reset()
@@ -104,6 +122,8 @@ class TrainerHooks(Callback):
             self._homecoming.send(trainer, lambda: self._for_home(pl_module))
 
     def _let_go(self, pl_module: LightningModule) -> None:
+        self._close_door()
+        self._link = None
         self._session.close()
         vars(pl_module).pop("_loss_balancing", None)
 
@@ -118,7 +138,8 @@ class TrainerHooks(Callback):
         self._session.open(
             Loop(
                 network=pl_module,
-                shared_layer=lambda: shared_layer_of(pl_module),
+                shared_layer=self._shared_layer.copy if self._shared_layer else lambda: shared_layer_of(pl_module),
+                giver=f"{type(self).__name__}(shared_layer=…)" if self._shared_layer else "shared_layer()",
                 tell=self._tell,
                 inform=rank_zero_info,
                 name=type(self).__name__,
@@ -182,12 +203,23 @@ class TrainerHooks(Callback):
         self._session.on_evaluation = None
         self._epochs.log_evaluation(trainer, pl_module, "test")
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._open_door()
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._open_door()
+
     def _start_evaluation(self) -> None:
         self._epochs.start_evaluation()
         self._evaluated.clear()
         self._session.on_evaluation = self._evaluated.append
 
     def _end_evaluation_batch(self, batch: Any, dataloader_idx: int | None) -> None:
+        self._close_door()
         self._epochs.add_evaluated(self._evaluated, batch, dataloader_idx)
         self._evaluated.clear()
 
@@ -196,6 +228,18 @@ class TrainerHooks(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._watch.begin_batch(trainer, pl_module)
         self._session.begin_batch()
+        self._open_door()
+
+    def _open_door(self) -> None:
+        """``total_loss`` without a module leads here while a batch is under way."""
+        self._close_door()
+        if self._link is not None:
+            self._door = open_door(self._link)
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            close_door(self._door)
+            self._door = None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._watch.see_backward()
@@ -212,6 +256,7 @@ class TrainerHooks(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._close_door()
         if self._session.noted and not pl_module.automatic_optimization:
             self._session.tell(
                 "raw backward",

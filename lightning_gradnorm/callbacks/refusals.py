@@ -8,19 +8,14 @@ from lightning_gradnorm.mixin import MultiTaskMixin, check_attributes
 _TESTED = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 
 
-def check_module(module: Any, name: str) -> None:
-    """Refuse a module that cannot hand over its losses.
+def check_module(module: Any) -> None:
+    """Refuse a module in which names of ``MultiTaskMixin`` stand for something else.
 
     Raises:
-        TypeError: if it has no ``MultiTaskMixin``, or names of the mixin stand for something else in it.
+        TypeError: naming the attribute.
     """
-    if not isinstance(module, MultiTaskMixin):
-        own = type(module).__name__
-        raise TypeError(
-            f"{name} needs a module with MultiTaskMixin, and {own} has none. Write class {own}(MultiTaskMixin, "
-            "L.LightningModule) and return self.total_loss({'task': loss, …}) from training_step."
-        )
-    check_attributes(module)
+    if isinstance(module, MultiTaskMixin):
+        check_attributes(module)
 
 
 def check_strategy(strategy: Any, name: str, *, untested: bool) -> None:
@@ -59,10 +54,17 @@ def check_alone(callbacks: Sequence[object]) -> None:
 def never_called(module: Any, name: str) -> str:
     """What is said of a module that has not called ``total_loss`` by the end of its first step."""
     own = type(module).__name__
-    owner = next(cls for cls in type(module).__mro__ if "total_loss" in vars(cls))
+    owner = next((cls for cls in type(module).__mro__ if "total_loss" in vars(cls)), MultiTaskMixin)
     hidden = "" if owner is MultiTaskMixin else f" (It has a total_loss of its own, from {owner.__name__}.)"
+    mixes_in = isinstance(module, MultiTaskMixin)
+    way = (
+        "Return self.total_loss({'task': loss, …}) from training_step, with the losses of all tasks"
+        if mixes_in
+        else "Where all its losses are at hand, in its training_step or in the criterion that adds them up, write "
+        "total_loss({'task': loss, …}) in the place of their sum (from lightning_gradnorm import total_loss); in a module of "
+        "your own, mix in MultiTaskMixin and return self.total_loss({'task': loss, …})"
+    )
     return (
         f"The training_step of {own} never called total_loss(), so {name} has no losses to weigh, and the network is trained "
-        f"on what {own} adds up by itself.{hidden} Return self.total_loss({{'task': loss, …}}) from training_step, with the "
-        f"losses of all tasks; or take {name} off the Trainer."
+        f"on what {own} adds up by itself.{hidden} {way}; or take {name} off the Trainer."
     )

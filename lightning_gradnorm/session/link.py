@@ -20,7 +20,9 @@ class TotalLink:
         disable: Any = torch.compiler.disable
         self._outside_compiled_code: Callable[..., Tensor] = disable(total)
 
-    def total(self, losses: Any, kpis: Mapping[str, Any], points: Mapping[str, Tensor], *, differentiable: bool) -> Tensor:
+    def total(
+        self, losses: Any, kpis: Mapping[str, Any], points: Mapping[str, Tensor], *, differentiable: bool | None
+    ) -> Tensor:
         """The total, scalar."""
         return self._outside_compiled_code(losses, kpis=kpis, points=points, differentiable=differentiable)
 

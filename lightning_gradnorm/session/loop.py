@@ -30,6 +30,7 @@ class Loop:
     Attributes:
         network: what is trained.
         shared_layer: what its user names as W; ``None`` to have it found.
+        giver: where the user names it, for the messages.
         tell: takes each warning, as (what it is about, the message); each is told once in a run.
         inform: takes what is worth a line, and no warning.
         name: of what the user sees, for the messages.
@@ -40,6 +41,7 @@ class Loop:
 
     network: nn.Module
     shared_layer: Callable[[], SharedLayerSpec | None] = lambda: None
+    giver: str = "shared_layer()"
     tell: Callable[[str, str], None] = warn
     inform: Callable[[str], None] = lambda message: None
     name: str = "BalancingSession"

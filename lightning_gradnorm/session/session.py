@@ -74,7 +74,7 @@ class BalancingSession(Totals):
         """Begin a run: W is looked for, the ranks agree, warnings speak again; what was learnt stays."""
         self.close()
         self._loop = loop
-        self.reading.open(loop.network, loop.shared_layer, self.balancer.known_tasks)
+        self.reading.open(loop.network, loop.shared_layer, self.balancer.known_tasks, loop.giver)
         self.begin_batch()
 
     def close(self) -> None:

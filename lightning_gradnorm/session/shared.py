@@ -69,15 +69,23 @@ class SharedReading:
         self.engine.engine_used = state["engine_used"]
         self.close()
 
-    def open(self, network: nn.Module, given: Callable[[], SharedLayerSpec | None], declared: Sequence[str]) -> None:
+    def open(
+        self,
+        network: nn.Module,
+        given: Callable[[], SharedLayerSpec | None],
+        declared: Sequence[str],
+        giver: str = "shared_layer()",
+    ) -> None:
         """A new run: the layer is looked for again.
 
         Args:
             network: the module that W belongs to.
             given: what its user names as W, if anything.
             declared: the tasks that are known before the first batch.
+            giver: where that is named, for the messages.
         """
         self.engine.restart()
+        self._giver = giver
         self._network, self._given, self._declared = network, given, tuple(declared)
         self.layer, self._search = None, None
         self._fitting = set()
@@ -85,7 +93,7 @@ class SharedReading:
     def close(self) -> None:
         """The run is over: what belongs to it is let go of; ``layer`` stays, for people to look at."""
         self._network, self._search, self._declared, self.is_given = None, None, (), False
-        self._given = lambda: None
+        self._given, self._giver = lambda: None, "shared_layer()"
         self._fitting = set()
         self._features: list[tuple[Tensor, GradientEdge]] = []
         self._hooks: list[RemovableHandle] = []
@@ -101,7 +109,7 @@ class SharedReading:
         """Keep the layer's outputs in the forward passes to come, where their gradients are what is read."""
         self.stop_watching()
         if self.norm_of == "features" and self._network is not None:
-            for layer in feature_modules(self._given(), self._network):
+            for layer in feature_modules(self._given(), self._network, self._giver):
                 self._hooks.append(layer.register_forward_hook(self._keep_output))
 
     def _keep_output(self, layer: nn.Module, inputs: Any, output: Any) -> None:
@@ -132,9 +140,9 @@ class SharedReading:
             spec = self._given()
             self.is_given = spec is not None
             if self.norm_of == "features":
-                self.layer = shared_features(spec, self._network)
+                self.layer = shared_features(spec, self._network, self._giver)
             elif spec is not None:
-                self.layer = resolve_shared_layer(spec, self._network)
+                self.layer = resolve_shared_layer(spec, self._network, self._giver)
         if self.is_given:
             return True
         if self.layer is None and self._search is None and self._are_known():

@@ -201,13 +201,14 @@ class JointBackward(GradientReader):
                 "The backward did not pass through the graph of every task's loss, so the tasks' gradients could not be read "
                 "from it. Call backward() once on the total, without inputs=; or choose engine='per_task'."
             )
-        unseen = [task for task, c in zip(self.tasks, cotangents, strict=True) if c.device.type == "cpu" and not c.any()]
-        if unseen:
+        seeds = stack_scalars(cotangents)
+        if seeds.device.type == "cpu" and 0.0 in (said := seeds.tolist()):
+            unseen = [task for task, seed in zip(self.tasks, said, strict=True) if seed == 0]
             raise IncompleteBackwardError(
                 f"The total gives {', '.join(f'task {task!r}' for task in unseen)} the weight 0, so nothing of its gradient is "
                 "in the backward. Leave it out of the losses, give it a small weight, or choose engine='per_task'."
             )
-        return TaskGradients(self.tasks, self._arrivals.gradients, stack_scalars(cotangents), self.parameters, self._factors)
+        return TaskGradients(self.tasks, self._arrivals.gradients, seeds, self.parameters, self._factors)
 
     @property
     def shapes(self) -> tuple[Any, ...]:
@@ -271,6 +272,8 @@ class JointBackward(GradientReader):
         return prehook
 
     def _read(self, task: int, ways: list[tuple[int, Node, int, int | None]]) -> Callable[..., None]:
+        add, add_at_target = self._arrivals.add, self._arrivals.add_at_target
+
         def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
             self._awaited -= 1
             for output, child, number, k in ways:
@@ -278,9 +281,9 @@ class JointBackward(GradientReader):
                 if gradient is None:
                     continue
                 if k is None:
-                    self._arrivals.add(task, child, number, gradient)
+                    add(task, child, number, gradient)
                 else:
-                    self._arrivals.add_at_target(task, k, gradient)
+                    add_at_target(task, k, gradient)
 
         return hook
 

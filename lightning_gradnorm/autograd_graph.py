@@ -1,5 +1,6 @@
 """Walks over the autograd graph: which nodes lead to W, and which task each of them belongs to."""
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,8 +48,12 @@ class TaskGraph:
         """Whether a part of the graph is hidden in a reentrant ``torch.utils.checkpoint``."""
         return self._leads_through(_REENTRANT, merged_only=merged_only)
 
+    @functools.cached_property
+    def _kinds(self) -> set[str]:
+        return {cls.__name__ for cls in set(map(type, self.edges))}
+
     def _leads_through(self, kind: str, *, merged_only: bool) -> bool:
-        if kind not in {cls.__name__ for cls in set(map(type, self.edges))}:
+        if kind not in self._kinds:
             return False
         return any(type(node).__name__ == kind and (not merged_only or self.owners[node] == MERGED) for node in self.edges)
 

@@ -20,11 +20,14 @@ class Audit:
 
     Attributes:
         in_half_precision: whether a part of the way is computed in half precision.
+        precision: of W: the coarsest of its tensors', of a complex one that of its parts.
     """
 
     def __init__(self, graph: TaskGraph, parameters: Sequence[Tensor]) -> None:
         self.in_half_precision = any(dtype_of(node).itemsize == 2 for node in graph.edges)
         self._parameters = list(parameters)
+        dtypes = [(parameter.real if parameter.is_complex() else parameter).dtype for parameter in self._parameters]
+        self.precision = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         self._whole: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         for node in graph.edges:
@@ -52,12 +55,11 @@ class Audit:
             expected: what arrives without hooks, one per tensor of W.
             difference: of two readings of the tasks' gradients, all tasks together, ``[|W|]``. Where no hook is at work, what
                 arrived is off by nothing, and not by as much as the readings.
-            rounding: relative to all that arrived, what is nothing, in ε of its precision.
+            rounding: relative to all that arrived, what is nothing.
         """
         whole = _flat([self._whole.get(k) for k in range(len(self._parameters))], self._parameters)
         off = (whole - _flat(expected, self._parameters)).norm()
-        eps = max(torch.finfo(parameter.dtype).eps for parameter in self._parameters)
-        return bool(off > rounding * eps * whole.norm()) and bool(off > 0.5 * difference.to(off).norm())
+        return bool(off > rounding * whole.norm()) and bool(off > 0.5 * difference.to(off).norm())
 
     def discard(self) -> None:
         """Take the hooks off the graph, and let go of what arrived."""

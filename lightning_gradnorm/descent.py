@@ -89,8 +89,8 @@ class Descent:
         if not arrived or node not in self._edges:
             return
         if node in self._frames:
-            with undone():
-                while arrived:
+            while arrived:
+                with undone():  # each task sees what the ordinary backward will see: a spectral norm moves on as it is run
                     in_graph_task(self._through_frame, node, *arrived.pop())
             return
         if node in self._factors:

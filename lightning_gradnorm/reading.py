@@ -34,9 +34,9 @@ class _Tolerance(NamedTuple):
     whole: float
 
 
-# Relative difference of the norms; what is rounding, of the largest norm; and of all that arrives at W, in the precision's ε.
-_AGREE = _Tolerance(1e-3, 1e-4, 100)
-_AGREE_IN_HALF = _Tolerance(5e-2, 1e-2, 1e5)  # where a part of the way is in half precision
+# Relative difference of the norms; what is rounding, of the largest norm; and of all that arrives at W.
+_AGREE = {torch.float32: _Tolerance(1e-3, 1e-4, 1e-5), torch.float64: _Tolerance(1e-3, 1e-4, 1e-13)}
+_AGREE_IN_HALF = _Tolerance(5e-2, 1e-2, 1e-2)  # where a part of the way is in half precision
 _MOST_CHECKS = 8  # shapes may differ from batch to batch
 
 
@@ -121,7 +121,8 @@ class Reading:
         if second is None or audit is None:
             return found
         slow = second.gradients()
-        tolerance = _AGREE_IN_HALF if audit.in_half_precision else _AGREE
+        in_half = audit.in_half_precision
+        tolerance = _AGREE_IN_HALF if in_half else _AGREE.get(audit.precision, _AGREE_IN_HALF)
         difference = _difference(found.norms(), slow.norms(), tolerance)
         # The second reading does not see what hooks of the user do to gradients; the first sees a part of it.
         changed = difference is not None and audit.hooks_changed(whole, _together(found) - _together(slow), tolerance.whole)

@@ -109,6 +109,8 @@ def _hooks_that_count(program: Program) -> tuple[bool, set[int]]:
     scaling = [number for number, hook in enumerate(program.hooks) if hook.factor != 1]
     if not scaling:
         return True, set()
+    if program.w.kind == "value" and any(program.hooks[number].kind == "value" for number in scaling):
+        return False, set()  # it may be on W itself
     derivatives = any(task.derivative_of is not None for task in program.tasks) or any(
         piece.kind == "differentiated" for piece in program.pieces()
     )

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command in own:
         try:
             own[command](rest)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
             if not (isinstance(error, OSError) or _is_ours(error)):
                 raise  # out of the user's own code, where a traceback is what helps
             sys.exit(f"lightning-gradnorm {command}: {error}")

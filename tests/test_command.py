@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
@@ -54,12 +55,16 @@ class SmallData(L.LightningDataModule):
         return batches(2, seed=2)
 
 
-class NoMixin(L.LightningModule):
-    training_step, validation_step, configure_optimizers = (
-        Small.training_step,
-        Small.validation_step,
-        Small.configure_optimizers,
-    )
+class HandsOverNothing(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 2)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 @pytest.fixture
@@ -164,12 +169,12 @@ def test_report_tells_how_it_read_and_what_it_cannot_draw(folder, capsys, monkey
         (["compare", "--config", "run.yaml", *MEASURES, "--seeds", "0"], "a measure and a seed at least"),
         (["compare", "--config", "run.yaml", "--measures", "nix:lower", "--seeds", "1"], "The fit logged no 'nix'"),
         (["diagnose", "--config", "run.yaml", "--batches", "0"], "batches is a whole number, 1 or more; got 0"),
-        (["diagnose", "--config", "none.yaml"], "needs a module with MultiTaskMixin, and NoMixin has none"),
+        (["diagnose", "--config", "none.yaml"], "The training_step of HandsOverNothing never called total_loss()"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(folder, arguments, message, capsys):
     config()
-    config("none.yaml", model={"class_path": f"{OURS}.NoMixin"})
+    config("none.yaml", model={"class_path": f"{OURS}.HandsOverNothing"})
     Path("log").mkdir()
     Path("log/metrics.csv").write_text("step,loss_weight/a\n0,1.0\n")
     line, _ = ends(arguments, capsys)

@@ -121,11 +121,15 @@ def test_a_module_without_the_mixin_and_something_else():
         diagnose(nn.Linear(2, 2), batches(2))
 
     class Plain(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 2)
+
         def training_step(self, batch, batch_idx):
-            return batch[0].sum()
+            return self.layer(batch[0]).square().mean()
 
         def configure_optimizers(self):
-            return None
+            return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    with pytest.raises(TypeError, match="needs a module with MultiTaskMixin, and Plain has none"):
+    with pytest.raises(RuntimeError, match=r"The training_step of Plain never called total_loss\(\)"):
         diagnose(Plain(), batches(2), accelerator="cpu")

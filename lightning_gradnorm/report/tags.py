@@ -40,7 +40,7 @@ CHARTS = {
     "loss ratios and inverse rates": ["^loss_ratio/", "^inverse_rate/"],
     "task losses": ["^task_loss/"],
     "gradient cosines": ["^grad_cosine/"],
-    "total loss": ["^total_loss/"],
+    "total loss": ["^total_loss/(un)?weighted$"],  # of the steps; the epochs' means are no curve beside them
 }
 
 

@@ -1,7 +1,6 @@
 """``total_loss``: where any code that has a step's losses in one place hands them over, whoever wrote the module."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from typing import Any, Protocol
 
@@ -33,16 +32,6 @@ def close_door(token: Token[AtWork | None]) -> None:
         _AT_WORK.reset(token)
     except ValueError:  # opened in another context: a thread's, or a task's
         _AT_WORK.set(None)
-
-
-@contextmanager
-def opened(to: AtWork) -> Iterator[None]:
-    """For a block: ``total_loss`` leads there."""
-    token = open_door(to)
-    try:
-        yield
-    finally:
-        close_door(token)
 
 
 def total_loss(

@@ -1,7 +1,7 @@
 """Walks over the autograd graph: which nodes lead to W, and which task each of them belongs to."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -141,15 +141,16 @@ def _owners(edges: dict[Node, list[Node]], taps: Mapping[Node, int]) -> dict[Nod
     return owners
 
 
-def is_built_from(root: Tensor, losses: Mapping[str, Tensor]) -> bool:
-    """Whether the graph of ``root`` reaches any of the losses."""
-    wanted = {loss.grad_fn for loss in losses.values()}
-    stack, seen = [root.grad_fn], set()
+def nodes_met(root: Tensor, nodes: Container[Node | None]) -> set[Node]:
+    """Those of the nodes that the graph of ``root`` meets first: what lies behind one of them is not looked at."""
+    stack, seen, met = [root.grad_fn], set(), set()
     while stack:
         node = stack.pop()
-        if node in wanted:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in nodes:
+            met.add(node)
+        else:
             stack += [child for child, _ in node.next_functions]
-    return False
+    return met

@@ -21,17 +21,26 @@ class AtWork(Protocol):
 _AT_WORK: ContextVar[AtWork | None] = ContextVar("lightning_gradnorm_at_work", default=None)
 
 
-def open_door(to: AtWork) -> Token[AtWork | None]:
-    """From now on, in this thread, ``total_loss`` leads there; ``close_door`` leads back to what was before."""
-    return _AT_WORK.set(to)
+class Door:
+    """Opens the way from ``total_loss`` to whoever weighs the losses, in this thread, and closes it."""
 
+    def __init__(self) -> None:
+        self._token: Token[AtWork | None] | None = None  # while it is open
 
-def close_door(token: Token[AtWork | None]) -> None:
-    """What ``open_door`` has opened is closed."""
-    try:
-        _AT_WORK.reset(token)
-    except ValueError:  # opened in another context: a thread's, or a task's
-        _AT_WORK.set(None)
+    def open(self, to: AtWork) -> None:
+        """From now on ``total_loss`` leads there."""
+        self.close()
+        self._token = _AT_WORK.set(to)
+
+    def close(self) -> None:
+        """``total_loss`` leads where it led before, if this door is open."""
+        if self._token is None:
+            return
+        token, self._token = self._token, None
+        try:
+            _AT_WORK.reset(token)
+        except ValueError:  # opened in another context: a thread's, or a task's
+            _AT_WORK.set(None)
 
 
 def total_loss(

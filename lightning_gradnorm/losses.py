@@ -143,10 +143,14 @@ def plain_sum(losses: Mapping[str, Tensor]) -> Tensor:
 
 def weighted_sum(weights: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
     """Σ_i w_i L_i, scalar; the weights, shape ``[T]``, in the order of the losses."""
+    return functools.reduce(torch.add, weighted_terms(weights, losses).values())
+
+
+def weighted_terms(weights: Tensor, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Task → w_i L_i, scalar; the weights, shape ``[T]``, in the order of the losses."""
     first = next(iter(losses.values()))
     weights = weights.to(first.device, torch.promote_types(first.dtype, torch.float32))
-    terms = [weight * loss for weight, loss in zip(weights.unbind(), losses.values(), strict=True)]
-    return functools.reduce(torch.add, terms)
+    return {task: weight * loss for (task, loss), weight in zip(losses.items(), weights.unbind(), strict=True)}
 
 
 def unweighted_total(losses: Tensor) -> Tensor:

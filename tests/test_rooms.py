@@ -37,13 +37,25 @@ MAY_IMPORT = {
     "report": FLOOR | {"folders", "weights_file"},
     "door": FLOOR,
     "mixin": FLOOR | {"shared_layer"},
+    "term_weight": {"plain"},
     "session": FLOOR
-    | {"autograd_graph", "reading", "shared_layer", "gradients", "task_gradients", "window", "balancers", "pointwise"},
+    | {
+        "autograd_graph",
+        "reading",
+        "shared_layer",
+        "gradients",
+        "task_gradients",
+        "term_weight",
+        "window",
+        "balancers",
+        "pointwise",
+    },
     "callbacks": FLOOR
     | {
         "session",
         "shared_layer",
         "door",
+        "term_weight",
         "window",
         "balancers",
         "report",
@@ -71,7 +83,12 @@ MAY_IMPORT = {
 }
 KNOW_LIGHTNING = {"callbacks", "cli"}
 # What else a room may stand on, beside torch and the standard library.
-THIRD_PARTY = {"report": {"rich", "matplotlib", "tensorboard"}, "weights_file": {"yaml"}, "folders": {"fsspec"}}
+THIRD_PARTY = {
+    "report": {"rich", "matplotlib", "tensorboard"},
+    "weights_file": {"yaml"},
+    "term_weight": {"yaml"},
+    "folders": {"fsspec"},
+}
 
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -285,7 +285,7 @@ def test_one_task_alone_is_no_reason_to_warn():
     session.end_epoch()
     assert told.warned == []
     assert told.informed == [
-        "There is one task so far, 'small', and so there is nothing to weigh. Hand total_loss() the losses of all tasks."
+        "There is one task so far, 'small', and so there is nothing to weigh. Hand over the losses of all tasks."
     ]
 
 

@@ -105,6 +105,11 @@ class LossBalancer(NamedTasks, ABC):
         """Whether the method needs anything of the tasks' gradients on the shared layer."""
         return any(name.startswith("gradient_") for name in self.needs)
 
+    @property
+    def needs_all_losses(self) -> bool:
+        """Whether a task's weight in a step depends on the losses of that step, so that they have to come together."""
+        return type(self).weights_at is not LossBalancer.weights_at
+
     def weights_at(self, losses: Mapping[str, Tensor]) -> Tensor:
         """∂total/∂L_i at these losses, shape ``[T]``, detached; for most methods they do not depend on the losses.
 

@@ -1,16 +1,15 @@
 """``LossBalancingCallback``: what a user sets and looks at; its hooks are in ``hooks.py``."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from lightning_gradnorm.balancers import LossBalancer
-from lightning_gradnorm.balancers.checks import check_choice
+from lightning_gradnorm.balancers.checks import check_choice, check_that
 from lightning_gradnorm.callbacks.epoch_log import EpochLog
-from lightning_gradnorm.callbacks.homecoming import Homecoming, mark_of
+from lightning_gradnorm.callbacks.homecoming import Homecoming
 from lightning_gradnorm.callbacks.hooks import TrainerHooks
-from lightning_gradnorm.callbacks.lightning_api import LightningModule
 from lightning_gradnorm.callbacks.log import BalancingLog
 from lightning_gradnorm.callbacks.reporting import Reporting
 from lightning_gradnorm.plain import plain_keys
@@ -18,6 +17,7 @@ from lightning_gradnorm.pointwise import PointWeighting
 from lightning_gradnorm.report.run import RunReport
 from lightning_gradnorm.session import BalancingSession, Engine, NormOf
 from lightning_gradnorm.shared_layer import SharedLayer
+from lightning_gradnorm.term_weight import TermWeight
 
 Mode = Literal["balance", "monitor"]
 
@@ -25,8 +25,9 @@ Mode = Literal["balance", "monitor"]
 class LossBalancingCallback(TrainerHooks):
     """Weighs the losses of a module by any ``LossBalancer``.
 
-    The module hands its losses over by ``MultiTaskMixin``; where somebody else wrote it, whatever code has them in one place
-    does by the function ``lightning_gradnorm.total_loss``.
+    The module hands its losses over by ``MultiTaskMixin``. Where somebody else wrote it, whatever code has them in one place
+    does by the function ``lightning_gradnorm.total_loss``; a library that takes numbers to multiply its terms by is given
+    ``callback.weight(task)`` for each; and where a submodule returns them as a dict, ``losses_of`` is its name.
 
     Automatic optimisation stays as it is. ``total_loss`` applies the weights; around the backward the tasks' gradients on
     the shared layer are read; once the optimiser has stepped, the balancer updates the weights for the next step.
@@ -44,6 +45,8 @@ class LossBalancingCallback(TrainerHooks):
         balancer: the method.
         shared_layer: the dotted name of the layer that the tasks share, or a list of names, of modules or parameters of the
             LightningModule; wins over the module's ``shared_layer()``. By default that is asked, or the layer is found.
+        losses_of: the dotted name of a submodule whose forward returns a dict of losses in training, as torchvision's
+            detectors do: these are weighed on their way out, and the module adds them up as before.
         engine: how the tasks' gradients are read. ``"joint"``: from the one backward; ``"per_task"``: by one
             ``autograd.grad`` per task, slower; ``"auto"``: the first, falling back to the second where the backward cannot
             be read.
@@ -70,6 +73,7 @@ class LossBalancingCallback(TrainerHooks):
         balancer: LossBalancer,
         *,
         shared_layer: str | list[str] | None = None,
+        losses_of: str | None = None,
         engine: Engine = "auto",
         norm_of: NormOf = "parameters",
         log_cosines: bool | None = None,
@@ -96,18 +100,13 @@ class LossBalancingCallback(TrainerHooks):
         self._session = BalancingSession(balancer, engine=engine, norm_of=norm_of, points=points)
         self._untested_strategies = untested_strategies
         self._shared_layer = _names_of(shared_layer)
+        check_that("losses_of", losses_of, losses_of is None or isinstance(losses_of, str), "the dotted name of a submodule")
+        self._losses_of = losses_of
         self._log = BalancingLog(log_cosines, progress_bar)
         self._epochs = EpochLog()
         self._reporting = Reporting(summary)
         self._homecoming = Homecoming()
         self._is_set_up, self._last_mark = False, None
-        self._rest()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in self._of_a_fit} | {"_is_set_up": False}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
         self._rest()
 
     def reset(self) -> None:
@@ -118,13 +117,26 @@ class LossBalancingCallback(TrainerHooks):
         """
         self.session.start_anew()
 
-    # -- what is known of the run ----------------------------------------------------------------------------------
+    def weight(self, task: str, factor: float = 1.0) -> TermWeight:
+        """What to give a library that takes a number to multiply one of its losses by::
 
-    @property
-    def session(self) -> BalancingSession:
-        """The core, which drives balancer, shared layer and engine."""
-        self._come_home()
-        return self._session
+            energy_weight=callback.weight("energy", 0.01), force_weight=callback.weight("forces", 0.99)
+
+        In training ``weight * loss`` hands ``factor · loss`` over as that task's loss, and is its share of the balanced total;
+        everywhere else it is the number ``factor``. Copied or saved with hyperparameters it stays what it is to this callback,
+        and a plain number to everyone else.
+
+        Args:
+            task: the term's name.
+            factor: the number that the library would have been given.
+
+        Raises:
+            TypeError, ValueError: for a name or a number that cannot be used, or a method that has to see all losses of a step
+                together.
+        """
+        return self.session.weight(task, factor)
+
+    # -- what is known of the run ----------------------------------------------------------------------------------
 
     @property
     def balancer(self) -> LossBalancer:
@@ -166,59 +178,6 @@ class LossBalancingCallback(TrainerHooks):
     def shared(self) -> SharedLayer | None:
         """The shared layer W, once it is known."""
         return self.session.shared
-
-    @property
-    def state_key(self) -> str:
-        """Of the method, not of this class: a named subclass and the general callback find each other's state."""
-        key = f"LossBalancing[{self._session.balancer.state_name}]"
-        # Until setup, a Trainer asks for keys only to refuse two equal ones, without a word of the way out; setup says it.
-        return key if self._is_set_up else f"{key} of {id(self)}"
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.session.state_dict() | {
-            "summary": self._reporting.state_dict(),
-            "log": self._log.state_dict(),
-            "epoch": self._epochs.state_dict(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stage not in (None, "fit") and self.balancer.tasks:
-            return  # testing a checkpoint does not touch the live weights
-        self._load(state_dict)
-        self._news = ""
-        if self._stage is None:
-            self._last_module = self._last_mark = None  # the next fit goes on from here, of whatever module it is
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self._session.load_state_dict(state)
-        self._reporting.load_state_dict(state["summary"])
-        self._log.load_state_dict(state["log"])
-        if "epoch" in state:  # not in those of 0.1
-            self._epochs.load_state_dict(state["epoch"])
-
-    # -- processes that a launcher makes for the fit -----------------------------------------------------------------
-
-    def _for_home(self, pl_module: LightningModule) -> dict[str, Any]:
-        layer = self.shared
-        return self.state_dict() | {
-            "set_up": self._is_set_up,
-            "mark": mark_of(pl_module),
-            "engine_used": self.engine_used,
-            "layer": None if layer is None else {"names": list(layer.names), "reason": layer.reason},
-        }
-
-    def _come_home(self) -> None:
-        """Take what a worker process has learnt, where there is news."""
-        found = self._homecoming.receive()
-        if found is None:
-            return
-        self._load(found)
-        self._is_set_up, self._last_module, self._last_mark = found["set_up"], None, found["mark"]
-        reading, layer = self._session.reading, found["layer"]
-        reading.engine.engine_used = found["engine_used"]
-        reading.layer = None if layer is None else SharedLayer(tuple(layer["names"]), (), layer["reason"])
 
 
 def _names_of(given: object) -> list[str]:

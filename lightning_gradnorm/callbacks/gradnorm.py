@@ -19,8 +19,8 @@ class GradNormCallback(LossBalancingCallback):
         trainer = L.Trainer(callbacks=[GradNormCallback()])
 
     It is ``LossBalancingCallback(GradNorm(…))`` with flat arguments; see ``GradNorm`` for the method's, and
-    ``LossBalancingCallback`` for ``shared_layer``, ``engine``, ``norm_of``, ``log_cosines``, ``progress_bar``, ``points``,
-    ``mode``, ``summary`` and ``untested_strategies``.
+    ``LossBalancingCallback`` for ``shared_layer``, ``losses_of``, ``engine``, ``norm_of``, ``log_cosines``, ``progress_bar``,
+    ``points``, ``mode``, ``summary`` and ``untested_strategies``.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class GradNormCallback(LossBalancingCallback):
         ema_decay: float = 0.9,
         tasks: list[str] | None = None,
         shared_layer: str | list[str] | None = None,
+        losses_of: str | None = None,
         engine: Engine = "auto",
         norm_of: NormOf = "parameters",
         log_cosines: bool | None = None,
@@ -67,6 +68,7 @@ class GradNormCallback(LossBalancingCallback):
         super().__init__(
             balancer,
             shared_layer=shared_layer,
+            losses_of=losses_of,
             engine=engine,
             norm_of=norm_of,
             log_cosines=log_cosines,

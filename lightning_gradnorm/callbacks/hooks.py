@@ -1,80 +1,51 @@
 """What the Trainer's hooks are to a session: where a run, a batch, a backward and an optimiser's step begin and end."""
 
 import weakref
-from collections.abc import Callable
-from contextvars import Token
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.callbacks.concerns import Concerns
-from lightning_gradnorm.callbacks.epoch_log import EpochLog
-from lightning_gradnorm.callbacks.homecoming import Homecoming, mark_of
+from lightning_gradnorm.callbacks.homecoming import mark_of
+from lightning_gradnorm.callbacks.kept_state import KeptState
 from lightning_gradnorm.callbacks.lightning_api import (
-    Callback,
     LightningModule,
     Trainer,
     rank_zero_info,
     rank_zero_warn,
     setting_of,
 )
-from lightning_gradnorm.callbacks.log import BalancingLog, lay_out_charts
+from lightning_gradnorm.callbacks.log import lay_out_charts
 from lightning_gradnorm.callbacks.loop_watch import LoopWatch
 from lightning_gradnorm.callbacks.refusals import check_alone, check_module, check_strategy
 from lightning_gradnorm.callbacks.reporting import Reporting
-from lightning_gradnorm.door import close_door, open_door
+from lightning_gradnorm.door import Door
 from lightning_gradnorm.mixin import shared_layer_of
-from lightning_gradnorm.session import BalancingSession, Loop, RankAgreement, TotalLink
+from lightning_gradnorm.session import Loop, RankAgreement, TotalLink
 
 
-class TrainerHooks(Callback):
+class TrainerHooks(KeptState):
     """Maps the Trainer's hooks to a ``BalancingSession``, and logs."""
 
-    _session: BalancingSession
-    _log: BalancingLog
-    _epochs: EpochLog
-    _reporting: Reporting
-    _homecoming: Homecoming
     _untested_strategies: bool
     _shared_layer: list[str]  # names that win over the module's
-    _is_set_up: bool
-    _last_mark: list[float] | None  # of the module of the last fit, where that was in a process of its own
-    # Not for a copy: bound methods of the module that the Trainer puts here, and what belongs to a fit under way.
-    _of_a_fit: ClassVar[frozenset[str]] = frozenset(
-        {
-            "log",
-            "log_dict",
-            "_stage",
-            "_news",
-            "_concerns",
-            "_watch",
-            "_evaluated",
-            "_last_global_step",
-            "_last_module",
-            "_link",
-            "_door",
-        }
-    )
+    _losses_of: str | None
 
     def _rest(self) -> None:
         """No fit under way, and none known of."""
         self._stage: str | None = None
         self._last_global_step = 0
-        self._last_module: Callable[[], Any] | None = None  # of the fit that the state is of
+        self._last_module = None
         self._link: TotalLink | None = None
-        self._door: Token[Any] | None = None  # while it is open
+        self._door = Door()
         self._begin()
 
     def _begin(self) -> None:
         self._news = ""  # said when training starts, unless a checkpoint has made it untrue by then
-        self._evaluated: list[dict[str, Tensor]] = []  # the losses of the evaluation batch under way
+        self._evaluated: list[dict[str, Tensor]] = []
         self._concerns = Concerns()
         self._watch = LoopWatch(self._session, type(self).__name__)
-
-    def _for_home(self, pl_module: LightningModule) -> dict[str, Any]:
-        """The state, and what else a process that launched this one wants to know."""
-        raise NotImplementedError
 
     # -- life of a fit ---------------------------------------------------------------------------------------------
 
@@ -122,7 +93,7 @@ class TrainerHooks(Callback):
             self._homecoming.send(trainer, lambda: self._for_home(pl_module))
 
     def _let_go(self, pl_module: LightningModule) -> None:
-        self._close_door()
+        self._door.close()
         self._link = None
         self._session.close()
         vars(pl_module).pop("_loss_balancing", None)
@@ -144,6 +115,7 @@ class TrainerHooks(Callback):
                 inform=rank_zero_info,
                 name=type(self).__name__,
                 one_total=pl_module.automatic_optimization,
+                losses_of=self._losses_of,
                 may_thaw=any(hasattr(callback, "freeze_before_training") for callback in callbacks),
                 ranks=RankAgreement(trainer.strategy.root_device) if trainer.world_size > 1 else None,
             )
@@ -163,83 +135,12 @@ class TrainerHooks(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reporting.write(trainer, self._session.balancer)
 
-    # -- evaluation ------------------------------------------------------------------------------------------------
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start_evaluation()
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start_evaluation()
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int | None = None,
-    ) -> None:
-        self._end_evaluation_batch(batch, dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int | None = None,
-    ) -> None:
-        self._end_evaluation_batch(batch, dataloader_idx)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._session.on_evaluation = None
-        self._epochs.log_evaluation(trainer, pl_module, "val")
-        if self._stage == "fit" and not trainer.sanity_checking:
-            self._epochs.log_so_far(trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._session.on_evaluation = None
-        self._epochs.log_evaluation(trainer, pl_module, "test")
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._open_door()
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._open_door()
-
-    def _start_evaluation(self) -> None:
-        self._epochs.start_evaluation()
-        self._evaluated.clear()
-        self._session.on_evaluation = self._evaluated.append
-
-    def _end_evaluation_batch(self, batch: Any, dataloader_idx: int | None) -> None:
-        self._close_door()
-        self._epochs.add_evaluated(self._evaluated, batch, dataloader_idx)
-        self._evaluated.clear()
-
     # -- one batch -------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._watch.begin_batch(trainer, pl_module)
         self._session.begin_batch()
         self._open_door()
-
-    def _open_door(self) -> None:
-        """``total_loss`` without a module leads here while a batch is under way."""
-        self._close_door()
-        if self._link is not None:
-            self._door = open_door(self._link)
-
-    def _close_door(self) -> None:
-        if self._door is not None:
-            close_door(self._door)
-            self._door = None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._watch.see_backward()
@@ -256,12 +157,12 @@ class TrainerHooks(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._close_door()
+        self._door.close()
         if self._session.noted and not pl_module.automatic_optimization:
             self._session.tell(
                 "raw backward",
-                "training_step called total_loss(), but no manual_backward() of its result followed, so the weights are not "
-                "updated. Call self.manual_backward(total) instead of total.backward().",
+                "training_step handed losses over to be balanced, but no manual_backward() of the result followed, so the "
+                "weights are not updated. Call self.manual_backward(total) instead of total.backward().",
             )
         self._session.end_batch()
         self._epochs.end_batch(batch)

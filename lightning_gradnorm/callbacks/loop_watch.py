@@ -48,18 +48,21 @@ class LoopWatch:
                 self._tell_unseen()
         elif self._backward and stepped:
             if module.automatic_optimization:
-                raise RuntimeError(never_called(module, self._name))
+                raise RuntimeError(self._never_called(module))
             if self._steps >= _PATIENCE:
-                self._session.tell("never called", never_called(module, self._name))
+                self._session.tell("never called", self._never_called(module))
 
     def end_epoch(self, trainer: Trainer, module: Any) -> None:
         """An epoch is over."""
         if module.automatic_optimization or not self._backward:
             return
         if not self._session.totals:
-            self._session.tell("never called", never_called(module, self._name))
+            self._session.tell("never called", self._never_called(module))
         elif trainer.global_step == self._first_step:
             self._tell_unseen()
+
+    def _never_called(self, module: Any) -> str:
+        return never_called(module, self._name, sorted(self._session.handed_out))
 
     def _tell_unseen(self) -> None:
         self._session.tell(

@@ -51,8 +51,14 @@ def check_alone(callbacks: Sequence[object]) -> None:
         )
 
 
-def never_called(module: Any, name: str) -> str:
-    """What is said of a module that has not called ``total_loss`` by the end of its first step."""
+def never_called(module: Any, name: str, handed_out: Sequence[str] = ()) -> str:
+    """What is said of a module that has handed no losses over by the end of its first step.
+
+    Args:
+        module: the module.
+        name: of the callback.
+        handed_out: the tasks whose weight was handed out.
+    """
     own = type(module).__name__
     owner = next((cls for cls in type(module).__mro__ if "total_loss" in vars(cls)), MultiTaskMixin)
     hidden = "" if owner is MultiTaskMixin else f" (It has a total_loss of its own, from {owner.__name__}.)"
@@ -61,10 +67,18 @@ def never_called(module: Any, name: str) -> str:
         "Return self.total_loss({'task': loss, …}) from training_step, with the losses of all tasks"
         if mixes_in
         else "Where all its losses are at hand, in its training_step or in the criterion that adds them up, write "
-        "total_loss({'task': loss, …}) in the place of their sum (from lightning_gradnorm import total_loss); in a module of "
-        "your own, mix in MultiTaskMixin and return self.total_loss({'task': loss, …})"
+        "total_loss({'task': loss, …}) in the place of their sum (from lightning_gradnorm import total_loss). If it takes "
+        "numbers to multiply its terms by, give it callback.weight('task') for each; if a submodule returns the losses as a "
+        f"dict, {name}(losses_of='its name'). In a module of your own, mix in MultiTaskMixin and return "
+        "self.total_loss({'task': loss, …})"
+    )
+    numbers = (
+        f" The weight of {', '.join(map(repr, handed_out))} was handed out, but no loss with a gradient was multiplied by it: "
+        "the library may have read the number once, as by float(weight) or torch.tensor(weight)."
+        if handed_out
+        else ""
     )
     return (
         f"The training_step of {own} never called total_loss(), so {name} has no losses to weigh, and the network is trained "
-        f"on what {own} adds up by itself.{hidden} {way}; or take {name} off the Trainer."
+        f"on what {own} adds up by itself.{hidden}{numbers} {way}; or take {name} off the Trainer."
     )

@@ -36,6 +36,7 @@ class Loop:
         name: of what the user sees, for the messages.
         one_total: whether a second total before the backward is a mistake.
         may_thaw: whether a layer that is frozen now will be trained later.
+        losses_of: the dotted name of a submodule that returns a dict of losses, which are weighed on their way out.
         ranks: what the ranks agree on, in a distributed run.
     """
 
@@ -47,6 +48,7 @@ class Loop:
     name: str = "BalancingSession"
     one_total: bool = False
     may_thaw: bool = False
+    losses_of: str | None = None
     ranks: RankAgreement | None = None
 
 

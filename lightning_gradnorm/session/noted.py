@@ -24,6 +24,7 @@ class NotedLosses:
         weights: those that the total applied, shape ``[T]``.
         kpis: task name → scalar, where the method needs them.
         points: task name → its points, where they are weighed one by one.
+        is_total: whether it has all losses of a step, and not one term.
     """
 
     losses: dict[str, Tensor]
@@ -31,6 +32,7 @@ class NotedLosses:
     weights: Tensor
     kpis: dict[str, Tensor]
     points: dict[str, NotedPoints]
+    is_total: bool = True
 
     @classmethod
     def joined(cls, noted: Sequence["NotedLosses"]) -> "NotedLosses":
@@ -64,6 +66,7 @@ def note(
     given_points: Mapping[str, Tensor],
     *,
     tapped: bool,
+    is_total: bool,
 ) -> NotedLosses:
     """Checked losses, weighed with the present weights.
 
@@ -75,6 +78,7 @@ def note(
         kpis: task name → key performance indicator.
         given_points: task name → what identifies its points.
         tapped: whether the tasks' gradients are to be read.
+        is_total: whether they are all losses of a step.
     """
     kpis, given_points = plain_keys(kpis), plain_keys(given_points)
     indicators = read_kpis(losses, kpis) if "kpis" in balancer.needs else {}
@@ -84,7 +88,16 @@ def note(
         for task, loss in losses.items()
     }
     terms = tap_losses(terms) if tapped else terms
-    return NotedLosses(terms, tapped, balancer.weights_at(terms), indicators, weighed)
+    return NotedLosses(terms, tapped, balancer.weights_at(terms), indicators, weighed, is_total)
+
+
+def multiplied_twice(task: str) -> str:
+    """What is said of a second loss of one task in one step."""
+    return (
+        f"The weight of task {task!r} multiplied two losses in one step, and a task has one. Give each term a weight of its "
+        f"own, such as weight('{task} 2'); or, where all losses are at hand, hand them over at once: "
+        "total_loss({'task': loss, …})."
+    )
 
 
 def called_twice(first: Iterable[str], now: Iterable[str]) -> str:

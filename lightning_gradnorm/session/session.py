@@ -5,17 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lightning_gradnorm.autograd_graph import is_built_from
+from lightning_gradnorm.autograd_graph import nodes_met
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.gradients import IncompleteBackwardError
 from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
 from lightning_gradnorm.reading import Engine
 from lightning_gradnorm.session.loop import BalancedStep, Loop, warn
+from lightning_gradnorm.session.losses_of import weigh_losses_of
 from lightning_gradnorm.session.measuring import Measuring
 from lightning_gradnorm.session.noted import NotedLosses
 from lightning_gradnorm.session.shared import NormOf, SharedReading
-from lightning_gradnorm.session.telling import idle_tasks, lone, of_idle, of_skipped, unsettled
+from lightning_gradnorm.session.telling import idle_tasks, lone, never_multiplied, of_idle, of_skipped, unsettled, unused
 from lightning_gradnorm.session.totals import Totals
 from lightning_gradnorm.shared_layer import SharedLayer, SharedLayerSpec
 from lightning_gradnorm.window import MeasurementWindow
@@ -43,6 +45,7 @@ class BalancingSession(Totals):
         engine: how the tasks' gradients are read: ``"joint"``, ``"per_task"``, or ``"auto"``.
         norm_of: ``"parameters"`` of the shared layer, or its ``"features"``: the layer's output.
         points: task → how the single points of its term are weighed.
+        losses_of: the dotted name of a submodule that returns a dict of losses, which are weighed on their way out.
 
     Attributes:
         balancer: the method.
@@ -51,6 +54,8 @@ class BalancingSession(Totals):
         on_evaluation: called with the losses of a total outside training, task → detached scalar.
         totals: how many totals this run has weighed so far.
     """
+
+    _hook: RemovableHandle | None  # on the submodule that returns the losses
 
     def __init__(
         self,
@@ -61,18 +66,21 @@ class BalancingSession(Totals):
         engine: Engine = "auto",
         norm_of: NormOf = "parameters",
         points: Mapping[str, PointWeighting] | None = None,
+        losses_of: str | None = None,
     ) -> None:
-        self.balancer, self.points = balancer, dict(points or {})
+        self.balancer, self.points, self.handed_out = balancer, dict(points or {}), set()
         self.reading = SharedReading(engine, norm_of, balancer.needs)
         self._close()
         if network is not None:
-            self.open(Loop(network, lambda: shared_layer))
+            self.open(Loop(network, lambda: shared_layer, losses_of=losses_of))
 
     # -- life ------------------------------------------------------------------------------------------------------
 
     def open(self, loop: Loop) -> None:
         """Begin a run: W is looked for, the ranks agree, warnings speak again; what was learnt stays."""
         self.close()
+        if loop.losses_of is not None:
+            self._hook = weigh_losses_of(loop.losses_of, loop.network, self.terms)
         self._loop = loop
         self.reading.open(loop.network, loop.shared_layer, self.balancer.known_tasks, loop.giver)
         self.begin_batch()
@@ -81,13 +89,17 @@ class BalancingSession(Totals):
         """End the run: no graph, network or hook is held; totals are the plain sum from now on."""
         self.reading.drop()
         self.reading.close()
+        if self._hook is not None:
+            self._hook.remove()
         self._close()
 
     def _close(self) -> None:
         self._loop = None
+        self._hook = None
         self._told: set[str] = set()
         self._has_measured = False
-        self._seen: set[str] = set()  # the tasks of this run's steps that were to be measured
+        self._taken: set[str] = set()  # the tasks of this run's steps
+        self._seen: set[str] = set()  # and of those that were to be measured
         self._measuring = Measuring(self.reading, with_kpis="kpis" in self.balancer.needs)
         self._note_nothing()
         self._new_window()
@@ -106,7 +118,7 @@ class BalancingSession(Totals):
         self.reading.known_names = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in ("balancer", "points", "reading")}
+        return {name: vars(self)[name] for name in ("balancer", "points", "reading", "handed_out")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -142,20 +154,18 @@ class BalancingSession(Totals):
             ValueError: if there is no W.
         """
         loop = self._loop
-        built = [noted for noted in self.noted if is_built_from(root, noted.losses)]
+        met = nodes_met(root, {loss.grad_fn for noted in self.noted for loss in noted.losses.values()})
+        built = [noted for noted in self.noted if any(loss.is_leaf or loss.grad_fn in met for loss in noted.losses.values())]
         if loop is None or not built:
             if self.noted and loop is not None and loop.one_total:
-                self.tell(
-                    "unused",
-                    "training_step called total_loss() but returned a loss that was not built from its result, so there is "
-                    "nothing to balance. Return what total_loss() gave, with further terms added if you like.",
-                )
+                self.tell("unused", unused())
             return {}
         noted = built[0] if len(built) == 1 else NotedLosses.joined(built)
         self.noted = [other for other in self.noted if all(other is not one for one in built)]
         if self._stepping and not self._balanced.isdisjoint(noted.losses):
             return {}
         self._balanced.update(noted.losses)
+        self._taken.update(noted.losses)
         self._seen.update(noted.losses if noted.tapped else ())
         losses = {task: loss.detach() for task, loss in noted.losses.items()}
         if not noted.tapped or self._measuring.before_backward(root, noted.losses, loop, self.tell):
@@ -238,6 +248,9 @@ class BalancingSession(Totals):
         if not self.balancer.frozen:
             self.balancer.end_epoch()
         self.tell_counts()
+        left = sorted(self.handed_out - self._taken)
+        if left and self._loop is not None and "unused" not in self._told:
+            self.tell("never multiplied", never_multiplied(left))
         if self._loop is None or self.shared is not None or not self.reading.was_looked_for:
             return
         tasks = self.balancer.known_tasks

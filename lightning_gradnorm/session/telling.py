@@ -42,9 +42,42 @@ def of_idle(tasks: Mapping[str, int]) -> str:
     )
 
 
+def needs_total(balancer: LossBalancer, task_has_points: bool) -> str:
+    """Why a task's loss cannot come by itself, before the others of its step; nothing where it can.
+
+    Args:
+        balancer: the method.
+        task_has_points: whether the points of the task's term are weighed one by one.
+    """
+    name = type(balancer).__name__
+    if task_has_points:
+        return "the points of this task are weighed one by one"
+    if "kpis" in balancer.needs:
+        return f"{name} needs each task's key performance indicator beside its loss"
+    return f"the weights of {name} depend on all losses of a step" if balancer.needs_all_losses else ""
+
+
+def never_multiplied(tasks: Sequence[str]) -> str:
+    """What is said of weights that were handed out, and by which no loss was multiplied that went backward in an epoch."""
+    return (
+        f"No loss that was multiplied by the weight of {', '.join(map(repr, tasks))} went backward in this epoch, so these "
+        "terms are not balanced. The library may have read the number once, as by float(weight) or torch.tensor(weight), or "
+        "its term is switched off. Where its losses are added up, write total_loss({'task': loss, …}); or take the weight out."
+    )
+
+
+def unused() -> str:
+    """What is said of a loss that goes backward without those that were to be balanced."""
+    return (
+        "training_step handed losses over to be balanced, but returned a loss that was not built from the result, so there is "
+        "nothing to balance. Return what total_loss() gave, or the sum of the weighed terms, with further terms added if you "
+        "like."
+    )
+
+
 def lone(task: str) -> str:
     """What is said at the end of an epoch in which there was one task."""
-    return f"There is one task so far, {task!r}, and so there is nothing to weigh. Hand total_loss() the losses of all tasks."
+    return f"There is one task so far, {task!r}, and so there is nothing to weigh. Hand over the losses of all tasks."
 
 
 def unsettled(tasks: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
-"""The total of a loss dict: weighed and noted in training, the plain sum outside."""
+"""Where losses come in: weighed and noted in training, as they are outside."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,28 +8,35 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers import LossBalancer
-from lightning_gradnorm.losses import TaskLosses, check_losses, plain_sum, weighted_sum
+from lightning_gradnorm.losses import TaskLosses, check_losses, plain_sum, weighted_terms
+from lightning_gradnorm.plain import plain_name
 from lightning_gradnorm.pointwise import PointWeighting
 from lightning_gradnorm.session.loop import Loop
-from lightning_gradnorm.session.noted import NotedLosses, called_twice, note
+from lightning_gradnorm.session.noted import NotedLosses, called_twice, multiplied_twice, note
 from lightning_gradnorm.session.shared import SharedReading
+from lightning_gradnorm.session.telling import needs_total
+from lightning_gradnorm.term_weight import TermWeight
 
 
 class Totals:
-    """Gives totals, and notes their losses for the backward that follows; the session's first half.
+    """Takes losses as a total, as a dict or one by one, and notes them for the backward that follows.
+
+    The session's first half.
 
     Attributes:
         balancer: whose weights are applied.
         points: task → how the single points of its term are weighed.
         reading: keeps the layer's outputs in the forward passes that are to be read.
-        noted: the totals whose backward has not come yet.
-        totals: how many this run has weighed so far.
-        on_evaluation: called with the losses of a total outside training, task → detached scalar.
+        noted: the losses whose backward has not come yet.
+        totals: how many totals or terms this run has weighed so far.
+        handed_out: the tasks whose weight was handed out.
+        on_evaluation: called with losses outside training, task → detached scalar.
     """
 
     balancer: LossBalancer
     points: dict[str, PointWeighting]
     reading: SharedReading
+    handed_out: set[str]
     _loop: Loop | None
 
     def _note_nothing(self) -> None:
@@ -38,7 +46,7 @@ class Totals:
         self._recording = False
 
     def begin_batch(self) -> None:
-        """Weigh and note totals from now on. Needed where batches and steps are not one to one."""
+        """Weigh and note losses from now on. Needed where batches and steps are not one to one."""
         self._recording = True
         self.noted.clear()
         if self._measures:
@@ -70,27 +78,109 @@ class Totals:
             TypeError, ValueError: for losses that cannot be used.
             RuntimeError: for a second total in a loop that allows one.
         """
-        loop, grad = self._loop, torch.is_grad_enabled()
         if differentiable is None:
-            differentiable = grad and (loop is None or loop.network.training)
+            differentiable = torch.is_grad_enabled() and (self._loop is None or self._loop.network.training)
         checked = check_losses(losses, differentiable=differentiable, per_point=self.points)
-        if loop is None or not (self._recording and grad):
-            return self._evaluate(checked)
-        if self.noted and loop.one_total:
+        loop = self._weighing
+        if loop is None:
+            # A term is the plain mean of its points here: they are not those that have masks.
+            scalars = {task: loss.mean() if loss.ndim else loss for task, loss in checked.items()}
+            self._see_evaluated(scalars)
+            return plain_sum(scalars)
+        if loop.one_total and any(noted.is_total for noted in self.noted):
             raise RuntimeError(called_twice(self.noted[-1].losses, checked))
-        self.totals += 1
         if not checked:  # all tasks are absent: a batch without labels trains nothing
+            self.totals += 1
             return plain_sum(checked)
-        noted = note(self.balancer, self.points, checked, loop.network, kpis or {}, points or {}, tapped=self._measures)
-        self.noted.append(noted)
-        return weighted_sum(noted.weights, noted.losses)
+        return functools.reduce(torch.add, self._weigh(loop, checked, kpis or {}, points or {}).values())
 
-    def _evaluate(self, losses: Mapping[str, Tensor]) -> Tensor:
-        # A term is the plain mean of its points here: they are not those that have masks.
-        scalars = {task: loss.mean() if loss.ndim else loss for task, loss in losses.items()}
-        if scalars and self.on_evaluation is not None:
-            self.on_evaluation({task: loss.detach() for task, loss in scalars.items()})
-        return plain_sum(scalars)
+    def terms(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Task → w_i L_i, for a library that adds up by itself; outside training, and of absent tasks, the losses as they are.
+
+        Args:
+            losses: task name → scalar loss.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as ``total`` does.
+        """
+        loop = self._weighing
+        checked = check_losses(losses, differentiable=loop is not None)
+        if loop is None:
+            self._see_evaluated(checked)
+            return dict(losses)
+        if any(not noted.losses.keys().isdisjoint(checked) for noted in self.noted):
+            raise RuntimeError(called_twice(self.noted[-1].losses, checked))
+        return dict(losses) | (self._weigh(loop, checked) if checked else {})
+
+    def term(self, task: str, loss: Tensor) -> Tensor:
+        """w_i L_i of one task, scalar; outside training, or without a gradient, the loss as it is.
+
+        Raises:
+            ValueError: for a loss that cannot be used.
+            RuntimeError: for a second loss of a task before the backward of its first.
+        """
+        loop, grad = self._weighing, torch.is_grad_enabled()
+        if loop is None or not loss.requires_grad:
+            if not grad and loss.shape in ((), (1,)):
+                self._see_evaluated({task: loss.reshape(())})
+            return loss
+        if any(task in noted.losses for noted in self.noted):
+            raise RuntimeError(multiplied_twice(task))
+        return self._weigh(loop, check_losses({task: loss}, differentiable=True), is_total=False)[task]
+
+    def weight(self, task: str, factor: float = 1.0) -> TermWeight:
+        """A stand-in for the number by which a library multiplies one of its losses; see ``TermWeight``.
+
+        Args:
+            task: the term's name.
+            factor: the number that the library would have been given.
+
+        Raises:
+            TypeError, ValueError: for a name or a number that cannot be used, or a method that has to see all losses of a step
+                together.
+        """
+        task = plain_name(task)
+        self.balancer.weights_for((task,))  # refuses a name that cannot be used
+        if why := needs_total(self.balancer, task in self.points):
+            raise ValueError(
+                f"weight({task!r}) stands for the number before one loss, and {why}. Where all losses are at hand, hand them "
+                "over at once: total_loss({'task': loss, …}, kpis=…, points=…)."
+            )
+        weight = TermWeight(factor, task, self)
+        self.handed_out.add(task)
+        return weight
+
+    def _weigh(
+        self,
+        loop: Loop,
+        losses: Mapping[str, Tensor],
+        kpis: Mapping[str, Any] | None = None,
+        points: Mapping[str, Tensor] | None = None,
+        *,
+        is_total: bool = True,
+    ) -> dict[str, Tensor]:
+        self.totals += 1
+        noted = note(
+            self.balancer,
+            self.points,
+            losses,
+            loop.network,
+            kpis or {},
+            points or {},
+            tapped=self._measures,
+            is_total=is_total,
+        )
+        self.noted.append(noted)
+        return weighted_terms(noted.weights, noted.losses)
+
+    def _see_evaluated(self, losses: Mapping[str, Tensor]) -> None:
+        if losses and self.on_evaluation is not None:
+            self.on_evaluation({task: loss.detach() for task, loss in losses.items()})
+
+    @property
+    def _weighing(self) -> Loop | None:
+        """The loop that is in a batch of training, if it is."""
+        return self._loop if self._recording and torch.is_grad_enabled() else None
 
     @property
     def _measures(self) -> bool:

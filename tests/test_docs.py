@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import lightning_gradnorm.balancers
 import lightning_gradnorm.pointwise
@@ -37,6 +38,16 @@ def test_the_page_of_methods_names_them_all_and_its_code_runs(tmp_path, monkeypa
         exec(compile(block, "methods.md", "exec"), names)
     assert names["callback"].points.keys() == {"residual"}
     assert names["again"].balancer.weights_for(["price", "sold"]).tolist() == [0.001, 1.999]
+
+
+def test_the_code_on_the_page_of_any_module_runs():
+    names: dict[str, object] = {"torch": torch}
+    first, second, third = blocks("any-module.md")
+    for block in (first, second, third):
+        exec(compile(block, "any-module.md", "exec"), names)
+    assert (names["potential"].energy_weight, names["potential"].force_weight) == (0.01, 0.99)
+    target = {"energy": torch.ones(3), "forces": torch.ones(3, 3)}
+    assert names["Criterion"]()({name: 2 * value for name, value in target.items()}, target) == 2
 
 
 def test_links_and_pictures_lead_somewhere():

@@ -92,15 +92,37 @@ def _of_python_function(node: Any, cotangents: Sequence[Tensor | None]) -> Gradi
         torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device) if cotangent is None else cotangent
         for cotangent, metadata in zip(cotangents, _metadata(node), strict=True)
     ]
-    result = (None, *given) if type(node).__name__ in _PASS_ON else node.apply(*given)
-    found = iter(
-        [
-            gradient
-            for gradient, needed in zip(result if isinstance(result, tuple) else (result,), node.needs_input_grad, strict=False)
-            if needed
-        ]
-    )
+    result = (None, *given) if type(node).__name__ in _PASS_ON else _run_for_once(node, given)
+    found = iter([gradient for gradient, needed in zip(result, node.needs_input_grad, strict=False) if needed])
     return [None if child is None else next(found, None) for child, _ in node.next_functions]
+
+
+def _run_for_once(node: Any, cotangents: Sequence[Tensor]) -> tuple[Any, ...]:
+    """A ``backward`` that expects to run once may free what its context holds, or scale it in place: that is put back."""
+    held = dict(vars(node))
+    saved = () if _hook_of(node._raw_saved_tensors) is not None else node.saved_tensors
+    kept = [(tensor, tensor.detach().clone()) for tensor in (*saved, *held.values()) if _may_be_written_to(tensor)]
+    with contextlib.ExitStack() as versions:
+        for tensor, _ in kept:
+            versions.enter_context(torch.autograd.grad_mode._unsafe_preserve_version_counter(tensor))
+        result = node.apply(*cotangents)
+    places = {_place_of(tensor) for tensor, _ in kept}
+    gradients = result if isinstance(result, tuple) else (result,)
+    found = tuple(g.clone() if _may_be_written_to(g) and _place_of(g) in places else g for g in gradients)
+    for tensor, value in kept:
+        tensor.data.copy_(value)
+    vars(node).clear()
+    vars(node).update(held)
+    return found
+
+
+def _may_be_written_to(held: Any) -> bool:
+    plain = type(held) in (Tensor, nn.Parameter) and held.layout is torch.strided and not held.is_inference()
+    return plain and torch._debug_has_internal_overlap(held) != 1
+
+
+def _place_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 # -- products of which one side is not asked for -------------------------------------------------------------------

@@ -324,3 +324,72 @@ def test_gradients_of_single_losses(make):
         expected = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
         assert [g is None for g in row] == [g is None for g in expected]
         torch.testing.assert_close([g for g in row if g is not None], [g for g in expected if g is not None])
+
+
+# -- functions whose backward expects to run once -----------------------------------------------------------------------
+
+
+class Frees(torch.autograd.Function):
+    """Lets go of what its context holds."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.factor = torch.full_like(x, 2.0)
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        factor, ctx.factor = ctx.factor, None
+        return factor * gradient
+
+
+class ScalesInPlace(torch.autograd.Function):
+    """Has its gradient since the forward, and gives it away, as fused cross entropies do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(torch.full_like(x, 2.0))
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.saved_tensors[0].mul_(gradient)
+
+
+class ScalesUnseen(ScalesInPlace):
+    """By a kernel of its own, of which no version counter hears."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (held,) = ctx.saved_tensors
+        held.data.mul_(gradient)
+        return held
+
+
+@pytest.mark.parametrize("function", [Frees, ScalesInPlace, ScalesUnseen])
+@pytest.mark.parametrize("merged", [False, True], ids=["a loss", "where tasks have met"])
+@ENGINES
+def test_a_backward_that_expects_to_run_once_may_be_run_to_read(engine, function, merged):
+    class Fused(Net):
+        def forward(self, x):
+            z = self.shared(self.first(x).tanh())
+            z = function.apply(z) if merged else 2 * z
+            return [head(z.relu()) for head in self.heads]
+
+    class Plain(Net):
+        def forward(self, x):
+            return [head((2 * self.shared(self.first(x).tanh())).relu()) for head in self.heads]
+
+    x, fused, plainly = torch.randn(5, 6), Fused(), Plain()
+    plainly.load_state_dict(fused.state_dict())
+    losses = fused.losses(x) if merged else {task: function.apply(loss) / 2 for task, loss in fused.losses(x).items()}
+    weights = (0.5, 3.0)
+    sum(w * loss for w, loss in zip(weights, plainly.losses(x).values(), strict=True)).backward()
+    tapped = tap_losses(losses)
+    total = sum(w * loss for w, loss in zip(weights, tapped.values(), strict=True))
+    reader = engine(total, tapped, list(fused.shared.parameters()))
+    gradients_of({"total": total}, reader.wanted)  # the proof of a first step
+    total.backward()
+    torch.testing.assert_close(reader.gradients().norms(), oracle(plainly, plainly.losses(x)))
+    for name, value in grads(plainly).items():
+        torch.testing.assert_close(grads(fused)[name], value)

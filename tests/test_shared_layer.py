@@ -71,8 +71,19 @@ def frozen(net: nn.Module) -> nn.Module:
 
 
 NOT_GIVEN = {
-    "unknown name": (lambda n: "heads", ValueError, r"named 'heads', which is no .* are: trunk\.0\.weight, .*head\.bias"),
-    "unknown among others": (lambda n: ["head", "trunk.2.wieght"], ValueError, r"named 'trunk\.2\.wieght', which is no"),
+    "unknown name": (
+        lambda n: "heads",
+        ValueError,
+        r"named 'heads', which is no module or parameter of Module\. Did you mean 'head'.* In it there are: trunk, head, tied, act",
+    ),
+    "unknown among others": (
+        lambda n: ["head", "trunk.2.wieght"],
+        ValueError,
+        r"named 'trunk\.2\.wieght'.* Did you mean 'trunk\.2\.weight'.*In 'trunk\.2' there are: weight, bias\.",
+    ),
+    "the end of a name": (lambda n: "2.bias", ValueError, r"Did you mean 'trunk\.2\.bias'\? In it there are: trunk, head"),
+    "below a parameter": (lambda n: "head.bias.1", ValueError, r"In 'head' there are: weight, bias\."),
+    "a module that holds nothing": (lambda n: "act.0", ValueError, r"In 'act' there are: no modules or parameters\."),
     "frozen": (frozen, ValueError, rf"is frozen: .*\(head\.weight, head\.bias\) requires.*{OVERRIDE}.*unfreeze it"),
     "another network's": (lambda n: nn.Linear(4, 4), ValueError, rf"not one of Module's own \(Linear\)\. {OVERRIDE}, not a"),
     "one of another's": (lambda n: [n.head, nn.Parameter(torch.ones(2))], ValueError, "not one of Module's own"),

@@ -1,6 +1,8 @@
 """W as the user gives it: a module, a parameter, the dotted name of either, or several of these."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from itertools import accumulate
 
 from torch import Tensor, nn
 
@@ -109,7 +111,7 @@ def _parameters(spec: SharedLayerSpec, network: nn.Module, giver: str) -> Iterab
         if spec not in modules and spec not in parameters and not parts:
             raise ValueError(
                 f"{giver} named {spec!r}, which is no module or parameter of {type(network).__name__}. "
-                f"Its parameters are: {', '.join(parameters) or 'none'}."
+                f"{_what_is_there(spec, modules, parameters)}"
             )
         yield from [parameters[spec]] if spec in parameters else modules[spec].parameters() if spec in modules else parts
     elif isinstance(spec, Iterable) and not isinstance(spec, Tensor):
@@ -120,6 +122,18 @@ def _parameters(spec: SharedLayerSpec, network: nn.Module, giver: str) -> Iterab
             f"{giver} gave {_describe(spec)}. It returns a module, a parameter, the dotted name of either, an iterable of "
             "these, or None to have the layer found. (A parametrised weight is computed: give its module or its name.)"
         )
+
+
+def _what_is_there(wrong: str, modules: Mapping[str, nn.Module], parameters: Iterable[str]) -> str:
+    """Names like the wrong one, and all that stand where its path leaves the network."""
+    names = [name for name in (*modules, *parameters) if name]
+    like = [name for name in names if name.endswith(f".{wrong}")] or get_close_matches(wrong, names)
+    meant = f"Did you mean {' or '.join(map(repr, like[:3]))}? " if like else ""
+    there = [path for path in accumulate(wrong.split("."), "{}.{}".format) if path in modules]
+    last = modules[there[-1] if there else ""]
+    found = [name for name, _ in (*last.named_children(), *last.named_parameters(recurse=False))]
+    where = f"In {there[-1]!r}" if there else "In it"
+    return f"{meant}{where} there are: {', '.join(found) or 'no modules or parameters'}."
 
 
 def _describe(spec: object) -> str:

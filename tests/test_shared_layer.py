@@ -74,7 +74,7 @@ NOT_GIVEN = {
     "unknown name": (
         lambda n: "heads",
         ValueError,
-        r"named 'heads', which is no module or parameter of Module\. Did you mean 'head'.* In it there are: trunk, head, tied, act",
+        r"named 'heads', which is no module or parameter of Module\. Did you mean 'head'.*In it there are: trunk, head",
     ),
     "unknown among others": (
         lambda n: ["head", "trunk.2.wieght"],

@@ -1,5 +1,9 @@
 """Names of the mixin that stand for something else, in a module or in another base of it."""
 
+import functools
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
 import lightning as L
 import pytest
 import torch
@@ -68,6 +72,96 @@ def test_a_subclass_of_it_hides_none_either_and_its_task_losses_count(tmp_path):
         assert module.seen == [expected] * 2
 
 
+T = TypeVar("T")
+
+
+class TwoLevelsUp(HasStep):
+    pass
+
+
+class OfGenericBases(HasStep, Generic[T]):
+    pass
+
+
+class Abstract(L.LightningModule, ABC):
+    @abstractmethod
+    def training_step(self, batch, batch_idx): ...
+
+
+class MadeConcrete(HasStep, Abstract):
+    pass
+
+
+class ByProperty(HasStep):
+    @property
+    def training_step(self):
+        return functools.partial(HasStep.training_step, self)
+
+
+class InPart(HasStep):
+    def step(self, batch, who):
+        self.seen.append(who)
+        return self.lin(batch[0]).square().mean()
+
+    training_step = functools.partialmethod(step, who="vendor")
+
+
+class ByFunction(HasStep):
+    """Its step is put on the object, as libraries do that wrap one."""
+
+    def __init__(self):
+        super().__init__()
+        self.training_step = functools.partial(HasStep.training_step, self)
+
+
+VENDORS = [TwoLevelsUp, OfGenericBases, OfGenericBases[int], MadeConcrete, ByProperty, InPart, ByFunction]
+
+
+def own_losses(self, batch, batch_idx):
+    self.seen.append("own")
+    return {"a": self.lin(batch[0]).square().mean(), "b": (self.lin(batch[0]) - 1).square().mean()}
+
+
+@pytest.mark.parametrize("vendor", VENDORS, ids=lambda kind: getattr(kind, "__name__", str(kind)))
+@pytest.mark.parametrize("below", [False, True], ids=["at once", "by a subclass of the mixin"])
+def test_a_step_is_not_hidden_however_it_is_written(tmp_path, vendor, below):
+    class Ours(MultiTaskMixin):
+        pass
+
+    class Both(Ours if below else MultiTaskMixin, vendor):
+        pass
+
+    module = Both()
+    quiet_trainer(tmp_path).fit(module, batches(2))
+    assert module.seen == ["vendor"] * 2
+
+
+@pytest.mark.parametrize("vendor", [vendor for vendor in VENDORS if vendor is not ByFunction], ids=str)
+def test_task_losses_of_ones_own_count_before_any_of_these(tmp_path, vendor):
+    class Own(MultiTaskMixin, vendor):
+        task_losses = own_losses
+
+    module = Own()
+    assert fit(tmp_path, module).balancer.steps == len(module.seen)
+    assert set(module.seen) == {"own"}
+
+
+def test_an_abstract_step_is_asked_for_unless_there_are_task_losses(tmp_path):
+    class Neither(MultiTaskMixin, Abstract):
+        pass
+
+    class Own(MultiTaskMixin, Abstract):
+        task_losses, configure_optimizers = own_losses, HasStep.configure_optimizers
+
+        def __init__(self):
+            super().__init__()
+            self.lin, self.seen = nn.Linear(6, 1), []
+
+    with pytest.raises(TypeError, match=r"abstract.* training_step"):
+        Neither()
+    assert fit(tmp_path, Own()).balancer.steps == 4
+
+
 def test_a_vendors_own_task_losses_and_shared_layer_are_not_hidden():
     class WithNames(HasStep):
         def task_losses(self, x):
@@ -82,6 +176,22 @@ def test_a_vendors_own_task_losses_and_shared_layer_are_not_hidden():
     module = Both()
     assert module.task_losses(1) == "vendor's"
     assert module.shared_layer() is module.lin
+
+
+@pytest.mark.parametrize(
+    "theirs", [3, {"a": 1}, lambda self, x: x, property(lambda self: 3)], ids=["number", "dict", "method", "property"]
+)
+def test_where_a_vendors_shared_layer_is_something_else_the_callback_names_it(tmp_path, theirs):
+    class WithName(HasStep):
+        shared_layer = theirs
+
+    class Both(MultiTaskMixin, WithName):
+        task_losses = own_losses
+
+    with pytest.raises((TypeError, ValueError), match="shared_layer"):
+        fit(tmp_path, Both())
+    callback = fit(tmp_path, Both(), GradNormCallback(shared_layer="lin", summary=False))
+    assert callback.shared.names == ("lin.weight", "lin.bias")
 
 
 def test_a_vendors_own_total_loss_is_refused_with_the_way_out():

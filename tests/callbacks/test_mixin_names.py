@@ -178,8 +178,12 @@ def test_a_vendors_own_task_losses_and_shared_layer_are_not_hidden():
     assert module.shared_layer() is module.lin
 
 
+def shared_layer(self, x):
+    return x
+
+
 @pytest.mark.parametrize(
-    "theirs", [3, {"a": 1}, lambda self, x: x, property(lambda self: 3)], ids=["number", "dict", "method", "property"]
+    "theirs", [3, {"a": 1}, shared_layer, property(lambda self: 3)], ids=["number", "dict", "method", "property"]
 )
 def test_where_a_vendors_shared_layer_is_something_else_the_callback_names_it(tmp_path, theirs):
     class WithName(HasStep):

@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from lightning_gradnorm.callbacks import GradNormCallback
 from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, trainer_class_of
 from lightning_gradnorm.losses import task_tag
+from lightning_gradnorm.regularisers import sounds_like_a_regulariser
 from lightning_gradnorm.report.table import plain_rows
 from lightning_gradnorm.report.tags import per_pair_names
 from lightning_gradnorm.session import NormOf
@@ -34,6 +35,7 @@ class Diagnosis:
         loss_ratios: task → L_i at the end over L_i at the start.
         batches: how many there were.
         layer: the shared layer, in words.
+        penalties: those tasks that are made of the network's parameters alone, and so are none.
     """
 
     norms: Mapping[str, float]
@@ -43,17 +45,23 @@ class Diagnosis:
     loss_ratios: Mapping[str, float]
     batches: int
     layer: str
+    penalties: Sequence[str] = ()
+
+    @property
+    def _tasks(self) -> dict[str, float]:
+        return {task: norm for task, norm in self.norms.items() if task not in self.penalties}
 
     @property
     def spread(self) -> float:
-        """Largest gradient norm over the smallest that is not 0; 1 for one task."""
-        norms = [norm for norm in self.norms.values() if norm > 0]
+        """Largest gradient norm over the smallest that is not 0, of what is a task; 1 for one task."""
+        norms = [norm for norm in self._tasks.values() if norm > 0]
         return max(norms) / min(norms) if norms else 1.0
 
     @property
     def conflicting(self) -> list[tuple[str, str]]:
-        """Pairs that pull against each other on most batches, the worst first."""
-        pairs = [pair for pair, cosine in self.cosines.items() if cosine < _CONFLICT and self.conflicts[pair] > 0.5]
+        """Pairs of tasks that pull against each other on most batches, the worst first."""
+        of_tasks = {pair: cosine for pair, cosine in self.cosines.items() if self._tasks.keys() >= {*pair}}
+        pairs = [pair for pair, cosine in of_tasks.items() if cosine < _CONFLICT and self.conflicts[pair] > 0.5]
         return sorted(pairs, key=lambda pair: self.cosines[pair])
 
     @property
@@ -62,19 +70,37 @@ class Diagnosis:
         return "not needed" if self.spread < _EVEN else "may help" if self.spread < _UNEVEN else "can help"
 
     @property
+    def _of_regularisers(self) -> list[str]:
+        """What is no task, surely or by its name."""
+        maybe = [task for task in self._tasks if sounds_like_a_regulariser(task)]
+        said = []
+        if self.penalties:
+            said.append(
+                f"{', '.join(map(repr, self.penalties))}: made of the network's parameters alone, whatever the data, and so "
+                "a weight penalty and no task. Add it to what total_loss() returns."
+            )
+        if maybe:
+            said.append(
+                f"Is {' or '.join(map(repr, maybe))} a regulariser? One that pulls towards a prior, or to what is small or "
+                "smooth, is met best by learning nothing, and with a gradient as large as the tasks' it comes to that: add it "
+                "to what total_loss() returns, with its own factor. A term that has data to fit, as in distillation, is a task."
+            )
+        return said
+
+    @property
     def advice(self) -> list[str]:
         """What follows, in sentences."""
-        if len(self.norms) < 2:
-            return ["There is one task only, so there is nothing to balance."]
-        silent = [task for task, norm in self.norms.items() if norm == 0]
-        said = []
+        norms, said = self._tasks, self._of_regularisers
+        if len(norms) < 2:
+            return [*said, "There is one task only, so there is nothing to balance."]
+        silent = [task for task, norm in norms.items() if norm == 0]
         if silent:
             said.append(
                 f"Task {', '.join(map(repr, silent))} has no gradient on the shared layer at all: look into that first."
             )
         largest, smallest = (
-            max(self.norms, key=lambda t: self.norms[t]),
-            min((task for task, norm in self.norms.items() if norm > 0), key=lambda t: self.norms[t], default=""),
+            max(norms, key=lambda t: norms[t]),
+            min((task for task, norm in norms.items() if norm > 0), key=lambda t: norms[t], default=""),
         )
         if self.weighting == "not needed":
             said.append(
@@ -117,9 +143,10 @@ class Diagnosis:
 
 @dataclass
 class _Noted:
-    """Per batch: tag → value."""
+    """Per batch: tag → value; and which tasks are none."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
+    penalties: list[str] = field(default_factory=list)
 
     def of(self, tag: str) -> list[float]:
         return [row[tag] for row in self.rows if math.isfinite(row.get(tag, math.nan))]
@@ -133,7 +160,7 @@ class Diagnosing(GradNormCallback):
         self.noted = _Noted()
 
     def _tell(self, about: str, message: str) -> None:
-        if not about.startswith("idle"):  # the diagnosis says that itself
+        if not about.startswith(("idle", "penalty")):  # the diagnosis says that itself
             super()._tell(about, message)
 
     def on_train_batch_end(
@@ -141,6 +168,7 @@ class Diagnosing(GradNormCallback):
     ) -> None:
         before = self.balancer.steps
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.noted.penalties = self.session.penalties
         if self.balancer.steps > before:
             self.noted.rows.append({tag: float(value) for tag, value in self.logged.items()})
 
@@ -197,6 +225,7 @@ def _of(observer: Diagnosing) -> Diagnosis:
         },
         batches=len(noted.rows),
         layer=str(observer.shared),
+        penalties=tuple(noted.penalties),
     )
 
 

@@ -133,3 +133,58 @@ def test_a_module_without_the_mixin_and_something_else():
 
     with pytest.raises(RuntimeError, match=r"The training_step of Plain never called total_loss\(\)"):
         diagnose(Plain(), batches(2), accelerator="cpu")
+
+
+# -- regularisers ----------------------------------------------------------------------------------------------------------
+
+
+class Regularised(TrunkAndHeads):
+    """Two tasks, a weight penalty that is large, and whatever is called as ``name`` says."""
+
+    def __init__(self, name="odd"):
+        super().__init__(scales={"middle": 1.0, "odd": 1.0})
+        self.name = name
+
+    def training_step(self, batch, batch_idx):
+        losses = self.losses(batch[0])
+        penalty = 10 * sum(p.square().sum() for p in self.trunk.parameters())
+        return self.total_loss({"middle": losses["middle"], self.name: losses["odd"], "shrink": penalty})
+
+
+def test_a_weight_penalty_is_named_and_has_no_part_in_the_verdict():
+    found = diagnose(Regularised(), batches(5), batches=5, accelerator="cpu")
+    assert found.penalties == ("shrink",)
+    assert found.norms["shrink"] > 10 * found.norms["odd"] > 0
+    assert found.weighting == "not needed" and found.spread < 3
+    assert "'shrink': made of the network's parameters alone, whatever the data, and so a weight penalty and no task" in str(
+        found
+    )
+    assert all("shrink" not in pair for pair in found.conflicting)
+    assert "regulariser?" not in str(found)
+
+
+def test_what_is_called_a_regulariser_is_asked_about():
+    found = diagnose(Regularised("kl_loss"), batches(5), batches=5, accelerator="cpu")
+    assert "Is 'kl_loss' a regulariser? One that pulls towards a prior" in str(found)
+    assert "A term that has data to fit, as in distillation, is a task." in str(found)
+
+
+def test_one_task_beside_a_penalty_has_nothing_to_balance():
+    found = Diagnosis({"a": 1.0, "l2": 2.0}, {}, {}, {}, {}, 1, "w", ["l2"])
+    assert [sentence[:23] for sentence in found.advice] == ["'l2': made of the netwo", "There is one task only,"]
+
+
+@pytest.mark.parametrize("example", ["toy", "digits_problem", "pinn"], indirect=True)
+def test_of_the_tasks_of_the_examples_nothing_of_the_kind_is_said(example):
+    of = {
+        "toy": lambda: (example.Toy([1.0, 10.0], 1e-3), example.ToyData(2, seed=0, steps=3)),
+        "digits_problem": lambda: (example.Digits(), example.DigitsData()),
+        "pinn": lambda: (
+            example.Helmholtz(),
+            example.Draws(lambda draws: [example.uniform([-1, -1], [1, 1], 8, draws) for _ in range(3)], seed=0, steps=3),
+        ),
+    }
+    module, data = of[example.__name__]()
+    found = diagnose(module, data, batches=3, accelerator="cpu")
+    assert not found.penalties
+    assert "regulariser" not in str(found) and len(found.norms) > 1

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "gradient_reader": {"measurement", "task_gradients"},
     "gradients": FLOOR | {"autograd_graph", "descent", "factors", "gradient_reader", "task_gradients", "vector_jacobian"},
     "audit": {"autograd_graph", "measurement", "vector_jacobian"},
+    "regularisers": set(),
     "reading": {"audit", "balancers", "descent", "gradients", "task_gradients", "vector_jacobian"},
     "layer_watch": {"gradients"},
     "window": {"measurement", "task_gradients"},
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     | {
         "autograd_graph",
         "reading",
+        "regularisers",
         "shared_layer",
         "gradients",
         "task_gradients",
@@ -53,6 +55,7 @@ MAY_IMPORT = {
     "callbacks": FLOOR
     | {
         "session",
+        "regularisers",
         "shared_layer",
         "door",
         "term_weight",
@@ -65,7 +68,7 @@ MAY_IMPORT = {
         "weights_file",
     },
     "comparison": {"balancers", "callbacks", "report"},
-    "diagnosis": FLOOR | {"session", "callbacks", "report"},
+    "diagnosis": FLOOR | {"session", "callbacks", "regularisers", "report"},
     "cli": {"callbacks", "comparison", "diagnosis", "report"},
     "__init__": FLOOR
     | {

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradnorm.autograd_graph import nodes_met
-from lightning_gradnorm.balancers import LossBalancer
+from lightning_gradnorm.balancers import EqualWeights, FixedWeights, LossBalancer
 from lightning_gradnorm.gradients import IncompleteBackwardError
 from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
 from lightning_gradnorm.reading import Engine
+from lightning_gradnorm.regularisers import is_weight_penalty, of_penalties
 from lightning_gradnorm.session.loop import BalancedStep, Loop, warn
 from lightning_gradnorm.session.losses_of import weigh_losses_of
 from lightning_gradnorm.session.measuring import Measuring
@@ -53,6 +54,7 @@ class BalancingSession(Totals):
         reading: W, and the engine.
         on_evaluation: called with the losses of a total outside training, task → detached scalar.
         totals: how many totals this run has weighed so far.
+        penalties: those of this run's tasks that are made of the network's parameters alone, and so are none.
     """
 
     _hook: RemovableHandle | None  # on the submodule that returns the losses
@@ -100,6 +102,7 @@ class BalancingSession(Totals):
         self._has_measured = False
         self._taken: set[str] = set()  # the tasks of this run's steps
         self._seen: set[str] = set()  # and of those that were to be measured
+        self.penalties: list[str] = []
         self._measuring = Measuring(self.reading, with_kpis="kpis" in self.balancer.needs)
         self._note_nothing()
         self._new_window()
@@ -165,6 +168,8 @@ class BalancingSession(Totals):
         if self._stepping and not self._balanced.isdisjoint(noted.losses):
             return {}
         self._balanced.update(noted.losses)
+        if not self._taken.issuperset(noted.losses):
+            self._tell_penalties(noted.losses, loop)
         self._taken.update(noted.losses)
         self._seen.update(noted.losses if noted.tapped else ())
         losses = {task: loss.detach() for task, loss in noted.losses.items()}
@@ -280,6 +285,14 @@ class BalancingSession(Totals):
         if about not in self._told:
             self._told.add(about)
             (warn if self._loop is None else self._loop.tell)(about, message)
+
+    def _tell_penalties(self, losses: Mapping[str, Tensor], loop: Loop) -> None:
+        found = [task for task, loss in losses.items() if is_weight_penalty(loss, loop.network)]
+        if not 0 < len(found) < len(losses):
+            return  # where all are, the parameters are the problem
+        self.penalties += [task for task in found if task not in self.penalties]
+        if not isinstance(self.balancer, EqualWeights | FixedWeights):  # these keep the factor that the user gave
+            self.tell(f"penalty {found}", of_penalties(found, self._name))
 
     def tell_counts(self) -> None:
         """Warn of updates that were skipped and of tasks that took no part; asks the device, so not for every step."""

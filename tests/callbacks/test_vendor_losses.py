@@ -233,3 +233,17 @@ class MeanOfTotals(Vendor):
 
 def test_the_mean_of_several_totals_is_weighed_as_one_total(tmp_path):
     assert_same_run(fit(tmp_path, MeanOfTotals), fit(tmp_path, Vendor), rtol=1e-6, atol=1e-6)
+
+
+class Decayed(Vendor):
+    """Its own weight decay stands among the losses."""
+
+    def losses(self, x):
+        return super().losses(x) | {"decay": 1e-4 * sum(p.square().sum() for p in self.parameters())}
+
+
+@pytest.mark.feature("a weight penalty among the losses", "warned", "by its name, with where it belongs")
+def test_a_weight_penalty_among_the_losses_is_told(tmp_path):
+    with pytest.warns(UserWarning, match=r"Task 'decay': made of .*GradNormCallback would move its weight") as said:
+        fit(tmp_path, Decayed)
+    assert len([warning for warning in said if "Task 'decay'" in str(warning.message)]) == 1

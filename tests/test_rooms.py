@@ -55,7 +55,6 @@ MAY_IMPORT = {
     "callbacks": FLOOR
     | {
         "session",
-        "regularisers",
         "shared_layer",
         "door",
         "term_weight",

@@ -1,10 +1,11 @@
-"""Four multi-task networks, from a conv trunk to a physics-informed net: what a balanced step is timed on.
+"""Multi-task networks, from a conv trunk to an interatomic potential: what a balanced step is timed on.
 
 Each factory takes its sizes, so that the tests can build small ones. The data are random: only the work counts.
 """
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -215,10 +216,94 @@ def pinn(points: int = 128, width: int = 50) -> Workload:
     return Workload(network, helmholtz_losses, list(network.parameters()), data)
 
 
+# -- forces: an interatomic potential, whose forces and stress are derivatives of its energy ------------------------------
+
+
+class Interaction(nn.Module):
+    """Atoms take in their neighbours through filters of the distance (Schütt et al., NeurIPS 2017)."""
+
+    def __init__(self, width: int, radial: int) -> None:
+        super().__init__()
+        self.filter = nn.Sequential(nn.Linear(radial, width), nn.SiLU(), nn.Linear(width, width))
+        self.inward = nn.Linear(width, width, bias=False)
+        self.outward = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor, radial: Tensor, near: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        messages = self.inward(x)[second] * (self.filter(radial) * near)
+        return x + self.outward(torch.zeros_like(x).index_add(0, first, messages))
+
+
+class Potential(nn.Module):
+    """Energy of each cluster: a sum over its atoms of what a small readout makes of each."""
+
+    def __init__(self, width: int, blocks: int, radial: int, species: int, cutoff: float) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.centres: Tensor
+        self.register_buffer("centres", torch.linspace(0.5, cutoff, radial))
+        self.embedding = nn.Embedding(species, width)
+        self.blocks = nn.ModuleList([Interaction(width, radial) for _ in range(blocks)])
+        self.readout = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+
+    def forward(self, vectors: Tensor, batch: Batch) -> Tensor:
+        first, second = batch["pairs"]
+        distance = vectors.norm(dim=1, keepdim=True)
+        radial = (-4 * (distance - self.centres).square()).exp()
+        near = 0.5 * ((math.pi / self.cutoff * distance).cos() + 1)
+        x = self.embedding(batch["species"])
+        for block in self.blocks:
+            x = block(x, radial, near, first, second)
+        return batch["energy"].new_zeros(len(batch["energy"])).index_add(0, batch["cluster"], self.readout(x)[:, 0])
+
+
+def energy_and_slopes(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Energies, forces -∂E/∂positions and, where the batch has them, stresses ∂E/∂strain."""
+    first, second = batch["pairs"]
+    inputs = [batch["positions"].detach().requires_grad_()]
+    vectors = inputs[0][second] - inputs[0][first]
+    if "stress" in batch:
+        inputs.append(torch.zeros_like(batch["stress"], requires_grad=True))
+        strain = (inputs[1] + inputs[1].mT) / 2
+        vectors = vectors + torch.einsum("pi,pij->pj", vectors, strain[batch["cluster"][first]])
+    energy = network(vectors, batch)
+    slopes = torch.autograd.grad(energy.sum(), inputs, create_graph=True)
+    return {"energy": energy, "forces": -slopes[0], **({"stress": slopes[1]} if "stress" in batch else {})}
+
+
+def potential_losses(network: nn.Module, batch: Batch) -> Losses:
+    return {task: F.mse_loss(value, batch[task]) for task, value in energy_and_slopes(network, batch).items()}
+
+
+def potential(
+    stress: bool = False, clusters: int = 16, atoms: int = 12, width: int = 64, blocks: int = 3, radial: int = 20
+) -> Workload:
+    """SchNet-like potential, 2 tasks or, with stress, 3; W = the readout's hidden weight."""
+    cutoff, species = 5.0, 4
+    network = Potential(width, blocks, radial, species, cutoff)
+    grid = torch.cartesian_prod(*[torch.arange(3.0)] * 3)
+    places = torch.cat([1.5 * grid[torch.randperm(len(grid))[:atoms]] for _ in range(clusters)])
+    positions = places + 0.1 * torch.randn(len(places), 3)
+    cluster = torch.arange(clusters).repeat_interleave(atoms)
+    close = (torch.cdist(positions, positions) < cutoff) & (cluster[:, None] == cluster)
+    data = {
+        "positions": positions,
+        "species": torch.randint(species, (len(places),)),
+        "cluster": cluster,
+        "pairs": close.fill_diagonal_(False).nonzero().T,
+        "energy": torch.randn(clusters),
+        "forces": torch.randn(len(places), 3),
+    }
+    if stress:
+        data["stress"] = torch.randn(clusters, 3, 3)
+    return Workload(network, potential_losses, [network.readout[0].weight], data)
+
+
 WORKLOADS: dict[str, Callable[..., Workload]] = {
     "conv": conv,
     "transformer": transformer,
     "mlp": mlp,
     "pinn": pinn,
     "pinn-2048": functools.partial(pinn, points=2048),
+    "forces": potential,
+    "stress": functools.partial(potential, stress=True),
 }

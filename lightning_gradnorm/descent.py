@@ -6,15 +6,16 @@ users have hung on the graph (see ``vector_jacobian``). What a checkpoint has sa
 so there each task gets a run of its own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_gradnorm.autograd_graph import task_graph
+from lightning_gradnorm.autograd_graph import Edge, task_graph
 from lightning_gradnorm.factors import WeightFactors
-from lightning_gradnorm.vector_jacobian import added, frames_of, in_graph_task, inputs_of, undone, vector_jacobian_product
+from lightning_gradnorm.vector_jacobian import VectorJacobianProduct, added, frames_of, in_graph_task, undone
 
 Target = tuple[Node, int]
 
@@ -95,9 +96,10 @@ class Descent:
             return
         if node in self._factors:
             self._factors[node][1].add(node, {task: held[0] for task, held in arrived})
+        product = self._product(node)
         while arrived:
             task, held = arrived.pop()
-            for child, number, gradient in self._below(node, held):
+            for child, number, gradient in product(held):
                 self._arrivals.add(task, child, number, gradient)
 
     def lower_all(self) -> None:
@@ -105,17 +107,13 @@ class Descent:
         for node in reversed(self._nodes):
             self.lower(node)
 
-    def _below(self, node: Node, held: Mapping[int, Tensor]) -> Iterator[tuple[Node, int, Tensor]]:
-        """(child, its input, cotangent) for what one task has brought to the inputs of a node."""
-        below, ways = self._edges[node], node.next_functions
-        wanted = [child is not None and (child in below or (child, nr) in self._targets) for child, nr in ways]
+    def _product(self, node: Node) -> VectorJacobianProduct:
+        """From the inputs of a node to those of its children that lead to W."""
+        below = self._edges[node]
+        wanted = [child is not None and (child in below or (child, nr) in self._targets) for child, nr in node.next_functions]
         if node in self._factors:
             wanted[self._factors[node][0]] = False
-        if any(wanted):
-            down = vector_jacobian_product(node, [held.get(i) for i in range(inputs_of(node))], wanted)
-            for gradient, (child, number) in zip(down, ways, strict=True):
-                if child is not None and gradient is not None:
-                    yield child, number, gradient
+        return VectorJacobianProduct(node, wanted)
 
     def _through_frame(self, start: Node, task: int, held: dict[int, Tensor]) -> None:
         """From a node of a frame to where nothing leads to the frame any more: what it has saved can be had once in a run."""
@@ -130,12 +128,53 @@ class Descent:
         inside, at = set(way), {start: held}
         for node in way:
             if node in at:
-                for child, number, gradient in self._below(node, at.pop(node)):
+                for child, number, gradient in self._product(node)(at.pop(node)):
                     if child in inside and (child, number) not in self._targets:
                         other = at.setdefault(child, {})
                         other[number] = gradient if number not in other else added(other[number], gradient)
                     else:
                         self._arrivals.add(task, child, number, gradient)
+
+
+class Pace:
+    """Lowers each node as soon as all that its tasks bring is there: at the latest when the engine comes to the node.
+
+    What one node has sent down is still at hand when the next takes it up, and the engine need call only at some of the nodes.
+
+    Args:
+        descent: of these nodes.
+        nodes: where several tasks have met; children before parents.
+        edges: node → its children that lead to W.
+        leaving: a task's own node → the edges on which its gradient leaves what is its own.
+        held: those of the nodes that must not be lowered before the engine comes to them.
+
+    Attributes:
+        calls: the nodes at which ``engine_at`` has to be called, as the engine comes to them.
+    """
+
+    def __init__(
+        self,
+        descent: Descent,
+        nodes: Sequence[Node],
+        edges: Mapping[Node, Sequence[Node]],
+        leaving: Mapping[Node, Iterable[Edge]],
+        held: Iterable[Node],
+    ) -> None:
+        self._descent, self._edges = descent, edges
+        self.calls = {child for ways in leaving.values() for _, child, _ in ways if child in edges}
+        self.calls.update(held)
+        self._awaited = Counter(child for node in nodes for child in edges[node])
+        self._awaited.update(self.calls)
+
+    def engine_at(self, node: Node) -> None:
+        """The engine has come to the node: lower what waited for nothing else."""
+        come = [node]
+        while come:
+            node = come.pop()
+            self._awaited[node] -= 1
+            if not self._awaited[node] and node in self._edges:
+                self._descent.lower(node)
+                come += self._edges[node]
 
 
 def gradients_of(losses: Mapping[str, Tensor], tensors: Sequence[Tensor] | Sequence[GradientEdge]) -> list[list[Tensor | None]]:

@@ -20,7 +20,7 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradnorm.autograd_graph import MERGED, REST, TaskGraph, task_graph
-from lightning_gradnorm.descent import Arrivals, Descent
+from lightning_gradnorm.descent import Arrivals, Descent, Pace
 from lightning_gradnorm.factors import WeightFactors, find_factors
 from lightning_gradnorm.gradient_reader import (
     CompiledSharedLayerError,
@@ -142,7 +142,7 @@ class JointBackward(GradientReader):
        (Physics-informed losses that meet only at the parameters need nothing else.)
     3. On an edge from an exclusive node into a merged one, the hook keeps the task's cotangent. A prehook of the merged
        node, which fires when all cotangents have arrived and before the node is used up, carries each task's on by the
-       node's vector-Jacobian product.
+       node's vector-Jacobian product, and from there as far down as nothing else is waited for.
     4. A hook on each tapped loss reads c_i.
 
     Where a weight of W is an operand of matrix products or convolutions, and rows are few, the factors of the tasks'
@@ -252,8 +252,14 @@ class JointBackward(GradientReader):
         if graph.has_reentrant_checkpoint():  # then count how often W takes in a gradient: once is all that we can see
             leaves: list[Any] = [tensor for tensor in self.parameters if tensor.is_leaf]
             self._handles += [leaf.register_post_accumulate_grad_hook(self._count) for leaf in leaves]
-        self._handles += [node.register_prehook(_lower(descent, node)) for node in merged]
+        pace = Pace(descent, merged, graph.edges, graph.leaving, frames if self._may_hurry() else merged)
+        self._handles += [node.register_prehook(_engine_at(pace, node)) for node in pace.calls]
         self._handles += [node.register_prehook(self._read_cotangent(task)) for node, task in taps.items()]
+
+    def _may_hurry(self) -> bool:
+        """Whether nodes may run before the engine comes: not beside a device's streams, or hooks that gather shards."""
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return not together and all(tensor.device.type == "cpu" for tensor in (*self.parameters, *self._losses))
 
     def _check(self, graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
         _check_reached(graph, losses)
@@ -300,8 +306,8 @@ def _check_reached(graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
         raise UnreachedSharedLayerError(unreached)
 
 
-def _lower(descent: Descent, node: Node) -> Callable[..., None]:
+def _engine_at(pace: Pace, node: Node) -> Callable[..., None]:
     def prehook(grad_outputs: tuple[Tensor | None, ...]) -> None:
-        descent.lower(node)
+        pace.engine_at(node)
 
     return prehook

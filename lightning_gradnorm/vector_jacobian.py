@@ -10,7 +10,7 @@ modules once more; what that changes is put back.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-Gradients = list[Tensor | None]
+from lightning_gradnorm.partial_products import PARTS, Gradients
 
 
 def inputs_of(node: Node) -> int:
@@ -47,26 +47,38 @@ def _metadata(node: Node) -> Sequence[Any]:
     return cast(Sequence[Any], cast(Any, node)._input_metadata)
 
 
-def vector_jacobian_product(node: Node, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]) -> Gradients:
-    """What the node sends down for what arrives at it, one entry per ``node.next_functions``; no hook runs.
+class VectorJacobianProduct:
+    """What a node sends down for what arrives at it; no hook runs. Made once for as many cotangents as come.
 
     Args:
         node: not a leaf, and not used up.
-        cotangents: one per output of the node's operation, at least one of them given.
-        wanted: which entries are asked for; the others are ``None``. Matrix products and convolutions do not compute them.
+        wanted: which of the ``node.next_functions`` are asked for; see ``partial_products`` for where the others cost nothing.
     """
-    part = None if all(wanted) else _PARTS.get(type(node).__name__)
-    if part is not None:
-        found: Sequence[Tensor | None] = part(node, cast(Tensor, cotangents[0]), wanted)
-    elif isinstance(node, BackwardCFunction):
-        found = _of_python_function(node, cotangents)
-    else:
-        result = cast(Callable[..., Any], node)(*cotangents)
-        found = result if isinstance(result, tuple) else (result,)
-    return [
-        _as_taken(gradient, child, number) if asked and gradient is not None and child is not None else None
-        for gradient, (child, number), asked in zip(found, node.next_functions, wanted, strict=True)
-    ]
+
+    def __init__(self, node: Node, wanted: Sequence[bool]) -> None:
+        self._node, self._wanted, self._inputs = node, wanted, range(inputs_of(node))
+        self._part = None if all(wanted) else PARTS.get(type(node).__name__)
+        self._ways = [
+            (child, number, _metadata(child)[number]) if asked and child is not None else None
+            for (child, number), asked in zip(node.next_functions, wanted, strict=True)
+        ]
+
+    def __call__(self, held: Mapping[int, Tensor]) -> Iterator[tuple[Node, int, Tensor]]:
+        """(child, its input, cotangent) for what was brought: input of the node → cotangent, at least one."""
+        if not any(self._ways):
+            return
+        for gradient, way in zip(self._found([held.get(i) for i in self._inputs]), self._ways, strict=True):
+            if gradient is not None and way is not None:
+                child, number, metadata = way
+                yield child, number, _as_taken(gradient, metadata)
+
+    def _found(self, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        if self._part is not None:
+            return self._part(self._node, cast(Tensor, cotangents[0]), self._wanted)
+        if isinstance(self._node, BackwardCFunction):
+            return _of_python_function(self._node, cotangents)
+        result = cast(Callable[..., Any], self._node)(*cotangents)
+        return result if isinstance(result, tuple) else (result,)
 
 
 def added(held: Tensor, gradient: Tensor) -> Tensor:
@@ -74,9 +86,8 @@ def added(held: Tensor, gradient: Tensor) -> Tensor:
     return gradient + held if held.is_sparse and not gradient.is_sparse else held + gradient
 
 
-def _as_taken(gradient: Tensor, child: Node, number: int) -> Tensor:
+def _as_taken(gradient: Tensor, metadata: Any) -> Tensor:
     """As the engine hands it over: summed over what was broadcast, in the dtype of what it is the gradient of."""
-    metadata = _metadata(child)[number]
     if metadata.is_nested_tensor:
         return gradient
     if list(gradient.shape) != metadata.shape:
@@ -123,54 +134,6 @@ def _may_be_written_to(held: Any) -> bool:
 
 def _place_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-# -- products of which one side is not asked for -------------------------------------------------------------------
-
-
-def _scaled(tensor: Tensor, factor: Any) -> Tensor:
-    return tensor if factor == 1 else tensor * (factor.conjugate() if isinstance(factor, complex) else factor)
-
-
-def _of_mm(node: Any, cotangent: Tensor, wanted: Sequence[bool]) -> Gradients:
-    return [
-        cotangent @ node._saved_mat2.mH if wanted[0] else None,
-        node._saved_self.mH @ cotangent if wanted[1] else None,
-    ]
-
-
-def _of_addmm(node: Any, cotangent: Tensor, wanted: Sequence[bool]) -> Gradients:
-    alpha = node._saved_alpha
-    return [
-        _scaled(cotangent, node._saved_beta) if wanted[0] else None,
-        _scaled(cotangent @ node._saved_mat2.mH, alpha) if wanted[1] else None,
-        _scaled(node._saved_mat1.mH @ cotangent, alpha) if wanted[2] else None,
-    ]
-
-
-def _of_convolution(node: Any, cotangent: Tensor, wanted: Sequence[bool]) -> Gradients:
-    return list(
-        torch.ops.aten.convolution_backward(
-            cotangent,
-            node._saved_input,
-            node._saved_weight,
-            node._saved_bias_sym_sizes_opt,
-            node._saved_stride,
-            node._saved_padding,
-            node._saved_dilation,
-            node._saved_transposed,
-            node._saved_output_padding,
-            node._saved_groups,
-            list(wanted),
-        )
-    )
-
-
-_PARTS: dict[str, Callable[[Any, Tensor, Sequence[bool]], Gradients]] = {
-    "MmBackward0": _of_mm,
-    "AddmmBackward0": _of_addmm,
-    "ConvolutionBackward0": _of_convolution,
-}
 
 
 _SHARDED = "RegisterPostBackwardFunctionBackward"  # FSDP2's: gives a module's parameters back to their ranks

@@ -14,12 +14,13 @@ from benchmarks.overhead import flops
 from lightning_gradnorm import GradNormCallback
 from tests.helpers import SCALES, TrunkAndHeads, batches, quiet_trainer
 
-BATCH, LENGTH, WIDTH, TASKS = 6, 8, 32, 10
+BATCH, LENGTH, WIDTH, TASKS, RADIAL = 6, 8, 32, 10, 5
 SMALL = {
     "conv": functools.partial(workloads.conv, batch=BATCH, size=32, width=8),
     "transformer": functools.partial(workloads.transformer, batch=BATCH, length=LENGTH, width=WIDTH, layers=2, vocabulary=50),
     "mlp": functools.partial(workloads.mlp, batch=BATCH, width=WIDTH, tasks=TASKS),
     "pinn": functools.partial(workloads.pinn, points=BATCH, width=WIDTH),
+    "forces": functools.partial(workloads.potential, clusters=2, atoms=BATCH, width=WIDTH, radial=RADIAL),
 }
 # A weight gradient is one product: 2 x rows x inputs x outputs. For the convolution, rows are the 2x2 places of each image
 # and inputs the 3x3 neighbours' channels.
@@ -28,11 +29,13 @@ T_GRADIENTS_OF_W = {
     "transformer": 2 * 2 * (BATCH * LENGTH) * (4 * WIDTH) * WIDTH,
     "mlp": TASKS * 2 * BATCH * WIDTH * WIDTH,
     "pinn": 0,  # the losses meet only at the parameters: their gradients are read as they pass
+    "forces": 2 * 2 * (2 * BATCH) * WIDTH * WIDTH,  # and the derivative's own use of W is the forces' alone
 }
 
 
 def steps(name, method, count=1, **settings):
     """FLOPs of each of ``count`` steps from the start."""
+    torch.manual_seed(0)  # as many pairs of atoms in each
     workload = SMALL[name]()
     made = method(workload, torch.optim.SGD(workload.network.parameters(), lr=1e-3), **settings)
     return [flops(made.step) for _ in range(count)]
@@ -43,6 +46,19 @@ def test_the_joint_engine_adds_one_gradient_of_w_per_task_and_nothing_else(name)
     (plain,) = steps(name, PlainSum)
     assert plain > 0
     assert [balanced - plain for balanced in steps(name, ProductPerTask, 3)] == [T_GRADIENTS_OF_W[name]] * 3
+
+
+def test_losses_on_one_derivative_go_up_it_once_each_and_take_nothing_else_along():
+    workload = workloads.potential(stress=True, clusters=2, atoms=BATCH, width=WIDTH, radial=RADIAL)
+    (plain, balanced) = (
+        flops(method(workload, torch.optim.SGD(workload.network.parameters(), lr=1e-3)).step)
+        for method in (PlainSum, ProductPerTask)
+    )
+    pairs, atoms = workload.batch["pairs"].shape[1], 2 * BATCH
+    filters = 3 * 2 * pairs * (RADIAL + WIDTH) * WIDTH
+    within = (2 + 2 * 3 + 1) * 2 * atoms * WIDTH * WIDTH  # inward but for the first block, outward, readout
+    of_w = (3 + 2) * 2 * atoms * WIDTH * WIDTH  # where the energy uses it, and where the derivative does
+    assert balanced - plain == 2 * (filters + within) + of_w
 
 
 @pytest.mark.parametrize("engine", [ProductPerTask, PerTaskEngine])

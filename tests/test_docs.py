@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import lightning_gradnorm.balancers
 import lightning_gradnorm.pointwise
+from lightning_gradnorm import GradNormCallback
+from tests.helpers import quiet_trainer
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -48,6 +51,26 @@ def test_the_code_on_the_page_of_any_module_runs():
     assert (names["potential"].energy_weight, names["potential"].force_weight) == (0.01, 0.99)
     target = {"energy": torch.ones(3), "forces": torch.ones(3, 3)}
     assert names["Criterion"]()({name: 2 * value for name, value in target.items()}, target) == 2
+
+
+def test_the_potential_on_the_page_of_forces_trains_and_its_layer_is_found(tmp_path, caplog):
+    names: dict[str, object] = {}
+    (block,) = blocks("forces.md")
+    exec(compile(block, "forces.md", "exec"), names)
+
+    class Potential(names["Potential"]):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+    batch = {"positions": torch.randn(4, 6), "energy": torch.zeros(4), "forces": torch.zeros(4, 6)}
+    energy = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0))
+    callback = GradNormCallback(summary=False)
+    caplog.set_level("INFO")
+    quiet_trainer(tmp_path, callbacks=[callback]).fit(
+        Potential(energy), torch.utils.data.DataLoader([batch] * 3, batch_size=None)
+    )
+    assert "energy.2.weight (8, 8): 64 entries, the last hidden weight" in caplog.text
+    assert callback.balancer.steps == 3
 
 
 def test_links_and_pictures_lead_somewhere():

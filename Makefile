@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast fuzz lint format types bench clean
+.PHONY: demo test test-fast clients fuzz lint format types bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/digits.py
@@ -13,6 +13,10 @@ test: lint types
 
 test-fast: lint types
 	$(BIN)/python -m pytest -m "not slow"
+
+# Needs no .venv: each client has an environment of its own.
+clients:
+	$(PYTHON) -m tests.clients.run
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.random_programs --programs 10000
@@ -39,4 +43,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs lightning_logs
+	rm -rf $(VENV) .venv-clients runs lightning_logs

@@ -15,21 +15,26 @@ class Audit:
     """Adds up the gradients that the backward to come brings to W.
 
     Args:
+        root: what the backward leads through, itself or a multiple of it.
         graph: the part of the backward graph that leads there.
         parameters: the tensors of W.
 
     Attributes:
         in_half_precision: whether a part of the way is computed in half precision.
         precision: of W: the coarsest of its tensors', of a complex one that of its parts.
+        scale: what arrived at ``root``: 1 where the backward was its own, 1/N in a loop that divides it for accumulation.
     """
 
-    def __init__(self, graph: TaskGraph, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, root: Tensor, graph: TaskGraph, parameters: Sequence[Tensor]) -> None:
         self.in_half_precision = any(dtype_of(node).itemsize == 2 for node in graph.edges)
         self._parameters = list(parameters)
         dtypes = [(parameter.real if parameter.is_complex() else parameter).dtype for parameter in self._parameters]
         self.precision = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         self._whole: dict[int, Tensor] = {}
+        self.scale = torch.ones_like(root)
         self._handles: list[RemovableHandle] = []
+        if root.grad_fn is not None:
+            self._handles.append(root.grad_fn.register_prehook(self._note_scale(root.output_nr)))
         for node in graph.edges:
             ways = [
                 (i, graph.targets[child, number])
@@ -38,6 +43,14 @@ class Audit:
             ]
             if ways:
                 self._handles.append(node.register_hook(self._add(ways)))
+
+    def _note_scale(self, number: int) -> Callable[..., None]:
+        def hook(grad_outputs: tuple[Tensor | None, ...]) -> None:
+            gradient = grad_outputs[number]
+            if gradient is not None:
+                self.scale = gradient.detach()
+
+        return hook
 
     def _add(self, ways: list[tuple[int, int]]) -> Callable[..., None]:
         def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
@@ -52,13 +65,13 @@ class Audit:
         """Whether hooks of the user have changed what arrived; once the backward has run.
 
         Args:
-            expected: what arrives without hooks, one per tensor of W.
+            expected: what the root's own backward brings without hooks, one per tensor of W.
             difference: of two readings of the tasks' gradients, all tasks together, ``[|W|]``. Where no hook is at work, what
                 arrived is off by nothing, and not by as much as the readings.
             rounding: relative to all that arrived, what is nothing.
         """
         whole = _flat([self._whole.get(k) for k in range(len(self._parameters))], self._parameters)
-        off = (whole - _flat(expected, self._parameters)).norm()
+        off = (whole - self.scale.to(whole) * _flat(expected, self._parameters)).norm()
         return bool(off > rounding * whole.norm()) and bool(off > 0.5 * difference.to(off).norm())
 
     def discard(self) -> None:

@@ -96,7 +96,7 @@ class Reading:
                 self._second = None  # that way is not open here
             self._reader = reader = JointBackward(root, losses, tensors, edges)
             if self._second is not None:
-                self._audit = Audit(reader.graph, reader.parameters)
+                self._audit = Audit(root, reader.graph, reader.parameters)
                 self._whole = gradients_of({"total": root}, reader.wanted)[0]
 
     def finish(self) -> TaskGradients | None:
@@ -125,7 +125,9 @@ class Reading:
         tolerance = _AGREE_IN_HALF if in_half else _AGREE.get(audit.precision, _AGREE_IN_HALF)
         difference = _difference(found.norms(), slow.norms(), tolerance)
         # The second reading does not see what hooks of the user do to gradients; the first sees a part of it.
-        changed = difference is not None and audit.hooks_changed(whole, _together(found) - _together(slow), tolerance.whole)
+        together = _together(slow)
+        apart = _together(found) - audit.scale.to(together) * together
+        changed = difference is not None and audit.hooks_changed(whole, apart, tolerance.whole)
         audit.discard()
         if difference is None or changed:
             return found

@@ -149,6 +149,22 @@ def test_gradients_of_the_wrong_tasks_are_noticed(monkeypatch):
     assert len(reading.words) == 1
 
 
+@pytest.mark.parametrize("scale", [0.25, 1024.0])
+def test_a_wrong_reading_of_a_backward_that_a_loop_scales_gives_way_too(monkeypatch, scale):
+    """As accelerate and a GradScaler do, after the reading was begun."""
+    monkeypatch.setattr("lightning_gradnorm.reading.JointBackward", Wrong)
+    torch.manual_seed(0)
+    net, losses = net_and_losses()
+    expected = [torch.autograd.grad(loss, net[0].weight, retain_graph=True)[0].norm() for loss in losses.values()]
+    losses = tap_losses(losses)
+    total = sum(losses.values())
+    reading = Reading("auto")
+    reading.begin(total, losses, [net[0].weight])
+    (scale * total).backward()
+    torch.testing.assert_close(reading.finish().norms().float(), torch.stack(expected))
+    assert len(reading.words) == 1
+
+
 def test_hooks_that_change_gradients_above_and_below_w_are_no_fault_of_the_reading():
     """What the backward brings is neither what the first nor what the second reading promises, and nothing is wrong."""
     torch.manual_seed(0)

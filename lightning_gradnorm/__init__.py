@@ -26,12 +26,15 @@ from lightning_gradnorm.layer_watch import LayerWatch
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.mixin import MultiTaskMixin
 from lightning_gradnorm.pointwise import GradientNormPoints, PointWeighting, SelfAdaptivePoints, UniformPoints
+from lightning_gradnorm.session import BalancedStep, BalancingSession, Loop, RankAgreement
 from lightning_gradnorm.shared_layer import SharedLayerSpec
 
 __version__ = "0.2.0.dev0"
 
 __all__ = [
     "AdaptiveNormalizedLoss",
+    "BalancedStep",
+    "BalancingSession",
     "DynamicTaskPrioritization",
     "DynamicWeightAverage",
     "EqualWeights",
@@ -43,6 +46,7 @@ __all__ = [
     "JointBackward",
     "LayerWatch",
     "LearningRateAnnealing",
+    "Loop",
     "LossBalancer",
     "LossBalancingCallback",
     "LossRatioBalancing",
@@ -51,6 +55,7 @@ __all__ = [
     "PerTaskBackward",
     "PointWeighting",
     "RandomLossWeighting",
+    "RankAgreement",
     "ReLoBRaLo",
     "RuleBalancer",
     "SelfAdaptivePoints",

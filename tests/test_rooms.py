@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "window",
         "balancers",
         "pointwise",
+        "door",
     },
     "callbacks": FLOOR
     | {
@@ -79,6 +80,7 @@ MAY_IMPORT = {
         "door",
         "mixin",
         "pointwise",
+        "session",
         "callbacks",
         "comparison",
         "diagnosis",

@@ -106,3 +106,12 @@ def called_twice(first: Iterable[str], now: Iterable[str]) -> str:
         f"total_loss() was called twice in one step: first for the tasks {list(first)}, now for {list(now)}. Call it once with "
         "the losses of all tasks; add terms that are not to be balanced to what it returns."
     )
+
+
+def no_backward(tasks: Iterable[str]) -> str:
+    """What is said of a total that was made in a batch without a reading around its backward, with its tasks."""
+    return (
+        f"A batch had a total of the tasks {list(tasks)}, but no before_backward() of a loss that is built from it, so the "
+        "weights stay as they are. Call session.before_backward(loss) before the backward of that loss, and "
+        "session.after_backward() after it."
+    )

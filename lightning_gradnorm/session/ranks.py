@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RankAgreement:
@@ -27,6 +27,14 @@ class RankAgreement:
         self.tasks: tuple[str, ...] = ()
         self.layer: tuple[str, ...] = ()
         self.entries = 0
+
+    @classmethod
+    def of(cls, network: nn.Module) -> "RankAgreement | None":
+        """That of the distributed run which this process is in, on the network's device; ``None`` where it is alone."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or torch.distributed.get_world_size() == 1:
+            return None
+        return cls(next((parameter.device for parameter in network.parameters()), torch.device("cpu")))
 
     def agree(self, tasks: Sequence[str], layer: Sequence[str], entries: int) -> None:
         """Exchange what each rank knows; a collective, called by all ranks.

@@ -17,6 +17,7 @@ from lightning_gradnorm.session.loop import BalancedStep, Loop, warn
 from lightning_gradnorm.session.losses_of import weigh_losses_of
 from lightning_gradnorm.session.measuring import Measuring
 from lightning_gradnorm.session.noted import NotedLosses
+from lightning_gradnorm.session.ranks import RankAgreement
 from lightning_gradnorm.session.shared import NormOf, SharedReading
 from lightning_gradnorm.session.telling import idle_tasks, lone, never_multiplied, of_idle, of_skipped, unsettled, unused
 from lightning_gradnorm.session.totals import Totals
@@ -29,19 +30,26 @@ class BalancingSession(Totals):
 
         session = BalancingSession(GradNorm(), network)
         for x, y in batches:
-            total = session.total({"a": loss_a(network(x), y), "b": loss_b(network(x), y)})
-            session.before_backward(total)
-            total.backward()
-            session.after_backward()
+            with session.batch():
+                total = total_loss({"a": loss_a(network(x), y), "b": loss_b(network(x), y)})
+                session.before_backward(total)
+                total.backward()
+                session.after_backward()
             optimizer.step()
             optimizer.zero_grad()
             session.step()
 
-    Several backward passes before one ``step`` are its micro-batches: the norms are those of the mean gradient.
+    ``total_loss`` may be called anywhere, deep in somebody else's code. Where the session is at hand its ``total`` is the same,
+    and ``batch`` can then be left out of a loop with one batch per step. Several batches before one ``step`` are its
+    micro-batches: the norms are those of the mean gradient. Under ``torch.no_grad`` a total is the plain sum.
+
+    In a distributed run the ranks agree on the tasks and the layer, and hold the same weights: each calls ``step`` at the same
+    steps, whatever its batches had.
 
     Args:
         balancer: the method.
-        network: what is trained; without it, ``open`` begins a run.
+        network: what is trained, where it is trained: on its device, once the process group is there, and not in a wrapper that
+            renames its parameters. Without it, ``open`` begins a run.
         shared_layer: the layer on which gradients are compared; found from the graph if it is not given.
         engine: how the tasks' gradients are read: ``"joint"``, ``"per_task"``, or ``"auto"``.
         norm_of: ``"parameters"`` of the shared layer, or its ``"features"``: the layer's output.
@@ -74,7 +82,7 @@ class BalancingSession(Totals):
         self.reading = SharedReading(engine, norm_of, balancer.needs)
         self._close()
         if network is not None:
-            self.open(Loop(network, lambda: shared_layer, losses_of=losses_of))
+            self.open(Loop(network, lambda: shared_layer, losses_of=losses_of, ranks=RankAgreement.of(network)))
 
     # -- life ------------------------------------------------------------------------------------------------------
 

@@ -1,18 +1,21 @@
 """Where losses come in: weighed and noted in training, as they are outside."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers import LossBalancer
+from lightning_gradnorm.door import Door
 from lightning_gradnorm.losses import TaskLosses, check_losses, plain_sum, weighted_terms
 from lightning_gradnorm.plain import plain_name
 from lightning_gradnorm.pointwise import PointWeighting
+from lightning_gradnorm.session.link import TotalLink
 from lightning_gradnorm.session.loop import Loop
-from lightning_gradnorm.session.noted import NotedLosses, called_twice, multiplied_twice, note
+from lightning_gradnorm.session.noted import NotedLosses, called_twice, multiplied_twice, no_backward, note
 from lightning_gradnorm.session.shared import SharedReading
 from lightning_gradnorm.session.telling import needs_total
 from lightning_gradnorm.term_weight import TermWeight
@@ -44,6 +47,7 @@ class Totals:
         self.totals = 0
         self.noted: list[NotedLosses] = []
         self._recording = False
+        self._link: TotalLink | None = None
 
     def begin_batch(self) -> None:
         """Weigh and note losses from now on. Needed where batches and steps are not one to one."""
@@ -57,6 +61,38 @@ class Totals:
         self._recording = False
         self.noted.clear()
         self.reading.stop_watching()
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """One batch, forward and backward: while it lasts, in this thread, ``total_loss`` of any code leads here.
+
+        After it and before the next a total is the plain sum, as in evaluation. A batch that ends in an error is forgotten,
+        with what the step under way had measured.
+        """
+        if self._link is None:
+            self._link = TotalLink(self.total)
+        self.begin_batch()
+        door = Door()
+        door.open(self._link)
+        try:
+            yield
+        except BaseException:
+            self.drop()
+            raise
+        else:
+            if self.noted:
+                self.tell("raw backward", no_backward(self.noted[-1].losses))
+        finally:
+            door.close()
+            self.end_batch()
+
+    def drop(self) -> None:
+        """Forget the step under way."""
+        raise NotImplementedError
+
+    def tell(self, about: str, message: str) -> None:
+        """Warn of something, once in a run."""
+        raise NotImplementedError
 
     def total(
         self,

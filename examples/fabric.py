@@ -1,8 +1,8 @@
 """GradNorm in a loop of one's own: Lightning Fabric, no Trainer and no callback.
 
-The network, the data and the three tasks are those of ``digits.py``. Beside an ordinary Fabric loop there are five lines:
-``tap_losses`` marks where each task's gradient begins, ``total`` weighs the losses, ``JointBackward`` reads the tasks'
-gradients on the shared layer while ``fabric.backward`` runs, and ``update`` moves the weights for the next step.
+The network, the data and the three tasks are those of ``digits.py``. To an ordinary Fabric loop a ``BalancingSession`` adds five
+lines: ``batch`` is where totals are weighed, ``total_loss`` stands for the sum of the losses, ``before_backward`` and
+``after_backward`` read the tasks' gradients on the shared layer, and ``step`` moves the weights for the next step.
 
     python examples/fabric.py            # ten seconds or so
     python examples/fabric.py --help
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_gradnorm import GradNorm, JointBackward, tap_losses
+from lightning_gradnorm import BalancingSession, EqualWeights, GradNorm, LossBalancer, total_loss
 
 TRAIN, TEST = load()
 
@@ -31,26 +31,24 @@ def task_losses(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str,
     return {"digit": F.cross_entropy(scores, labels)} | regressions
 
 
-def train(gradnorm: GradNorm | None, args: argparse.Namespace) -> dict[str, float]:
-    """One run, with GradNorm or with equal weights; the losses on the test images."""
+def train(balancer: LossBalancer, args: argparse.Namespace) -> dict[str, float]:
+    """One run; the losses on the test images."""
     fabric = Fabric(accelerator="cpu", devices=1)
     torch.manual_seed(args.seed)
     module = Digits()
     network, optimizer = fabric.setup(module, torch.optim.Adam(module.parameters(), lr=3e-3))
     batches = fabric.setup_dataloaders(DataLoader(TRAIN, batch_size=64, shuffle=True))
+    session = BalancingSession(balancer, module, shared_layer=module.trunk[2])
     for _ in range(args.epochs):
         for images, labels in batches:
-            optimizer.zero_grad()
-            losses = task_losses(network, images, labels)
-            if gradnorm is None:
-                fabric.backward(sum(losses.values()))
-            else:
-                losses = tap_losses(losses)
-                total = gradnorm.total(losses)
-                reader = JointBackward(total, losses, module.trunk[2].parameters())
+            with session.batch():
+                total = total_loss(task_losses(network, images, labels))
+                session.before_backward(total)
                 fabric.backward(total)
-                gradnorm.update(reader.measurement())
+                session.after_backward()
             optimizer.step()
+            optimizer.zero_grad()
+            session.step()
     with torch.no_grad():
         return {task: loss.item() for task, loss in task_losses(network, *TEST.tensors).items()}
 
@@ -64,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)  # layers as small as these are slower on several
     gradnorm = GradNorm(alpha=args.alpha)
     with quiet_lightning():
-        equal, balanced = train(None, args), train(gradnorm, args)
+        equal, balanced = train(EqualWeights(), args), train(gradnorm, args)
     rows = [(task, *(f"{value:.3g}" for value in (equal[task], balanced[task], gradnorm.weights[task]))) for task in equal]
     print_table("Held-out losses", ["", "equal weights", "GradNorm", "GradNorm's weight"], rows)
 

@@ -88,7 +88,7 @@ def test_the_fabric_loop_ends_with_the_trainers_weights(example, tmp_path, monke
 
     monkeypatch.setattr(example, "task_losses", noting)
     monkeypatch.setattr(example, "GradNorm", lambda **settings: made.append(GradNorm(**settings)) or made[-1])
-    example.main(["--epochs", "1"])
+    example.main(["--epochs", "1", "--alpha", "0.25"])
     equal, balanced = batches[: len(batches) // 2], batches[len(batches) // 2 :]
     assert all(torch.equal(a, b) for one, other in zip(equal, balanced, strict=True) for a, b in zip(one, other, strict=True))
 

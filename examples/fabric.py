@@ -1,8 +1,8 @@
 """GradNorm in a loop of one's own: Lightning Fabric, no Trainer and no callback.
 
-The network, the data and the three tasks are those of ``digits.py``. To an ordinary Fabric loop a ``BalancingSession`` adds five
-lines: ``batch`` is where totals are weighed, ``total_loss`` stands for the sum of the losses, ``before_backward`` and
-``after_backward`` read the tasks' gradients on the shared layer, and ``step`` moves the weights for the next step.
+The network, the data and the three tasks are those of ``digits.py``. To an ordinary Fabric loop a ``BalancingSession`` adds
+five lines: in a ``batch`` losses are weighed, ``total_loss`` stands for their sum, ``before_backward`` and ``after_backward``
+read the tasks' gradients on the shared layer, and ``step`` moves the weights for the next step.
 
     python examples/fabric.py            # ten seconds or so
     python examples/fabric.py --help

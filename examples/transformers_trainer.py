@@ -1,8 +1,8 @@
 """GradNorm under ``transformers.Trainer``: a small BERT with three heads, on sequences made in code.
 
-``BalancedTrainer`` and ``Balancing`` are all that it takes, for any model: copy them. Where the model, or ``compute_loss``, adds
-its losses up, ``total_loss`` does. Accumulated batches, precision, gradient checkpointing, several processes (``torchrun``),
-evaluation and checkpoints work as before; a resumed run goes on with the weights that it had.
+``BalancedTrainer`` and ``Balancing`` are all that it takes, for any model: copy them. Where the model, or ``compute_loss``,
+adds its losses up, ``total_loss`` does. Accumulated batches, precision, gradient checkpointing, several processes
+(``torchrun``), evaluation and checkpoints work as before; a resumed run goes on with the weights that it had.
 
     pip install transformers accelerate
     python examples/transformers_trainer.py            # a minute or so

@@ -5,11 +5,12 @@ import torch
 import torch.distributed
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
+from torch import nn
 
 from lightning_gradnorm import BalancingSession, GradNorm, Loop, RankAgreement, total_loss
 from tests.callbacks.two_processes import WORLD, on_two_processes
-from tests.helpers import same_state
-from tests.loops import Network, Run, assert_close, balancer, by_the_callback, moved, of_rank, optimizer_of, rows, same
+from tests.helpers import in_another_thread, same_state
+from tests.loops import SCALES, Network, Run, assert_close, balancer, by_the_callback, moved, of_rank, optimizer_of, rows, same
 
 
 def by_hand(x, *, size=8, accumulate=1, network=None, session=None):
@@ -148,17 +149,68 @@ def test_batches_of_two_sessions_do_not_mix():
 def test_a_total_whose_backward_is_not_read_is_told():
     network = Network()
     session = BalancingSession(balancer(), network)
-    with pytest.warns(UserWarning, match=r"\['small', 'middle', 'large'\], but no before_backward\(\)"), session.batch():
+    with (
+        pytest.warns(UserWarning, match=r"\['small', 'middle', 'large'\], were weighed, but no before_backward"),
+        session.batch(),
+    ):
         network(rows(1))["loss"].backward()
     assert session.step() is None
+
+
+def test_a_batch_that_hands_nothing_over_is_told():
+    network = Network()
+    session = BalancingSession(balancer(), network)
+    with pytest.warns(UserWarning, match="A batch handed no losses over, so BalancingSession has nothing"), session.batch():
+        in_another_thread(lambda: network(rows(1)))
+
+
+def test_without_a_run_there_is_no_batch():
+    session = BalancingSession(balancer(), Network())
+    session.close()
+    for closed in (session, BalancingSession(balancer())):
+        with pytest.raises(RuntimeError, match="No run is open here"), closed.batch():
+            pass
+
+
+class Parts(Network):
+    """Its losses by each of the other ways in: a submodule that returns them as a dict, weights that it multiplies by."""
+
+    def __init__(self):
+        super().__init__()
+        self.returns = Returns()
+        self.weights = dict.fromkeys(SCALES, 1.0)
+
+    def forward(self, x):
+        losses = self.returns(self.losses(x))
+        return {"loss": sum(self.weights[task] * loss for task, loss in losses.items())}
+
+
+class Returns(nn.Module):
+    def forward(self, losses):
+        return dict(losses)
+
+
+def test_every_way_in_is_the_same_in_a_batch():
+    expected = by_hand(rows())
+    weighed, returned = Parts(), Parts()
+    session = BalancingSession(balancer(), weighed)
+    weighed.weights = {task: session.weight(task) for task in SCALES}
+    for network, its in ((weighed, session), (returned, BalancingSession(balancer(), returned, losses_of="returns"))):
+        found = by_hand(rows(), network=network, session=its)
+        assert same(found, expected)
 
 
 def test_a_batch_that_ends_in_an_error_is_forgotten_with_its_step():
     network, x = Network(), rows(2)
     session = BalancingSession(balancer(), network)
-    with pytest.raises(MemoryError), session.batch():
-        session.before_backward(network(x[:8])["loss"])
-        raise MemoryError
+
+    def fails():
+        with session.batch():
+            session.before_backward(network(x[:8])["loss"])
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fails()
     assert not session.window and not session.noted
     assert total_loss({"a": torch.tensor(2.0)}) == 2
     with session.batch():

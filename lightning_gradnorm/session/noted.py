@@ -108,10 +108,22 @@ def called_twice(first: Iterable[str], now: Iterable[str]) -> str:
     )
 
 
-def no_backward(tasks: Iterable[str]) -> str:
-    """What is said of a total that was made in a batch without a reading around its backward, with its tasks."""
+def not_handed_over(noted: Sequence[NotedLosses], name: str) -> str:
+    """What is said of a batch whose losses did not come, or came and had no backward that was announced.
+
+    Args:
+        noted: the losses that were weighed in it, and wait for their backward.
+        name: of what the user sees.
+    """
+    tasks = [task for one in noted for task in one.losses]
+    if not tasks:
+        return (
+            f"A batch handed no losses over, so {name} has nothing to weigh. Where all of them are at hand, write "
+            "total_loss({'task': loss, …}) in the place of their sum, in the thread of the batch: replicas of DataParallel run "
+            "in threads of their own."
+        )
     return (
-        f"A batch had a total of the tasks {list(tasks)}, but no before_backward() of a loss that is built from it, so the "
-        "weights stay as they are. Call session.before_backward(loss) before the backward of that loss, and "
+        f"The losses of a batch, of the tasks {tasks}, were weighed, but no before_backward() of what they add up to "
+        "followed, so the weights stay as they are. Call session.before_backward(loss) before the backward of that loss, and "
         "session.after_backward() after it."
     )

@@ -15,7 +15,7 @@ from lightning_gradnorm.plain import plain_name
 from lightning_gradnorm.pointwise import PointWeighting
 from lightning_gradnorm.session.link import TotalLink
 from lightning_gradnorm.session.loop import Loop
-from lightning_gradnorm.session.noted import NotedLosses, called_twice, multiplied_twice, no_backward, note
+from lightning_gradnorm.session.noted import NotedLosses, called_twice, multiplied_twice, not_handed_over, note
 from lightning_gradnorm.session.shared import SharedReading
 from lightning_gradnorm.session.telling import needs_total
 from lightning_gradnorm.term_weight import TermWeight
@@ -66,9 +66,15 @@ class Totals:
     def batch(self) -> Iterator[None]:
         """One batch, forward and backward: while it lasts, in this thread, ``total_loss`` of any code leads here.
 
-        After it and before the next a total is the plain sum, as in evaluation. A batch that ends in an error is forgotten,
+        After it and before the next, losses are what they are, as in evaluation. A batch that ends in an error is forgotten,
         with what the step under way had measured.
+
+        Raises:
+            RuntimeError: if no run is open.
         """
+        loop, before = self._loop, self.totals
+        if loop is None:
+            raise RuntimeError("No run is open here: give BalancingSession the network, or open(Loop(network)) before a batch.")
         if self._link is None:
             self._link = TotalLink(self.total)
         self.begin_batch()
@@ -80,8 +86,8 @@ class Totals:
             self.drop()
             raise
         else:
-            if self.noted:
-                self.tell("raw backward", no_backward(self.noted[-1].losses))
+            if self.noted or self.totals == before:
+                self.tell("not handed over", not_handed_over(self.noted, loop.name))
         finally:
             door.close()
             self.end_batch()

@@ -3,10 +3,10 @@
 import os
 
 import pytest
+
+pytest.importorskip("accelerate", reason="accelerate is not installed; make clients installs it apart")
+
 import torch
-
-accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: see tests/clients/run.py")
-
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader

@@ -4,15 +4,16 @@ import os
 import warnings
 
 import pytest
-import torch
-from torch import nn
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: see tests/clients/run.py")
+pytest.importorskip("transformers", reason="transformers is not installed; make clients installs it apart")
 pytest.importorskip(
-    "accelerate", reason="accelerate, which transformers.Trainer needs, is not installed: see tests/clients/run.py"
+    "accelerate", reason="accelerate, which its Trainer needs, is not installed; make clients installs it apart"
 )
 
+import torch
+import transformers
 from accelerate.state import AcceleratorState, GradientState
+from torch import nn
 from transformers import BertConfig, BertModel, BertPreTrainedModel, TrainerCallback, TrainingArguments
 
 from lightning_gradnorm import total_loss

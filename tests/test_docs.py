@@ -73,6 +73,29 @@ def test_the_potential_on_the_page_of_forces_trains_and_its_layer_is_found(tmp_p
     assert callback.balancer.steps == 3
 
 
+LIBRARIES = "accelerate", "transformers"  # whose blocks are run where they are installed, by tests/clients
+
+
+def test_the_code_on_the_page_of_loops_runs():
+    names: dict[str, object] = {}
+    ours = [block for block in blocks("loops.md") if not any(f"from {library} import" in block for library in LIBRARIES)]
+    sessions = []
+    for block in ours:
+        exec(compile(block, "loops.md", "exec"), names)
+        sessions.append(names["session"])
+    by_hand, by_fabric = (session.balancer for session in sessions)
+    assert by_hand.steps == by_fabric.steps == 16
+    assert by_hand.weights["sold"] > 1 > by_hand.weights["price"]
+    assert by_fabric.weights["sold"] > 1 > by_fabric.weights["price"]
+
+
+def test_the_page_of_loops_shows_the_examples_two_classes():
+    example = (DOCS.parent / "examples" / "transformers_trainer.py").read_text(encoding="utf-8")
+    (block,) = [block for block in blocks("loops.md") if "from transformers import" in block]
+    assert block[block.index("class BalancedTrainer") :].strip() in example
+    assert "class Balancing(TrainerCallback)" in block
+
+
 def test_links_and_pictures_lead_somewhere():
     for page in DOCS.glob("*.md"):
         targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))

@@ -38,6 +38,8 @@ class Client(NamedTuple):
 
 CLIENTS = (
     Client("transformers", "transformers", "torch-2.13"),
+    Client("transformers_trainer", "transformers", "torch-2.13"),
+    Client("accelerate", "accelerate", "torch-2.13"),
     Client("pytorch_forecasting", "pytorch-forecasting", "torch-2.13"),
     Client("torchvision", "torchvision", "torch-2.14"),
 )

@@ -15,6 +15,7 @@ from lightning_gradnorm import BalancingSession
 from tests.callbacks.two_processes import WORLD, on_two_processes
 from tests.helpers import same_state
 from tests.loops import Network, Run, assert_close, balancer, by_the_callback, moved, of_rank, optimizer_of, rows, same
+from tests.test_docs import blocks
 
 pytestmark = pytest.mark.client
 
@@ -99,6 +100,23 @@ def test_its_saved_state_has_the_session_and_resumes_exactly(tmp_path):
     assert first.weights + second.weights == whole.weights
     assert same_state(second.state, whole.state)
     assert all(torch.equal(second.parameters[name], value) for name, value in whole.parameters.items())
+
+
+def test_the_block_of_the_page_of_loops_runs():
+    (library,) = [block for block in blocks("loops.md") if "from accelerate import" in block]
+    names = {}
+    for block in (blocks("loops.md")[0], library):
+        exec(compile(block, "loops.md", "exec"), names)
+    assert names["session"].balancer.steps == 8
+    assert names["session"].balancer.weights["sold"] > 1 > names["session"].balancer.weights["price"]
+
+
+@pytest.mark.parametrize("example", ["accelerate_loop"], indirect=True)
+def test_the_example_trains_both_ways(example, capsys):
+    example.main(["--epochs", "2", "--bf16"])
+    printed = capsys.readouterr().out
+    for word in ("digit", "pixels", "ink", "equal weights", "GradNorm's weight"):
+        assert word in printed
 
 
 def on_a_rank(rank, path):

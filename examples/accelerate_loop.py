@@ -2,7 +2,7 @@
 
 The network, the data and the three tasks are those of ``digits.py``. The ``session`` is an object like any other to accelerate:
 registered for checkpointing, its weights are in every ``save_state``. It also runs on several processes, which then hold the
-same weights: ``accelerate launch examples/accelerate_loop.py``.
+same weights: ``torchrun --nproc_per_node 2 examples/accelerate_loop.py``.
 
     pip install accelerate
     python examples/accelerate_loop.py            # ten seconds or so
@@ -10,13 +10,12 @@ same weights: ``accelerate launch examples/accelerate_loop.py``.
 """
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from _common import print_table
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from digits_problem import Digits, load
 from torch import nn
 from torch.nn import functional as F
@@ -67,11 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=40, help="of 22 steps each; default %(default)s")
     parser.add_argument("--alpha", type=float, default=0.12, help="GradNorm's asymmetry; default %(default)s")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument("--out", type=Path, default=Path("runs/accelerate"), help="where states go; default %(default)s")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # layers as small as these are slower on several
     gradnorm = GradNorm(alpha=args.alpha)
-    with tempfile.TemporaryDirectory() as folder:
-        equal, balanced = (train(balancer, args, Path(folder)) for balancer in (EqualWeights(), gradnorm))
+    equal, balanced = (train(balancer, args, args.out / type(balancer).__name__) for balancer in (EqualWeights(), gradnorm))
+    if not PartialState().is_main_process:
+        return
     rows = [(task, *(f"{value:.3g}" for value in (equal[task], balanced[task], gradnorm.weights[task]))) for task in equal]
     print_table("Held-out losses", ["", "equal weights", "GradNorm", "GradNorm's weight"], rows)
 

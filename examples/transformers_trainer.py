@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from _common import print_table
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -167,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gradnorm = GradNorm(alpha=args.alpha)
     with tempfile.TemporaryDirectory() as folder:
         equal, balanced = train(EqualWeights(), args, folder), train(gradnorm, args, folder)
+    if not PartialState().is_main_process:
+        return
     rows = [(task, *(f"{value:.3g}" for value in (equal[task], balanced[task], gradnorm.weights[task]))) for task in equal]
     print_table("Held-out losses", ["", "equal weights", "GradNorm", "GradNorm's weight"], rows)
 

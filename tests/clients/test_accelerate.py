@@ -112,8 +112,8 @@ def test_the_block_of_the_page_of_loops_runs():
 
 
 @pytest.mark.parametrize("example", ["accelerate_loop"], indirect=True)
-def test_the_example_trains_both_ways(example, capsys):
-    example.main(["--epochs", "2", "--bf16"])
+def test_the_example_trains_both_ways(example, tmp_path, capsys):
+    example.main(["--epochs", "2", "--bf16", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     for word in ("digit", "pixels", "ink", "equal weights", "GradNorm's weight"):
         assert word in printed

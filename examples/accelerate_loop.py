@@ -55,6 +55,7 @@ def train(balancer: LossBalancer, args: argparse.Namespace, folder: Path) -> dic
                 session.step()
         if epoch == args.epochs // 2:
             accelerator.save_state(str(folder))  # model, optimizer, random numbers, and the weights
+            accelerator.wait_for_everyone()
             accelerator.load_state(str(folder))
     with torch.no_grad():
         return {task: loss.item() for task, loss in task_losses(network, *TEST.tensors).items()}

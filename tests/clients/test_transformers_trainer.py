@@ -49,7 +49,7 @@ class Watch(TrainerCallback):
         self.logged.append(logs)
 
 
-def made(example, folder, x, *, network=None, size=8, accumulate=1, trainer=None, **settings):
+def made(example, folder, x, *, network=None, size=8, accumulate=1, trainer=None, labelled=False, **settings):
     """A Trainer over the rows in their order, and what watches it.
 
     Args:
@@ -60,6 +60,7 @@ def made(example, folder, x, *, network=None, size=8, accumulate=1, trainer=None
         size: of a batch.
         accumulate: how many batches a step has.
         trainer: another class.
+        labelled: whether a row has ``labels``, by that name.
         settings: of TrainingArguments.
     """
     network = network or Network()
@@ -78,7 +79,7 @@ def made(example, folder, x, *, network=None, size=8, accumulate=1, trainer=None
     found = (trainer or example.BalancedTrainer)(
         network,
         args,
-        train_dataset=[{"x": row} for row in x],
+        train_dataset=[{"x": row} | ({"labels": 0} if labelled else {}) for row in x],
         eval_dataset=[{"x": row} for row in rows(2)],
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
         balancer=balancer(),
@@ -105,17 +106,17 @@ def test_it_equals_the_callback_bit_for_bit(example, tmp_path, accumulate, absen
 
 
 class AnyArguments(Network):
-    """Of such a model the Trainer takes it that its losses are sums over an accumulated batch."""
+    """Of such a model the Trainer takes it that its loss is a sum over the labels, divided by all of an accumulated batch."""
 
-    def forward(self, x, **kwargs):
+    def forward(self, x, labels, **kwargs):
         return super().forward(x)
 
 
 @pytest.mark.parametrize("network", [Network, AnyArguments])
 def test_accumulated_batches_are_one_large_batch(example, tmp_path, float64, network):
-    x = rows().double()
-    found = train(example, tmp_path, x, size=4, accumulate=4, network=network())
-    assert_close(vars(found), train(example, tmp_path, x, size=16, network=network()), rel=1e-9)
+    x, labelled = rows().double(), network is AnyArguments
+    found = train(example, tmp_path, x, size=4, accumulate=4, network=network(), labelled=labelled)
+    assert_close(vars(found), train(example, tmp_path, x, size=16, network=network(), labelled=labelled), rel=1e-9)
 
 
 def test_in_half_precision_too(example, tmp_path):
@@ -138,6 +139,7 @@ def test_losses_of_a_compute_loss_of_ones_own_are_the_same(example, tmp_path):
 
     found = train(example, tmp_path, rows(), network=Silent(), trainer=Own)
     assert same(found, train(example, tmp_path, rows()))
+    assert moved(found)
 
 
 def test_a_checkpoint_has_the_session_and_resumes_exactly(example, tmp_path):

@@ -13,8 +13,8 @@ from tests.helpers import in_another_thread, same_state
 from tests.loops import SCALES, Network, Run, assert_close, balancer, by_the_callback, moved, of_rank, optimizer_of, rows, same
 
 
-def by_hand(x, *, size=8, accumulate=1, network=None, session=None):
-    """Bare PyTorch."""
+def by_hand(x, *, size=8, accumulate=1, network=None, session=None, scale=1):
+    """Bare PyTorch; ``scale``: of the backward, as a GradScaler's."""
     network = network or Network()
     session = session or BalancingSession(balancer(), network)
     optimizer, run = optimizer_of(network), Run()
@@ -22,9 +22,11 @@ def by_hand(x, *, size=8, accumulate=1, network=None, session=None):
         with session.batch():
             loss = network(batch)["loss"] / accumulate
             session.before_backward(loss)
-            loss.backward()
+            (scale * loss).backward()
             session.after_backward()
         if (k + 1) % accumulate == 0:
+            for gradient in [p.grad for p in network.parameters() if p.grad is not None]:
+                gradient /= scale
             optimizer.step()
             optimizer.zero_grad()
             session.step()
@@ -90,6 +92,10 @@ def test_a_task_that_is_absent_from_batches_is_measured_where_it_is(tmp_path, lo
     assert same(found, by_the_callback(tmp_path, x.split(8)))
     assert found.weights[0]["middle"] != found.weights[3]["middle"]
     assert same(loop(x, accumulate=2), by_the_callback(tmp_path, x.split(8), accumulate_grad_batches=2))
+
+
+def test_a_backward_that_the_loop_scales_is_the_same():
+    assert same(by_hand(rows(), scale=1024), by_hand(rows()))
 
 
 def test_in_half_precision_too(tmp_path):

@@ -168,7 +168,7 @@ class Diagnosing(GradNormCallback):
     ) -> None:
         before = self.balancer.steps
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self.noted.penalties = self.session.penalties
+        self.noted.penalties = self.session.words.penalties
         if self.balancer.steps > before:
             self.noted.rows.append({tag: float(value) for tag, value in self.logged.items()})
 

@@ -106,7 +106,7 @@ def told(balancer, terms):
         session.after_backward()
         session.step()
         net.zero_grad()
-    return [message for message in said if "whatever the data" in message], session.penalties
+    return [message for message in said if "whatever the data" in message], session.words.penalties
 
 
 BOTH = {"data": TASKS["a regression"], "other": TASKS["a size of outputs"], "l2": PENALTIES["weight decay"]}

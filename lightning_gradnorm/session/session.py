@@ -8,19 +8,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradnorm.autograd_graph import nodes_met
-from lightning_gradnorm.balancers import EqualWeights, FixedWeights, LossBalancer
+from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.gradients import IncompleteBackwardError
 from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
 from lightning_gradnorm.reading import Engine
-from lightning_gradnorm.regularisers import is_weight_penalty, of_penalties
-from lightning_gradnorm.session.loop import BalancedStep, Loop, warn
+from lightning_gradnorm.session.loop import BalancedStep, Loop
 from lightning_gradnorm.session.losses_of import weigh_losses_of
 from lightning_gradnorm.session.measuring import Measuring
 from lightning_gradnorm.session.noted import NotedLosses
 from lightning_gradnorm.session.ranks import RankAgreement
 from lightning_gradnorm.session.shared import NormOf, SharedReading
-from lightning_gradnorm.session.telling import idle_tasks, lone, never_multiplied, of_idle, of_skipped, unsettled, unused
+from lightning_gradnorm.session.telling import unused
 from lightning_gradnorm.session.totals import Totals
+from lightning_gradnorm.session.words import Words
 from lightning_gradnorm.shared_layer import SharedLayer, SharedLayerSpec
 from lightning_gradnorm.window import MeasurementWindow
 
@@ -62,7 +62,7 @@ class BalancingSession(Totals):
         reading: W, and the engine.
         on_evaluation: called with the losses of a total outside training, task → detached scalar.
         totals: how many totals this run has weighed so far.
-        penalties: those of this run's tasks that are made of the network's parameters alone, and so are none.
+        words: says what this run has to say.
     """
 
     _hook: RemovableHandle | None  # on the submodule that returns the losses
@@ -91,7 +91,7 @@ class BalancingSession(Totals):
         self.close()
         if loop.losses_of is not None:
             self._hook = weigh_losses_of(loop.losses_of, loop.network, self.terms)
-        self._loop = loop
+        self._loop, self.words = loop, Words(self.balancer, loop, type(self).__name__)
         self.reading.open(loop.network, loop.shared_layer, self.balancer.known_tasks, loop.giver)
         self.begin_batch()
 
@@ -106,11 +106,8 @@ class BalancingSession(Totals):
     def _close(self) -> None:
         self._loop = None
         self._hook = None
-        self._told: set[str] = set()
+        self.words = Words(self.balancer, None, type(self).__name__)
         self._has_measured = False
-        self._taken: set[str] = set()  # the tasks of this run's steps
-        self._seen: set[str] = set()  # and of those that were to be measured
-        self.penalties: list[str] = []
         self._measuring = Measuring(self.reading, with_kpis="kpis" in self.balancer.needs)
         self._note_nothing()
         self._new_window()
@@ -176,10 +173,7 @@ class BalancingSession(Totals):
         if self._stepping and not self._balanced.isdisjoint(noted.losses):
             return {}
         self._balanced.update(noted.losses)
-        if not self._taken.issuperset(noted.losses):
-            self._tell_penalties(noted.losses, loop)
-        self._taken.update(noted.losses)
-        self._seen.update(noted.losses if noted.tapped else ())
+        self.words.take(noted.losses, measured=noted.tapped)
         losses = {task: loss.detach() for task, loss in noted.losses.items()}
         if not noted.tapped or self._measuring.before_backward(root, noted.losses, loop, self.tell):
             self._measuring.window.add_losses(losses, noted.weights, noted.kpis)
@@ -260,19 +254,10 @@ class BalancingSession(Totals):
         """An epoch of training is over; for methods that compare epochs, and for what is worth a word by then."""
         if not self.balancer.frozen:
             self.balancer.end_epoch()
-        self.tell_counts()
-        left = sorted(self.handed_out - self._taken)
-        if left and self._loop is not None and "unused" not in self._told:
-            self.tell("never multiplied", never_multiplied(left))
-        if self._loop is None or self.shared is not None or not self.reading.was_looked_for:
-            return
-        tasks = self.balancer.known_tasks
-        if len(self._seen) == 1 and not tasks:
-            self._loop.inform(lone(*self._seen))
-        elif "frozen" not in self._told:
-            self.tell("unsettled", unsettled(tasks))
+        looks = self.shared is None and self.reading.was_looked_for
+        self.words.end_epoch(self.handed_out, looks_for_layer=looks)
 
-    # -- what is told ----------------------------------------------------------------------------------------------
+    # -- what there is -----------------------------------------------------------------------------------------------
 
     @property
     def shared(self) -> SharedLayer | None:
@@ -284,30 +269,10 @@ class BalancingSession(Totals):
         """The sums of the optimiser step under way."""
         return self._measuring.window
 
-    @property
-    def _name(self) -> str:
-        return type(self).__name__ if self._loop is None else self._loop.name
-
     def tell(self, about: str, message: str) -> None:
         """Warn of something, once in a run."""
-        if about not in self._told:
-            self._told.add(about)
-            (warn if self._loop is None else self._loop.tell)(about, message)
-
-    def _tell_penalties(self, losses: Mapping[str, Tensor], loop: Loop) -> None:
-        found = [task for task, loss in losses.items() if is_weight_penalty(loss, loop.network)]
-        if not 0 < len(found) < len(losses):
-            return  # where all are, the parameters are the problem
-        self.penalties += [task for task in found if task not in self.penalties]
-        if not isinstance(self.balancer, EqualWeights | FixedWeights):  # these keep the factor that the user gave
-            self.tell(f"penalty {found}", of_penalties(found, self._name))
+        self.words.tell(about, message)
 
     def tell_counts(self) -> None:
         """Warn of updates that were skipped and of tasks that took no part; asks the device, so not for every step."""
-        skipped, idle = of_skipped(self.balancer, self._name), idle_tasks(self.balancer)
-        if skipped:
-            self.tell("skipped", skipped)
-        new = {task: steps for task, steps in idle.items() if f"idle {task}" not in self._told}
-        if new:
-            self._told |= {f"idle {task}" for task in new}
-            self.tell(f"idle: {', '.join(new)}", of_idle(new))
+        self.words.tell_counts()

@@ -60,9 +60,9 @@ DETECTORS = {
 LEVELS = {f"model.backbone.fpn.layer_blocks.{k}.0.weight" for k in range(4)}
 
 
-def pictures(count: int = 6) -> list[tuple[Tensor, dict[str, Tensor]]]:
+def pictures(count: int, seed: int = 1) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Bright rectangles of two kinds on noise, one or two in a picture."""
-    draws = torch.Generator().manual_seed(1)
+    draws = torch.Generator().manual_seed(seed)
     made = []
     for k in range(count):
         image, masks = 0.1 * torch.rand(3, SIDE, SIDE, generator=draws), torch.zeros(1 + k % 2, SIDE, SIDE, dtype=torch.uint8)
@@ -77,16 +77,16 @@ def pictures(count: int = 6) -> list[tuple[Tensor, dict[str, Tensor]]]:
     return made
 
 
-def batches(count: int = 6) -> DataLoader:
-    return DataLoader(pictures(count), batch_size=2, collate_fn=lambda pairs: tuple(zip(*pairs, strict=True)))
+def batches(data: list, size: int = 2, *, shuffle: bool = False) -> DataLoader:
+    return DataLoader(data, size, shuffle, collate_fn=lambda pairs: tuple(zip(*pairs, strict=True)))
 
 
 class Detector(L.LightningModule):
     """As people write it."""
 
-    def __init__(self, kind: str, oracle: Oracle | None = None):
+    def __init__(self, kind: str, oracle: Oracle | None = None, lr: float = 1e-3):
         super().__init__()
-        self.model = DETECTORS[kind]()
+        self.model, self.lr = DETECTORS[kind](), lr
         if oracle is not None:
             self.model.register_forward_hook(lambda module, args, losses: oracle.see(losses))
 
@@ -95,7 +95,7 @@ class Detector(L.LightningModule):
         return sum(losses.values())
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
+        return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
 
 
 class WithTotalLoss(Detector):
@@ -115,7 +115,7 @@ def trained(module: type[Detector], kind: str, mode: str | None = "balance", **d
     callback = GradNormCallback(mode=mode, summary=False, **door) if mode else None
     oracle = Oracle(callback) if mode else None
     torch.manual_seed(0)
-    return callback, oracle, fit(module(kind, oracle), batches(), callback, oracle)
+    return callback, oracle, fit(module(kind, oracle), batches(pictures(6)), callback, oracle)
 
 
 @pytest.mark.parametrize("kind", DETECTORS)

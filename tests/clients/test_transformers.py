@@ -33,12 +33,12 @@ def encoder(*, lora: bool = False, checkpoints: bool | None = None) -> nn.Module
     return get_peft_model(bert, LoraConfig(r=4, target_modules=["query", "value"]))
 
 
-def batches(count: int = 6) -> DataLoader:
-    """A tag per word, the count of a word, and whether the first word comes again."""
-    words = torch.randint(WORDS, (4 * count, LENGTH), generator=torch.Generator().manual_seed(1))
-    tags, number = words % 3, (words < 5).sum(1).float()
-    again = (words[:, 1:] == words[:, :1]).any(1).long()
-    return DataLoader(TensorDataset(words, tags, 100 * number, again), batch_size=4)
+def batches(count: int = 6, seed: int = 1) -> DataLoader:
+    """A tag per word, how many words are of one kind, and whether one of another kind is there."""
+    words = torch.randint(WORDS, (4 * count, LENGTH), generator=torch.Generator().manual_seed(seed))
+    tags, number = words % 3, (words < 10).sum(1).float()
+    seen = (words > 36).any(1).long()
+    return DataLoader(TensorDataset(words, tags, 10 * number, seen), batch_size=4)
 
 
 class Reader(L.LightningModule):
@@ -47,23 +47,23 @@ class Reader(L.LightningModule):
     def __init__(self, oracle: Oracle | None = None, **settings):
         super().__init__()
         self.encoder = encoder(**settings)
-        self.tag, self.number, self.again = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 2)
+        self.tag, self.number, self.seen = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 2)
         self.see = oracle.see if oracle else lambda losses: None
 
     def losses(self, batch) -> dict[str, Tensor]:
-        words, tags, number, again = batch
+        words, tags, number, seen = batch
         states = self.encoder(input_ids=words).last_hidden_state
         losses = {
             "tag": F.cross_entropy(self.tag(states).flatten(0, 1), tags.flatten()),
             "number": F.mse_loss(self.number(states[:, 0])[:, 0], number),
-            "again": F.cross_entropy(self.again(states[:, 0]), again),
+            "seen": F.cross_entropy(self.seen(states[:, 0]), seen),
         }
         self.see(losses)
         return losses
 
     def training_step(self, batch, batch_idx):
         losses = self.losses(batch)
-        return losses["tag"] + losses["number"] + losses["again"]
+        return losses["tag"] + losses["number"] + losses["seen"]
 
     def configure_optimizers(self):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)

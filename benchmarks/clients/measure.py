@@ -1,0 +1,162 @@
+"""What a client's recipe quotes: held-out errors with balancing and without, on several seeds, and what a step costs.
+
+A client's file says how a module and its batches are made and how its errors are read; ``main`` here does the rest::
+
+    python -m benchmarks.clients.torchvision            # fits, results/torchvision.json and its table
+    python -m benchmarks.clients.torchvision --quick    # shows that it runs, writes nothing
+"""
+
+import argparse
+import datetime
+import json
+import logging
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_gradnorm import GradNormCallback, LossBalancingCallback
+
+RESULTS = Path(__file__).parent / "results"
+PLAIN = "plain"
+MakeCallback = Callable[[], LossBalancingCallback | None]
+
+
+@dataclass(frozen=True)
+class Client:
+    """A program that balances the losses of somebody else's library.
+
+    Attributes:
+        name: of its results.
+        packages: whose versions are written down.
+        make: the callback, or ``None`` for the plain run → module and training batches, made anew from torch's seed.
+        errors: a trained module → name → error on held-out data; the weights of the tasks play no part in it.
+        steps: of a fit.
+        methods: name → what makes the callback; the first is what steps' times are compared with.
+        trainer: the class, of either of Lightning's packages.
+        settings: of the Trainer.
+        better: names of errors that are better where they are higher.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    make: Callable[[LossBalancingCallback | None], tuple[Any, Iterable[Any]]]
+    errors: Callable[[Any], Mapping[str, float]]
+    steps: int
+    methods: Mapping[str, MakeCallback] = field(
+        default_factory=lambda: {PLAIN: lambda: None, "GradNorm": lambda: GradNormCallback(summary=False)}
+    )
+    trainer: Any = L.Trainer
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    better: tuple[str, ...] = ()
+
+
+class CpuTimes(L.Callback):
+    """CPU time from the end of one batch to the end of the next: others may use the machine too."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last: float | None = None
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._last = None
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        now = time.process_time()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+
+def train(client: Client, method: str, seed: int, steps: int) -> tuple[Any, LossBalancingCallback | None, float]:
+    """One fit: the module, the callback, the median CPU time of a step."""
+    torch.manual_seed(seed)
+    callback, times = client.methods[method](), CpuTimes()
+    module, batches = client.make(callback)
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = client.trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        max_epochs=-1,
+        num_sanity_val_steps=0,
+        log_every_n_steps=0,
+        callbacks=[c for c in (callback, times) if c],
+        **(off | dict(client.settings)),
+    )
+    trainer.fit(module, batches)
+    return module, callback, statistics.median(times.seconds)
+
+
+def fits(client: Client, seeds: Iterable[int], steps: int) -> list[dict[str, Any]]:
+    """Every method on every seed."""
+    made = []
+    for seed in seeds:
+        for method in client.methods:
+            module, callback, _ = train(client, method, seed, steps)
+            errors = dict(client.errors(module))
+            made.append({"method": method, "seed": seed, "errors": errors, "weights": callback.weights if callback else {}})
+            print(method, seed, {name: f"{error:.4g}" for name, error in errors.items()}, flush=True)
+    return made
+
+
+def step_ratios(client: Client, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Method → quartiles of its step's time over the plain one's: fits in turn, each round in another order."""
+    methods, ratios = list(client.methods), {}
+    for k in range(rounds):
+        order = methods if k % 2 else methods[::-1]
+        seconds = {method: train(client, method, 0, steps)[2] for method in order}
+        for method in methods[1:]:
+            ratios.setdefault(method, []).append(seconds[method] / seconds[methods[0]])
+    return {method: statistics.quantiles(values, n=4, method="inclusive") for method, values in ratios.items()}
+
+
+def table(client: Client, record: Mapping[str, Any]) -> str:
+    """In Markdown: mean ± standard deviation over the seeds, then what a step costs."""
+    names = list(record["fits"][0]["errors"])
+    head = [f"{name} (higher is better)" if name in client.better else name for name in names]
+    lines = [f"| | {' | '.join(head)} | time of a step |", "| --- |" + " ---: |" * (len(names) + 1)]
+    for method in client.methods:
+        rows = [fit["errors"] for fit in record["fits"] if fit["method"] == method]
+        cells = [f"{statistics.fmean(v):.3g} ± {statistics.stdev(v):.1g}" for v in ([row[n] for row in rows] for n in names)]
+        low, middle, high = record["step"].get(method, (1, 1, 1))
+        cost = f"{middle:.2f} ({low:.2f}–{high:.2f})" if method in record["step"] else "1"
+        lines.append(f"| {method} | {' | '.join(cells)} | {cost} |")
+    return "\n".join(lines)
+
+
+def main(client: Client) -> None:
+    """The command line of a client's file."""
+    parser = argparse.ArgumentParser(description=f"What balancing does for {client.name}.")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, two at least; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=7, help="of timed fits; default %(default)s")
+    parser.add_argument("--quick", action="store_true", help="shows that it runs, writes nothing")
+    parser.add_argument("--table", action="store_true", help="the table of the results that are there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    path = RESULTS / f"{client.name}.json"
+    if not args.table:
+        seeds, rounds, steps = (2, 2, 8) if args.quick else (args.seeds, args.rounds, client.steps)
+        record = {
+            "client": client.name,
+            "steps": steps,
+            "versions": {name: version(name) for name in ("torch", *client.packages)} | {"python": platform.python_version()},
+            "date": datetime.date.today().isoformat(),
+            "fits": fits(client, range(seeds), steps),
+            "step": step_ratios(client, rounds, min(steps, 40)),
+        }
+        if args.quick:
+            print(table(client, record))
+            return
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(table(client, json.loads(path.read_text(encoding="utf-8"))))

@@ -1,0 +1,43 @@
+"""A small Faster R-CNN on bright rectangles of two kinds."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torchvision.ops import box_iou
+
+from benchmarks.clients.measure import Client, main
+from lightning_gradnorm import LossBalancingCallback
+from tests.clients.test_torchvision import Detector, WithTotalLoss, batches, pictures
+
+TRAINING, HELD_OUT = pictures(256, seed=1), pictures(64, seed=2)
+
+
+def make(callback: LossBalancingCallback | None) -> tuple[Detector, DataLoader]:
+    module = WithTotalLoss("Faster R-CNN", lr=0.02)
+    return module, batches(TRAINING, size=8, shuffle=True)
+
+
+@torch.no_grad()
+def errors(module: Any) -> Mapping[str, float]:
+    """Rectangles found with their kind, and how well their outlines fit."""
+    module.eval()
+    found, said, there, overlap = 0, 0, 0, []
+    for image, target in HELD_OUT:
+        seen = module.model([image])[0]
+        sure = seen["scores"] > 0.5
+        boxes, labels = seen["boxes"][sure], seen["labels"][sure]
+        said, there = said + len(boxes), there + len(target["boxes"])
+        for box, label in zip(target["boxes"], target["labels"], strict=True):
+            match = box_iou(box[None], boxes[labels == label])[0]
+            if len(match) and match.max() > 0.5:
+                found += 1
+                overlap.append(float(match.max()))
+    return {"F1": 2 * found / max(1, said + there), "overlap of the found": sum(overlap) / max(1, len(overlap))}
+
+
+CLIENT = Client("torchvision", ("torchvision", "lightning"), make, errors, steps=320, better=("F1", "overlap of the found"))
+
+if __name__ == "__main__":
+    main(CLIENT)

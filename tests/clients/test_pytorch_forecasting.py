@@ -1,0 +1,81 @@
+"""A Temporal Fusion Transformer, as it comes, with two targets in their own units."""
+
+import pytest
+
+pytest.importorskip("pytorch_forecasting", reason="pytorch-forecasting is not installed; make clients installs it apart")
+
+import numpy as np
+import pandas as pd
+import torch
+from pytorch_forecasting import TemporalFusionTransformer, TimeSeriesDataSet
+from pytorch_forecasting.data import GroupNormalizer, MultiNormalizer
+from pytorch_forecasting.metrics import MAE, MultiLoss, QuantileLoss
+from torch import nn
+
+from lightning_gradnorm import GradNormCallback, MultiTaskMixin, total_loss
+from tests.clients.oracle import Oracle, assert_moving, assert_same, fit
+
+pytestmark = pytest.mark.client
+
+TARGETS = "visitors", "sales"
+QUANTILES = [0.1, 0.5, 0.9]
+
+
+def dataset(shops: int = 4, days: int = 40) -> TimeSeriesDataSet:
+    """Two seasonal series per shop: one of a few tens, one of some thousands."""
+    draws, day = np.random.default_rng(1), np.arange(days)
+    frames = []
+    for shop in range(shops):
+        visitors = 20 + 5 * shop + 6 * np.sin(2 * np.pi * day / 7) + draws.normal(size=days)
+        sales = 3000 + 90 * visitors + 300 * draws.normal(size=days)
+        frames.append(pd.DataFrame({"day": day, "shop": str(shop), "visitors": visitors, "sales": sales}))
+    return TimeSeriesDataSet(
+        pd.concat(frames, ignore_index=True),
+        time_idx="day",
+        target=list(TARGETS),
+        group_ids=["shop"],
+        max_encoder_length=14,
+        max_prediction_length=7,
+        static_categoricals=["shop"],
+        time_varying_known_reals=["day"],
+        time_varying_unknown_reals=list(TARGETS),
+        target_normalizer=MultiNormalizer([GroupNormalizer(groups=["shop"]) for _ in TARGETS]),
+    )
+
+
+def metrics() -> list[nn.Module]:
+    return [QuantileLoss(QUANTILES), MAE()]
+
+
+def network(data: TimeSeriesDataSet, loss: nn.Module, kind: type = TemporalFusionTransformer) -> nn.Module:
+    sizes = {"hidden_size": 8, "attention_head_size": 2, "hidden_continuous_size": 4, "output_size": [len(QUANTILES), 1]}
+    return kind.from_dataset(data, loss=loss, learning_rate=1e-3, log_interval=-1, **sizes)
+
+
+class BalancedLoss(MultiLoss):
+    """The same losses, handed over where they are added up."""
+
+    hand_over = staticmethod(total_loss)
+
+    def forward(self, y_pred, y_actual, **kwargs):
+        values, times = y_actual
+        return self.hand_over({n: m(p, (y, times)) for n, m, p, y in zip(TARGETS, self.metrics, y_pred, values, strict=True)})
+
+
+class WithMixin(MultiTaskMixin, TemporalFusionTransformer):
+    def setup(self, stage):
+        self.loss.hand_over = self.total_loss
+
+
+def trained(make_loss=BalancedLoss, kind=TemporalFusionTransformer, mode: str | None = "balance"):
+    """With a callback in that mode, or none."""
+    callback = GradNormCallback(mode=mode, summary=False) if mode else None
+    oracle = Oracle(callback) if mode else None
+    torch.manual_seed(0)
+    data = dataset()
+    module = network(data, make_loss(metrics()), kind)
+    if oracle:
+        for target, metric in zip(TARGETS, module.loss.metrics, strict=True):
+            metric.register_forward_hook(lambda metric, args, loss, target=target: oracle.see({target: loss}))
+    batches = data.to_dataloader(train=True, batch_size=16)
+    return callback, oracle, fit(module, batches, callback, oracle, gradient_clip_val=0.1)

@@ -67,15 +67,58 @@ class WithMixin(MultiTaskMixin, TemporalFusionTransformer):
         self.loss.hand_over = self.total_loss
 
 
-def trained(make_loss=BalancedLoss, kind=TemporalFusionTransformer, mode: str | None = "balance"):
-    """With a callback in that mode, or none."""
+def trained(make_loss, kind=TemporalFusionTransformer, mode: str | None = "balance"):
+    """With a callback in that mode, or none; ``make_loss`` is called with the metrics and the callback."""
     callback = GradNormCallback(mode=mode, summary=False) if mode else None
     oracle = Oracle(callback) if mode else None
     torch.manual_seed(0)
     data = dataset()
-    module = network(data, make_loss(metrics()), kind)
+    module = network(data, make_loss(metrics(), callback), kind)
     if oracle:
         for target, metric in zip(TARGETS, module.loss.metrics, strict=True):
             metric.register_forward_hook(lambda metric, args, loss, target=target: oracle.see({target: loss}))
     batches = data.to_dataloader(train=True, batch_size=16)
     return callback, oracle, fit(module, batches, callback, oracle, gradient_clip_val=0.1)
+
+
+def by_weights(metrics, callback):
+    return MultiLoss(metrics, weights=[callback.weight(target) for target in TARGETS])
+
+
+def by_total_loss(metrics, callback):
+    return BalancedLoss(metrics)
+
+
+def plain(metrics, callback):
+    return MultiLoss(metrics)
+
+
+def test_a_network_that_nobody_touched_is_balanced_by_the_weights_of_its_multi_loss():
+    callback, oracle, trace = trained(by_weights)
+    assert trace.error(oracle) < 1e-6
+    assert callback.shared.names == ("pre_output_gate_norm.glu.fc.weight",)
+    assert callback.engine_used == "joint"
+    assert_moving(trace)
+
+
+def test_weights_the_function_and_the_mixin_are_one_run():
+    one = trained(by_weights)[2]
+    assert_same(one, trained(by_total_loss)[2])
+    assert_same(one, trained(by_total_loss, WithMixin)[2])
+
+
+def test_watching_leaves_the_plain_run_as_it_is():
+    watched, untouched = trained(by_weights, mode="monitor")[2], trained(plain, mode=None)[2]
+    assert torch.equal(watched.parameters, untouched.parameters)
+
+
+def test_a_checkpoint_of_the_network_holds_plain_numbers_and_forecasts_the_same(tmp_path):
+    callback, data = GradNormCallback(summary=False), dataset()
+    module = network(data, by_weights(metrics(), callback))
+    batches = data.to_dataloader(train=False, batch_size=16)
+    fit(module, batches, callback)
+    module.trainer.save_checkpoint(tmp_path / "network.ckpt")
+    again = TemporalFusionTransformer.load_from_checkpoint(tmp_path / "network.ckpt", weights_only=False)
+    assert [type(weight) for weight in again.loss.weights] == [float, float]
+    forecasts = [network.predict(batches, trainer_kwargs={"logger": False}) for network in (module, again)]
+    assert all(torch.equal(one, other) for one, other in zip(*forecasts, strict=True))

@@ -136,3 +136,12 @@ def test_the_function_and_the_mixin_are_one_run(kind):
 def test_watching_leaves_the_plain_run_as_it_is(kind):
     watched, plain = trained(WithTotalLoss, kind, "monitor")[2], trained(Detector, kind, None)[2]
     assert torch.equal(watched.parameters, plain.parameters)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_a_module_that_nobody_touched_is_balanced_by_the_name_of_its_detector(kind):
+    callback, oracle, trace = trained(Detector, kind, losses_of="model")
+    assert trace.error(oracle) < 1e-6
+    assert set(callback.shared.names) == LEVELS
+    assert_moving(trace)
+    assert_same(trace, trained(WithTotalLoss, kind)[2])

@@ -10,6 +10,7 @@ import argparse
 import datetime
 import json
 import logging
+import math
 import platform
 import statistics
 import time
@@ -119,6 +120,13 @@ def step_ratios(client: Client, rounds: int, steps: int) -> dict[str, list[float
     return {method: statistics.quantiles(values, n=4, method="inclusive") for method, values in ratios.items()}
 
 
+def mean_and_spread(values: list[float]) -> str:
+    """Mean ± standard deviation, to three figures of the mean."""
+    mean = statistics.fmean(values)
+    decimals = max(0, 2 - math.floor(math.log10(abs(mean) or 1)))
+    return f"{mean:.{decimals}f} ± {statistics.stdev(values):.{decimals}f}"
+
+
 def table(client: Client, record: Mapping[str, Any]) -> str:
     """In Markdown: mean ± standard deviation over the seeds, then what a step costs."""
     names = list(record["fits"][0]["errors"])
@@ -126,7 +134,7 @@ def table(client: Client, record: Mapping[str, Any]) -> str:
     lines = [f"| | {' | '.join(head)} | time of a step |", "| --- |" + " ---: |" * (len(names) + 1)]
     for method in client.methods:
         rows = [fit["errors"] for fit in record["fits"] if fit["method"] == method]
-        cells = [f"{statistics.fmean(v):.3g} ± {statistics.stdev(v):.1g}" for v in ([row[n] for row in rows] for n in names)]
+        cells = [mean_and_spread([row[name] for row in rows]) for name in names]
         low, middle, high = record["step"].get(method, (1, 1, 1))
         cost = f"{middle:.2f} ({low:.2f}–{high:.2f})" if method in record["step"] else "1"
         lines.append(f"| {method} | {' | '.join(cells)} | {cost} |")

@@ -8,15 +8,14 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_iou
 
 from benchmarks.clients.measure import Client, main
-from lightning_gradnorm import LossBalancingCallback
-from tests.clients.test_torchvision import Detector, WithTotalLoss, batches, pictures
+from lightning_gradnorm import GradNormCallback, LossBalancingCallback
+from tests.clients.test_torchvision import Detector, batches, pictures
 
 TRAINING, HELD_OUT = pictures(256, seed=1), pictures(64, seed=2)
 
 
 def make(callback: LossBalancingCallback | None) -> tuple[Detector, DataLoader]:
-    module = WithTotalLoss("Faster R-CNN", lr=0.02)
-    return module, batches(TRAINING, size=8, shuffle=True)
+    return Detector("Faster R-CNN", lr=0.02), batches(TRAINING, size=8, shuffle=True)
 
 
 @torch.no_grad()
@@ -37,7 +36,16 @@ def errors(module: Any) -> Mapping[str, float]:
     return {"F1": 2 * found / max(1, said + there), "overlap of the found": sum(overlap) / max(1, len(overlap))}
 
 
-CLIENT = Client("torchvision", ("torchvision", "lightning"), make, errors, steps=320, better=("F1", "overlap of the found"))
+METHODS = {"plain": lambda: None, "GradNorm": lambda: GradNormCallback(losses_of="model", summary=False)}
+CLIENT = Client(
+    "torchvision",
+    ("torchvision", "lightning"),
+    make,
+    errors,
+    steps=320,
+    methods=METHODS,
+    better=("F1", "overlap of the found"),
+)
 
 if __name__ == "__main__":
     main(CLIENT)

@@ -21,7 +21,7 @@ TARGETS = "visitors", "sales"
 QUANTILES = [0.1, 0.5, 0.9]
 
 
-def dataset(shops: int = 4, days: int = 40) -> TimeSeriesDataSet:
+def series(shops: int, days: int) -> pd.DataFrame:
     """Two seasonal series per shop: one of a few tens, one of some thousands."""
     draws, day = np.random.default_rng(1), np.arange(days)
     frames = []
@@ -29,8 +29,12 @@ def dataset(shops: int = 4, days: int = 40) -> TimeSeriesDataSet:
         visitors = 20 + 5 * shop + 6 * np.sin(2 * np.pi * day / 7) + draws.normal(size=days)
         sales = 3000 + 90 * visitors + 300 * draws.normal(size=days)
         frames.append(pd.DataFrame({"day": day, "shop": str(shop), "visitors": visitors, "sales": sales}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def dataset(frame: pd.DataFrame) -> TimeSeriesDataSet:
     return TimeSeriesDataSet(
-        pd.concat(frames, ignore_index=True),
+        frame,
         time_idx="day",
         target=list(TARGETS),
         group_ids=["shop"],
@@ -72,7 +76,7 @@ def trained(make_loss, kind=TemporalFusionTransformer, mode: str | None = "balan
     callback = GradNormCallback(mode=mode, summary=False) if mode else None
     oracle = Oracle(callback) if mode else None
     torch.manual_seed(0)
-    data = dataset()
+    data = dataset(series(shops=4, days=40))
     module = network(data, make_loss(metrics(), callback), kind)
     if oracle:
         for target, metric in zip(TARGETS, module.loss.metrics, strict=True):
@@ -113,7 +117,7 @@ def test_watching_leaves_the_plain_run_as_it_is():
 
 
 def test_a_checkpoint_of_the_network_holds_plain_numbers_and_forecasts_the_same(tmp_path):
-    callback, data = GradNormCallback(summary=False), dataset()
+    callback, data = GradNormCallback(summary=False), dataset(series(shops=4, days=40))
     module = network(data, by_weights(metrics(), callback))
     batches = data.to_dataloader(train=False, batch_size=16)
     fit(module, batches, callback)

@@ -161,7 +161,7 @@ def main(client: Client) -> None:
             "versions": {name: version(name) for name in ("torch", *client.packages)} | {"python": platform.python_version()},
             "date": datetime.date.today().isoformat(),
             "fits": fits(client, range(seeds), steps),
-            "step": step_ratios(client, rounds, min(steps, 40)),
+            "step": step_ratios(client, rounds, min(steps, 20)),
         }
         if args.quick:
             print(table(client, record))

@@ -40,7 +40,7 @@ CLIENT = Client(
     ("pytorch-forecasting", "lightning"),
     make,
     errors,
-    steps=400,
+    steps=300,
     methods=METHODS,
     settings={"gradient_clip_val": 0.1},
 )

@@ -42,7 +42,7 @@ CLIENT = Client(
     ("torchvision", "lightning"),
     make,
     errors,
-    steps=320,
+    steps=240,
     methods=METHODS,
     better=("F1", "overlap of the found"),
 )

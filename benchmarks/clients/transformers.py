@@ -29,7 +29,7 @@ def errors(module: Any) -> Mapping[str, float]:
     }
 
 
-CLIENT = Client("transformers", ("transformers", "lightning"), make, errors, steps=1500)
+CLIENT = Client("transformers", ("transformers", "lightning"), make, errors, steps=600)
 
 if __name__ == "__main__":
     main(CLIENT)

@@ -2,7 +2,8 @@
 
 import pytest
 
-pytest.importorskip("transformers", reason="transformers is not installed; make clients installs it apart")
+for name in ("transformers", "peft"):
+    pytest.importorskip(name, reason=f"{name} is not installed; make clients installs it apart")
 
 import lightning as L
 import torch

@@ -2,8 +2,8 @@
 
 import pytest
 
-for name in ("transformers", "peft"):
-    pytest.importorskip(name, reason=f"{name} is not installed; make clients installs it apart")
+pytest.importorskip("transformers", reason="transformers is not installed; make clients installs it apart")
+pytest.importorskip("peft", reason="peft is not installed; make clients installs it apart")
 
 import lightning as L
 import torch

@@ -39,12 +39,11 @@ class Client:
         name: of its results.
         packages: whose versions are written down.
         make: the callback, or ``None`` for the plain run → module and training batches, made anew from torch's seed.
-        errors: a trained module → name → error on held-out data; the weights of the tasks play no part in it.
+        errors: a trained module → name → error on held-out data, better where it is lower; the tasks' weights play no part.
         steps: of a fit.
         methods: name → what makes the callback; the first is what steps' times are compared with.
         trainer: the class, of either of Lightning's packages.
         settings: of the Trainer.
-        better: names of errors that are better where they are higher.
     """
 
     name: str
@@ -57,7 +56,6 @@ class Client:
     )
     trainer: Any = L.Trainer
     settings: Mapping[str, Any] = field(default_factory=dict)
-    better: tuple[str, ...] = ()
 
 
 class CpuTimes(L.Callback):
@@ -127,12 +125,11 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{mean:.{decimals}f} ± {statistics.stdev(values):.{decimals}f}"
 
 
-def table(client: Client, record: Mapping[str, Any]) -> str:
-    """In Markdown: mean ± standard deviation over the seeds, then what a step costs."""
+def table(record: Mapping[str, Any]) -> str:
+    """What was measured, in Markdown: mean ± standard deviation over the seeds, then what a step costs."""
     names = list(record["fits"][0]["errors"])
-    head = [f"{name} (higher is better)" if name in client.better else name for name in names]
-    lines = [f"| | {' | '.join(head)} | time of a step |", "| --- |" + " ---: |" * (len(names) + 1)]
-    for method in client.methods:
+    lines = [f"| | {' | '.join(names)} | time of a step |", "| --- |" + " ---: |" * (len(names) + 1)]
+    for method in dict.fromkeys(fit["method"] for fit in record["fits"]):
         rows = [fit["errors"] for fit in record["fits"] if fit["method"] == method]
         cells = [mean_and_spread([row[name] for row in rows]) for name in names]
         low, middle, high = record["step"].get(method, (1, 1, 1))
@@ -164,7 +161,7 @@ def main(client: Client) -> None:
             "step": step_ratios(client, rounds, min(steps, 20)),
         }
         if args.quick:
-            print(table(client, record))
+            print(table(record))
             return
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(table(client, json.loads(path.read_text(encoding="utf-8"))))
+    print(table(json.loads(path.read_text(encoding="utf-8"))))

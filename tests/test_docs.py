@@ -97,6 +97,7 @@ def test_the_page_of_loops_shows_the_examples_two_classes():
 
 
 def test_links_and_pictures_lead_somewhere():
-    for page in DOCS.glob("*.md"):
+    for page in DOCS.rglob("*.md"):
         targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
-        assert [target for target in targets if not target.startswith("http") and not (DOCS / target).exists()] == [], page
+        there = [target.startswith("http") or (page.parent / target).exists() for target in targets]
+        assert all(there), (page, targets)

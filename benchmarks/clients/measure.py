@@ -44,6 +44,7 @@ class Client:
         methods: name → what makes the callback; the first is what steps' times are compared with.
         trainer: the class, of either of Lightning's packages.
         settings: of the Trainer.
+        longer: steps of further fits, which show whether an early lead lasts; 0 for none.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Client:
     )
     trainer: Any = L.Trainer
     settings: Mapping[str, Any] = field(default_factory=dict)
+    longer: int = 0
 
 
 class CpuTimes(L.Callback):
@@ -102,7 +104,8 @@ def fits(client: Client, seeds: Iterable[int], steps: int) -> list[dict[str, Any
         for method in client.methods:
             module, callback, _ = train(client, method, seed, steps)
             errors = dict(client.errors(module))
-            made.append({"method": method, "seed": seed, "errors": errors, "weights": callback.weights if callback else {}})
+            weights = callback.weights if callback else {}
+            made.append({"method": method, "seed": seed, "steps": steps, "errors": errors, "weights": weights})
             print(method, seed, {name: f"{error:.4g}" for name, error in errors.items()}, flush=True)
     return made
 
@@ -129,12 +132,14 @@ def table(record: Mapping[str, Any]) -> str:
     """What was measured, in Markdown: mean ± standard deviation over the seeds, then what a step costs."""
     names = list(record["fits"][0]["errors"])
     lines = [f"| | {' | '.join(names)} | time of a step |", "| --- |" + " ---: |" * (len(names) + 1)]
-    for method in dict.fromkeys(fit["method"] for fit in record["fits"]):
-        rows = [fit["errors"] for fit in record["fits"] if fit["method"] == method]
-        cells = [mean_and_spread([row[name] for row in rows]) for name in names]
+    kinds = dict.fromkeys((fit["method"], fit.get("steps", record["steps"])) for fit in record["fits"])
+    several = len({steps for _, steps in kinds}) > 1
+    for method, steps in kinds:
+        rows = [fit for fit in record["fits"] if (fit["method"], fit.get("steps", steps)) == (method, steps)]
+        cells = [mean_and_spread([fit["errors"][name] for fit in rows]) for name in names]
         low, middle, high = record["step"].get(method, (1, 1, 1))
         cost = f"{middle:.2f} ({low:.2f}–{high:.2f})" if method in record["step"] else "1"
-        lines.append(f"| {method} | {' | '.join(cells)} | {cost} |")
+        lines.append(f"| {method}{f', {steps} steps' if several else ''} | {' | '.join(cells)} | {cost} |")
     return "\n".join(lines)
 
 
@@ -151,13 +156,13 @@ def main(client: Client) -> None:
     warnings.simplefilter("ignore")
     path = RESULTS / f"{client.name}.json"
     if not args.table:
-        seeds, rounds, steps = (2, 2, 8) if args.quick else (args.seeds, args.rounds, client.steps)
+        seeds, rounds, steps, longer = (2, 2, 8, 0) if args.quick else (args.seeds, args.rounds, client.steps, client.longer)
         record = {
             "client": client.name,
             "steps": steps,
             "versions": {name: version(name) for name in ("torch", *client.packages)} | {"python": platform.python_version()},
             "date": datetime.date.today().isoformat(),
-            "fits": fits(client, range(seeds), steps),
+            "fits": [fit for length in (steps, longer) if length for fit in fits(client, range(seeds), length)],
             "step": step_ratios(client, rounds, min(steps, 20)),
         }
         if args.quick:

@@ -19,7 +19,7 @@ LATER = TimeSeriesDataSet.from_dataset(TRAINING, ALL, min_prediction_idx=DAYS - 
 
 def make(callback: LossBalancingCallback | None) -> tuple[Any, Iterable[Any]]:
     loss = by_weights(metrics(), callback) if callback else MultiLoss(metrics())
-    return network(TRAINING, loss), TRAINING.to_dataloader(train=True, batch_size=32)
+    return network(TRAINING, loss, lr=1e-2), TRAINING.to_dataloader(train=True, batch_size=32)
 
 
 def errors(module: Any) -> Mapping[str, float]:
@@ -40,7 +40,7 @@ CLIENT = Client(
     ("pytorch-forecasting", "lightning"),
     make,
     errors,
-    steps=300,
+    steps=250,
     methods=METHODS,
     settings={"gradient_clip_val": 0.1},
 )

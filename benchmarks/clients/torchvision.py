@@ -37,7 +37,7 @@ def errors(module: Any) -> Mapping[str, float]:
 
 
 METHODS = {"plain": lambda: None, "GradNorm": lambda: GradNormCallback(losses_of="model", summary=False)}
-CLIENT = Client("torchvision", ("torchvision", "lightning"), make, errors, steps=240, methods=METHODS)
+CLIENT = Client("torchvision", ("torchvision", "lightning"), make, errors, steps=150, methods=METHODS)
 
 if __name__ == "__main__":
     main(CLIENT)

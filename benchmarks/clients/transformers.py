@@ -29,7 +29,7 @@ def errors(module: Any) -> Mapping[str, float]:
     }
 
 
-CLIENT = Client("transformers", ("transformers", "lightning"), make, errors, steps=600)
+CLIENT = Client("transformers", ("transformers", "lightning"), make, errors, steps=600, longer=1500)
 
 if __name__ == "__main__":
     main(CLIENT)

@@ -51,9 +51,9 @@ def metrics() -> list[nn.Module]:
     return [QuantileLoss(QUANTILES), MAE()]
 
 
-def network(data: TimeSeriesDataSet, loss: nn.Module, kind: type = TemporalFusionTransformer) -> nn.Module:
+def network(data: TimeSeriesDataSet, loss: nn.Module, kind: type = TemporalFusionTransformer, lr: float = 1e-3):
     sizes = {"hidden_size": 8, "attention_head_size": 2, "hidden_continuous_size": 4, "output_size": [len(QUANTILES), 1]}
-    return kind.from_dataset(data, loss=loss, learning_rate=1e-3, log_interval=-1, **sizes)
+    return kind.from_dataset(data, loss=loss, learning_rate=lr, log_interval=-1, **sizes)
 
 
 class BalancedLoss(MultiLoss):

@@ -133,12 +133,12 @@ def table(record: Mapping[str, Any]) -> str:
     names = list(record["fits"][0]["errors"])
     lines = [f"| | {' | '.join(names)} | time of a step |", "| --- |" + " ---: |" * (len(names) + 1)]
     kinds = dict.fromkeys((fit["method"], fit.get("steps", record["steps"])) for fit in record["fits"])
-    several = len({steps for _, steps in kinds}) > 1
+    several, first = len({steps for _, steps in kinds}) > 1, next(iter(kinds))[0]
     for method, steps in kinds:
         rows = [fit for fit in record["fits"] if (fit["method"], fit.get("steps", steps)) == (method, steps)]
         cells = [mean_and_spread([fit["errors"][name] for fit in rows]) for name in names]
-        low, middle, high = record["step"].get(method, (1, 1, 1))
-        cost = f"{middle:.2f} ({low:.2f}–{high:.2f})" if method in record["step"] else "1"
+        quartiles = record["step"].get(method)
+        cost = "{1:.2f} ({0:.2f}–{2:.2f})".format(*quartiles) if quartiles else "1" if method == first else "–"
         lines.append(f"| {method}{f', {steps} steps' if several else ''} | {' | '.join(cells)} | {cost} |")
     return "\n".join(lines)
 

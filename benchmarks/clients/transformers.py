@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.clients.measure import Client, main
-from lightning_gradnorm import LossBalancingCallback
+from lightning_gradnorm import GradNormCallback, LossBalancingCallback
 from tests.clients.test_transformers import Reader, WithTotalLoss, batches
 
 TRAINING, HELD_OUT = (batches(count, seed=seed).dataset for count, seed in ((512, 1), (128, 2)))
@@ -29,7 +29,12 @@ def errors(module: Any) -> Mapping[str, float]:
     }
 
 
-CLIENT = Client("transformers", ("transformers", "lightning"), make, errors, steps=600, longer=1500)
+METHODS = {
+    "plain": lambda: None,
+    "GradNorm": lambda: GradNormCallback(summary=False),
+    "GradNorm, max_weight=10": lambda: GradNormCallback(max_weight=10, summary=False),
+}
+CLIENT = Client("transformers", ("transformers", "lightning"), make, errors, steps=600, methods=METHODS, longer=1500)
 
 if __name__ == "__main__":
     main(CLIENT)

@@ -1,8 +1,8 @@
 """What is used of Lightning, for both of its namespaces.
 
 ``lightning.pytorch`` and ``pytorch_lightning`` are two trees of classes, and a Trainer of one refuses a lone callback of the
-other. Our callbacks inherit from the ``Callback`` of every namespace that the program uses already, and of the first that is
-installed if it uses none; nothing is imported that nobody asked for.
+other. Our callbacks inherit from the ``Callback`` of every namespace that the program uses when one of them is made, whatever
+was imported first, and of the first that is installed if it uses none; nothing is imported that nobody asked for.
 """
 
 import importlib
@@ -23,7 +23,15 @@ else:
         installed = [name for name in _NAMESPACES if importlib.util.find_spec(name.partition(".")[0]) is not None]
         return tuple(importlib.import_module(name).Callback for name in used or installed[:1])
 
-    Callback = type("Callback", _callback_bases(), {"__doc__": "The Callback of every Lightning namespace in use."})
+    class Callback(*_callback_bases()):
+        """The Callback of every Lightning namespace in use."""
+
+        def __new__(cls, *args: Any, **settings: Any) -> Any:
+            bases = _callback_bases()
+            if set(bases) - set(Callback.__bases__):
+                Callback.__bases__ = bases
+            return super().__new__(cls)
+
 
 __all__ = [
     "Callback",

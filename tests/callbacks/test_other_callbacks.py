@@ -142,28 +142,37 @@ def test_a_fabric_loop_equals_the_trainer(tmp_path):
 NAMESPACES = """
 import importlib, sys, warnings
 warnings.simplefilter("ignore")
-namespaces = sys.argv[2].split("+")
-modules = [importlib.import_module(name) for name in namespaces]
+order = sys.argv[2].split("+")
+modules = {name: importlib.import_module(name) for name in order}
+namespaces = [name for name in order if name != "lightning_gradnorm"]
 from lightning_gradnorm import GradNormCallback
 from tests.callbacks.cli_program import two_tasks
-for pl in modules:
+for pl in map(modules.get, namespaces):
     for form in (lambda c: c, lambda c: [c]):
         callback = GradNormCallback(summary=False)
         off = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
         trainer = pl.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=sys.argv[1], callbacks=form(callback), **off)
         trainer.fit(two_tasks(pl)())
         assert callback.balancer.steps == 3 and callback.weights["a"] > 1, callback.weights
-if namespaces == ["pytorch_lightning"]:
+if order == ["pytorch_lightning"]:
     assert "lightning.pytorch" not in sys.modules, "a namespace that nobody asked for was imported"
 """
 
 
-@pytest.mark.feature("`lightning.pytorch` and `pytorch_lightning`", "supported", "import the one you use first")
+@pytest.mark.feature("`lightning.pytorch` and `pytorch_lightning`", "supported", "whichever is imported first")
 @pytest.mark.slow
-@pytest.mark.parametrize("namespaces", ["lightning.pytorch", "pytorch_lightning", "lightning.pytorch+pytorch_lightning"])
-def test_both_lightning_namespaces(tmp_path, namespaces):
-    for name in namespaces.split("+"):
+@pytest.mark.parametrize(
+    "order",
+    [
+        "lightning.pytorch",
+        "pytorch_lightning",
+        "lightning.pytorch+pytorch_lightning",
+        "lightning_gradnorm+pytorch_lightning",
+    ],
+)
+def test_both_lightning_namespaces(tmp_path, order):
+    for name in order.split("+"):
         pytest.importorskip(name, reason=f"{name} is not installed")
-    program = [sys.executable, "-c", NAMESPACES, str(tmp_path), namespaces]
+    program = [sys.executable, "-c", NAMESPACES, str(tmp_path), order]
     done = subprocess.run(program, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,7 +1,7 @@
 """Mean losses of an epoch, in training and in evaluation: added up on the device, read once at the end."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -112,6 +112,6 @@ def _sizes(batch: Any) -> Any:
     elif isinstance(batch, list | tuple):
         for value in batch:
             yield from _sizes(value)
-    elif hasattr(batch, "__dataclass_fields__"):
-        for name in batch.__dataclass_fields__:
-            yield from _sizes(getattr(batch, name))
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        for entry in fields(batch):
+            yield from _sizes(getattr(batch, entry.name, None))

@@ -1,7 +1,7 @@
 """``EpochMeans`` against sums by hand."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 
 import pytest
 import torch
@@ -104,6 +104,16 @@ class Rows:
     x: torch.Tensor
 
 
+@dataclass
+class Stacked:
+    rows: InitVar[list]
+    x: torch.Tensor = field(init=False)
+    later: torch.Tensor = field(init=False)
+
+    def __post_init__(self, rows):
+        self.x = torch.stack(rows)
+
+
 @pytest.mark.parametrize(
     ("batch", "size"),
     [
@@ -111,13 +121,15 @@ class Rows:
         ([torch.zeros(4, 2), torch.zeros(7)], 4),
         ({"id": "x", "y": (torch.zeros(3),)}, 3),
         (Rows("n", torch.zeros(6)), 6),
+        (Stacked([torch.zeros(2)] * 3), 3),
+        (Rows, 1),
         (torch.tensor(1.0), 1),
         ("text", 1),
         (None, 1),
         ([], 1),
         (torch.zeros(0, 3), 1),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if isinstance(value, Stacked) else str(value),
 )
 def test_the_size_of_a_batch_is_that_of_its_first_tensor(batch, size):
     assert batch_size_of(batch) == size

@@ -42,6 +42,10 @@ CLIENTS = (
     Client("transformers_trainer", "transformers", "torch-2.13"),
     Client("accelerate", "accelerate", "torch-2.13"),
     Client("pytorch_forecasting", "pytorch-forecasting", "torch-2.13"),
+    Client("pina", "pina-mathlab", "torch-2.13"),
+    Client("matgl", "matgl", "torch-2.13"),
+    Client("chemprop", "chemprop", "torch-2.13"),
+    Client("schnetpack", "schnetpack", "torchmetrics-1.0"),
     Client("torchvision", "torchvision", "torch-2.14"),
 )
 

@@ -17,5 +17,5 @@ def test_something_was_measured():
 
 @pytest.mark.parametrize("name", [name for name, record in MEASURED.items() if "fits" in record])
 def test_a_recipe_quotes_the_table_of_its_results(name):
-    page = (RECIPES / f"{name.replace('_', '-')}.md").read_text(encoding="utf-8")
-    assert table(MEASURED[name]) in page, f"python -m benchmarks.clients.{name} --table prints it"
+    pages = [page.read_text(encoding="utf-8") for page in RECIPES.glob("*.md")]
+    assert any(table(MEASURED[name]) in page for page in pages), f"no recipe has the table of results/{name}.json"

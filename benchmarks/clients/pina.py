@@ -1,41 +1,43 @@
-"""PINA's own problems with its own weightings and with ours: the error of the solution, and the time of a step.
+"""PINA's own problems with its own weightings and with ours: relative L2 errors, and the time of a step on the first.
 
-    python -m benchmarks.clients.pina                    # the errors, about ten minutes on one core
-    python -m benchmarks.clients.pina --time             # the time of a step over the plain sum's
+    python -m benchmarks.clients.pina            # fits, results/pina.json and its table
+    python -m benchmarks.clients.pina --quick    # shows that it runs, writes nothing
 
-Writes ``results/pina.json`` or ``results/pina_time.json`` beside itself.
+``measure.main`` does not serve: PINA's Trainer is made for a solver, and its weightings are no callbacks.
 """
 
 import argparse
+import datetime
 import json
 import logging
+import platform
 import time
 import warnings
-from pathlib import Path
+from importlib.metadata import version
 from statistics import median, quantiles
 
 import lightning as L
 import torch
 from pina.model import FeedForward
 from pina.optim import TorchOptimizer
-from pina.problem.zoo import HelmholtzProblem, Poisson2DSquareProblem
+from pina.problem.zoo import DiffusionReactionProblem, Poisson2DSquareProblem
 from pina.solver import PhysicsInformedSingleModelSolver
 from pina.trainer import Trainer
 from pina.weighting import NeuralTangentKernelWeighting, ScalarWeighting, SelfAdaptiveWeighting
 
+from benchmarks.clients.measure import PLAIN, RESULTS, table
 from lightning_gradnorm import GradNormCallback
 
-RESULTS = Path(__file__).parent / "results"
-PROBLEMS = {"poisson": Poisson2DSquareProblem, "helmholtz": HelmholtzProblem}
-POINTS = {"D": 256, "boundary": 128}
+PROBLEMS = {"Poisson": Poisson2DSquareProblem, "diffusion and reaction": DiffusionReactionProblem}
+POINTS = {"D": 256, "boundary": 128, "t0": 64}
 STEPS, LR = 1000, 5e-3
 SLOW = {"reference": "D", "alpha": 0.0, "update": "closed_form", "ema_decay": 0.98, "update_every": 2}
 METHODS = {
-    "plain sum": lambda names: (None, []),
-    "NTK": lambda names: (NeuralTangentKernelWeighting(), []),
-    "self-adaptive": lambda names: (SelfAdaptiveWeighting(), []),
+    PLAIN: lambda names: (None, []),
+    "NeuralTangentKernelWeighting": lambda names: (NeuralTangentKernelWeighting(), []),
+    "SelfAdaptiveWeighting": lambda names: (SelfAdaptiveWeighting(), []),
     "GradNorm": lambda names: _weighed(GradNormCallback(summary=False), names),
-    "GradNorm, five settings": lambda names: _weighed(GradNormCallback(**SLOW, summary=False), names),
+    "GradNorm, the five settings": lambda names: _weighed(GradNormCallback(**SLOW, summary=False), names),
 }
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
@@ -77,60 +79,61 @@ def train(problem_name, method, seed, steps, watch=()):
     return error, weights
 
 
-def errors(seeds):
-    """One record per run, written after each."""
-    records = []
+def fits(seeds, steps):
+    """Every method on every seed and problem."""
+    made = []
     for seed in seeds:
-        for problem in PROBLEMS:
-            for method in METHODS:
-                error, weights = train(problem, method, seed, STEPS)
-                record = {
-                    "problem": problem,
-                    "method": method,
-                    "seed": seed,
-                    "steps": STEPS,
-                    "error": error,
-                    "weights": weights,
-                }
-                print(record, flush=True)
-                records.append(record)
-                write("pina.json", records)
-
-
-def seconds_of_a_step(problem, method, steps):
-    """The median of a short run, its first steps left out."""
-    clock = Clock()
-    train(problem, method, 0, steps, [clock])
-    return median(clock.seconds[10:])
-
-
-def times(rounds=9, steps=40):
-    """Methods take turns in one process; each block of steps over the plain block of the same round."""
-    records = []
-    for problem in PROBLEMS:
-        blocks = [{method: seconds_of_a_step(problem, method, steps) for method in METHODS} for _ in range(rounds + 1)]
         for method in METHODS:
-            ratios = [block[method] / block["plain sum"] for block in blocks[1:]]
-            low, middle, high = quantiles(ratios, n=4)
-            records.append({"problem": problem, "method": method, "median": middle, "quartiles": [low, high]})
-            print(records[-1], flush=True)
-    write("pina_time.json", records)
+            found = {problem: train(problem, method, seed, steps) for problem in PROBLEMS}
+            errors = {problem: error for problem, (error, _) in found.items()}
+            made.append(
+                {"method": method, "seed": seed, "errors": errors, "weights": {problem: w for problem, (_, w) in found.items()}}
+            )
+            print(method, seed, errors, flush=True)
+    return made
 
 
-def write(name, records):
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+def step_ratios(rounds, steps):
+    """Method → quartiles of its step's time over the plain one's: fits in turn, each round in another order."""
+    ratios = {method: [] for method in METHODS if method != PLAIN}
+    for k in range(rounds):
+        seconds = {}
+        for method in list(METHODS)[:: 1 if k % 2 else -1]:
+            clock = Clock()
+            train(next(iter(PROBLEMS)), method, 0, steps, [clock])
+            seconds[method] = median(clock.seconds[5:])
+        for method, values in ratios.items():
+            values.append(seconds[method] / seconds[PLAIN])
+    return {method: quantiles(values, n=4, method="inclusive") for method, values in ratios.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--time", action="store_true")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments = parser.parse_args()
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7, help="of timed fits")
+    parser.add_argument("--quick", action="store_true", help="shows that it runs, writes nothing")
+    parser.add_argument("--table", action="store_true", help="the table of the results that are there")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    times() if arguments.time else errors(arguments.seeds)
+    path = RESULTS / "pina.json"
+    if not args.table:
+        seeds, rounds, steps = (2, 2, 20) if args.quick else (args.seeds, args.rounds, STEPS)
+        record = {
+            "client": "pina",
+            "steps": steps,
+            "versions": {name: version(name) for name in ("torch", "pina-mathlab", "lightning")}
+            | {"python": platform.python_version()},
+            "date": datetime.date.today().isoformat(),
+            "fits": fits(range(seeds), steps),
+            "step": step_ratios(rounds, min(steps, 40)),
+        }
+        if args.quick:
+            print(table(record))
+            return
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(table(json.loads(path.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

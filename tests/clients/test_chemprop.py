@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-pytest.importorskip("chemprop", reason="chemprop is not installed; make clients runs this")
+pytest.importorskip("chemprop", reason="chemprop is not installed; make clients installs it apart")
 
 import numpy as np
 import torch

@@ -4,7 +4,7 @@ from itertools import cycle
 
 import pytest
 
-pytest.importorskip("matgl", reason="MatGL is not installed; make clients runs this")
+pytest.importorskip("matgl", reason="MatGL is not installed; make clients installs it apart")
 
 import torch
 from matgl.ext.pymatgen import Structure2Graph

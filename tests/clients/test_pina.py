@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-pytest.importorskip("pina", reason="PINA is not installed; make clients runs this")
+pytest.importorskip("pina", reason="PINA is not installed; make clients installs it apart")
 
 import lightning as L
 import torch

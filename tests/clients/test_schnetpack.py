@@ -8,7 +8,7 @@ from torch.utils.data import dataloader
 # A name that torch once had and SchNetPack before 2.2, which is for Python 3.12, asks for.
 dataloader.T_co = getattr(dataloader, "T_co", dataloader._T_co)
 
-pytest.importorskip("schnetpack", reason="SchNetPack is not installed; make clients runs this")
+pytest.importorskip("schnetpack", reason="SchNetPack is not installed; make clients installs it apart")
 
 import pytorch_lightning as pl
 import schnetpack as spk

@@ -79,12 +79,12 @@ def train(problem_name, method, seed, steps, watch=()):
     return error, weights
 
 
-def fits(seeds, steps):
+def fits(problems, seeds, steps):
     """Every method on every seed and problem."""
     made = []
     for seed in seeds:
         for method in METHODS:
-            found = {problem: train(problem, method, seed, steps) for problem in PROBLEMS}
+            found = {problem: train(problem, method, seed, steps) for problem in problems}
             errors = {problem: error for problem, (error, _) in found.items()}
             made.append(
                 {"method": method, "seed": seed, "errors": errors, "weights": {problem: w for problem, (_, w) in found.items()}}
@@ -109,6 +109,7 @@ def step_ratios(rounds, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=["Poisson"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=7, help="of timed fits")
     parser.add_argument("--quick", action="store_true", help="shows that it runs, writes nothing")
@@ -126,7 +127,7 @@ def main():
             "versions": {name: version(name) for name in ("torch", "pina-mathlab", "lightning")}
             | {"python": platform.python_version()},
             "date": datetime.date.today().isoformat(),
-            "fits": fits(range(seeds), steps),
+            "fits": fits(args.problems, range(seeds), steps),
             "step": step_ratios(rounds, min(steps, 40)),
         }
         if args.quick:

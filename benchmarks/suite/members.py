@@ -103,7 +103,9 @@ class Stack:
             if member.balancer.due and member.balancer.needs_gradients:
                 needs.setdefault(member.norms_on, set()).update(member.balancer.needs)
         wanted = list({id(one): one for norms_on in needs for one in self.compared[norms_on]}.values())
-        found: dict[str, dict[str, list[Tensor]]] = {norms_on: {name: [] for name in names} for norms_on, names in needs.items()}
+        found: dict[str, dict[str, list[Tensor]]] = {
+            norms_on: {name: [] for name in names} for norms_on, names in needs.items()
+        }
         for task in self.tasks if needs else ():
             gradients = torch.autograd.grad(losses[task].sum(), wanted, retain_graph=True, materialize_grads=True)
             by_id = {id(one): gradient.flatten(1) for one, gradient in zip(wanted, gradients, strict=True)}

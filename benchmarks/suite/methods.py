@@ -1,0 +1,91 @@
+"""The methods of the suite, each as plain settings, so that others can be given on the command line without code."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning_gradnorm
+from benchmarks.suite.members import Member, NormsOn
+from benchmarks.suite.problem import Kind, Problem
+from lightning_gradnorm import LossBalancer
+
+Spec = Mapping[str, Any]
+"""The settings of a method: ``"class"``, a balancer's name in the package, and its arguments.
+
+``"norms_on"``, if it is there, says where gradients are compared: ``"shared"`` (the problem's W, the default), ``"matrices"`` or
+``"all"``. Words that begin with ``$`` stand for what the problem has: ``"$residual"``, its first residual; ``"$residuals"``, a
+list of all; ``"$steps/400"``, a share of the training, a whole number of steps; ``"$raised*10"``, weights of 10 on
+the tasks that are raised by hand and 1 on the others; ``"$trivial"``, one over the loss of the best constant prediction. A
+method that names what a problem does not have is not tried on it.
+"""
+
+PLAIN: Spec = {"class": "EqualWeights"}
+METHODS: dict[str, dict[Kind, Spec]] = {
+    "plain": dict.fromkeys(("equation", "data"), PLAIN),
+    "annealing": {
+        "equation": {"class": "LearningRateAnnealing", "reference": "$residual", "norms_on": "matrices"},
+        "data": {"class": "LearningRateAnnealing", "form": "norm", "update_every": 10},
+    },
+    "hand 10": dict.fromkeys(("equation", "data"), {"class": "FixedWeights", "weights": "$raised*10"}),
+    "hand 100": dict.fromkeys(("equation", "data"), {"class": "FixedWeights", "weights": "$raised*100"}),
+    "1/trivial loss": {"data": {"class": "FixedWeights", "weights": "$trivial"}},
+    "default": dict.fromkeys(("equation", "data"), {"class": "GradNorm"}),
+    "closed form": dict.fromkeys(("equation", "data"), {"class": "GradNorm", "update": "closed_form"}),
+    "five settings": {
+        "equation": {
+            "class": "GradNorm",
+            "reference": "$residual",
+            "alpha": 0,
+            "update": "closed_form",
+            "ema_decay": 0.98,
+            "update_every": "$steps/400",
+        }
+    },
+}
+REFERENCES = ("plain", "annealing", "hand 10", "hand 100")  # "hand 1" is the plain sum
+
+
+def fits(spec: Spec, problem: type[Problem]) -> bool:
+    """Whether the problem has what the settings name."""
+    words = [value for value in spec.values() if isinstance(value, str)]
+    if any(word.startswith("$residual") for word in words) and not problem.residuals:
+        return False
+    return not ("$trivial" in words and problem.kind == "equation")
+
+
+def filled(value: object, problem: Problem, steps: int) -> Any:
+    """A setting's value, with what the problem has in the place of a word that begins with ``$``."""
+    if not (isinstance(value, str) and value.startswith("$")):
+        return value
+    word, _, factor = value[1:].partition("*")
+    word, _, parts = word.partition("/")
+    if word == "residual":
+        return problem.residuals[0]
+    if word == "residuals":
+        return list(problem.residuals)
+    if word == "steps":
+        return max(round(steps / float(parts)), 1)
+    if word == "raised":
+        return {task: float(factor) if task in problem.raised else 1.0 for task in problem.tasks}
+    if word == "trivial":
+        return {task: 1 / loss for task, loss in problem.trivial_losses().items()}
+    raise ValueError(f"{value!r} stands for nothing; benchmarks/suite/methods.py says which words do.")
+
+
+def member(name: str, spec: Spec, problem: Problem, steps: int) -> Member:
+    """One training of the problem by the method, before its first step.
+
+    Args:
+        name: of the method.
+        spec: its settings.
+        problem: of the training's seed.
+        steps: of the whole training.
+
+    Raises:
+        ValueError: if the class is no balancer, or a word stands for nothing.
+    """
+    settings = {key: filled(value, problem, steps) for key, value in spec.items() if key not in ("class", "norms_on")}
+    cls = getattr(lightning_gradnorm, spec.get("class", ""), None)
+    if not (isinstance(cls, type) and issubclass(cls, LossBalancer)):
+        raise ValueError(f"Method {name!r}: {spec.get('class')!r} is no balancer of lightning_gradnorm.")
+    norms_on: NormsOn = spec.get("norms_on", "shared")
+    return Member(name, problem.seed, cls(**settings), norms_on)

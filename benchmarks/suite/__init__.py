@@ -1,1 +1,1 @@
-"""A suite of problems, many small trainings at once, to judge defaults by: ``python -m benchmarks.suite run``; see ``README.md``."""
+"""Problems to judge defaults by, many small trainings at once: ``python -m benchmarks.suite run``; see ``README.md``."""

@@ -83,7 +83,7 @@ class Stack:
         total = torch.stack([(weight * losses[task]).sum() for task, weight in zip(self.tasks, weights.float(), strict=True)])
         gradients = torch.autograd.grad(total.sum(), list(self.parameters.values()))
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient.contiguous()  # the fused Adam takes numbers as they lie in memory
         for group in self.optimizer.param_groups:
             group["lr"] = self.first.lr * self.first.lr_factor(self.step / self.steps)
         self.optimizer.step()

@@ -11,25 +11,30 @@ from lightning_gradnorm import LossBalancer
 Spec = Mapping[str, Any]
 """The settings of a method: ``"class"``, a balancer's name in the package, and its arguments.
 
-``"norms_on"``, if it is there, says where gradients are compared: ``"shared"`` (the problem's W, the default), ``"matrices"`` or
-``"all"``. Words that begin with ``$`` stand for what the problem has: ``"$residual"``, its first residual; ``"$residuals"``, a
+``"norms_on"``, if it is there, says where gradients are compared: ``"shared"`` (the problem's W, the default),
+``"matrices"`` or ``"all"``. Words that begin with ``$`` stand for what the problem has: ``"$residual"``, its first residual; ``"$residuals"``, a
 list of all; ``"$steps/400"``, a share of the training, a whole number of steps; ``"$raised*10"``, weights of 10 on
 the tasks that are raised by hand and 1 on the others; ``"$trivial"``, one over the loss of the best constant prediction. A
 method that names what a problem does not have is not tried on it.
 """
 
-PLAIN: Spec = {"class": "EqualWeights"}
+
+def everywhere(spec: Spec) -> dict[Kind, Spec]:
+    """The same settings on equations and on data."""
+    return {"equation": spec, "data": spec}
+
+
 METHODS: dict[str, dict[Kind, Spec]] = {
-    "plain": dict.fromkeys(("equation", "data"), PLAIN),
+    "plain": everywhere({"class": "EqualWeights"}),
     "annealing": {
         "equation": {"class": "LearningRateAnnealing", "reference": "$residual", "norms_on": "matrices"},
         "data": {"class": "LearningRateAnnealing", "form": "norm", "update_every": 10},
     },
-    "hand 10": dict.fromkeys(("equation", "data"), {"class": "FixedWeights", "weights": "$raised*10"}),
-    "hand 100": dict.fromkeys(("equation", "data"), {"class": "FixedWeights", "weights": "$raised*100"}),
+    "hand 10": everywhere({"class": "FixedWeights", "weights": "$raised*10"}),
+    "hand 100": everywhere({"class": "FixedWeights", "weights": "$raised*100"}),
     "1/trivial loss": {"data": {"class": "FixedWeights", "weights": "$trivial"}},
-    "default": dict.fromkeys(("equation", "data"), {"class": "GradNorm"}),
-    "closed form": dict.fromkeys(("equation", "data"), {"class": "GradNorm", "update": "closed_form"}),
+    "default": everywhere({"class": "GradNorm"}),
+    "closed form": everywhere({"class": "GradNorm", "update": "closed_form"}),
     "five settings": {
         "equation": {
             "class": "GradNorm",

@@ -99,8 +99,8 @@ class TurbofanTwo(Turbofan):
 class Assays(Problem):
     """Twelve toxicity assays from fingerprints, a fifth of the labels missing; the error is 1 − mean ROC-AUC.
 
-    Raised by hand are those with the fewest positive labels, below one in twenty: all gradients are alike at first. The dropout's
-    masks come with the batches, so that all methods see the same ones.
+    Raised by hand are those with the fewest positive labels, below one in twenty: all gradients are alike at first. The
+    dropout's masks come with the batches, so that all methods see the same ones.
     """
 
     name, kind, steps = "Tox21", "data", 400

@@ -11,11 +11,11 @@ from lightning_gradnorm import LossBalancer
 Spec = Mapping[str, Any]
 """The settings of a method: ``"class"``, a balancer's name in the package, and its arguments.
 
-``"norms_on"``, if it is there, says where gradients are compared: ``"shared"`` (the problem's W, the default),
-``"matrices"`` or ``"all"``. Words that begin with ``$`` stand for what the problem has: ``"$residual"``, its first residual; ``"$residuals"``, a
-list of all; ``"$steps/400"``, a share of the training, a whole number of steps; ``"$raised*10"``, weights of 10 on
-the tasks that are raised by hand and 1 on the others; ``"$trivial"``, one over the loss of the best constant prediction. A
-method that names what a problem does not have is not tried on it.
+``"norms_on"``, if it is there, says where gradients are compared: ``"shared"`` (the problem's W, the default), ``"matrices"``
+or ``"all"``. Words that begin with ``$`` stand for what the problem has: ``"$residual"``, its first residual;
+``"$residuals"``, a list of all; ``"$steps/400"``, a share of the training, a whole number of steps; ``"$raised*10"``, weights
+of 10 on the tasks that are raised by hand and 1 on the others; ``"$trivial"``, one over the loss of the best constant
+prediction. A method that names what a problem does not have is not tried on it.
 """
 
 

@@ -92,7 +92,7 @@ class Elliptic(Equation):
         residual = (1 + x**2) * (u_xx + u_yy) + 2 * x * u_x - self.forcing(inside)
         return {
             "pde": residual.square().mean(),
-            "boundary": 4 * (self.network(sides) - self.solution(sides)).square().mean(),
+            "boundary": (self.network(sides) - self.solution(sides)).square().mean(),
         }
 
     def solution(self, x: Tensor) -> Tensor:

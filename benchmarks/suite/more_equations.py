@@ -56,7 +56,7 @@ class Advection(Equation):
 
 
 class Wave(Equation):
-    """u_tt = 4 u_xx, two standing waves; u and u_t given at t = 0, u at both ends."""
+    """u_tt = u_xx, two standing waves; u and u_t given at t = 0, u at both ends."""
 
     name = "wave"
     tasks = ("pde", "initial", "speed", "boundary")
@@ -65,7 +65,7 @@ class Wave(Equation):
         _, _, (u_tt, u_xx) = self.network.derivatives(inside, second=2)
         at_start, (speed, _), _ = self.network.derivatives(first)
         return {
-            "pde": (u_tt - 4 * u_xx).square().mean(),
+            "pde": (u_tt - u_xx).square().mean(),
             "initial": (at_start - self.solution(first)).square().mean(),
             "speed": speed.square().mean(),
             "boundary": 2 * self.network(sides).square().mean(),
@@ -74,7 +74,7 @@ class Wave(Equation):
     def solution(self, x: Tensor) -> Tensor:
         t, x = x.unbind(1)
         modes = ((1.0, 1), (0.5, 3))
-        return sum(a * torch.sin(math.pi * k * x) * torch.cos(2 * math.pi * k * t) for a, k in modes)  # type: ignore[return-value]
+        return sum(a * torch.sin(math.pi * k * x) * torch.cos(math.pi * k * t) for a, k in modes)  # type: ignore[return-value]
 
 
 class Elliptic(Equation):

@@ -13,7 +13,7 @@ from benchmarks.suite.problem import Batch, Problem, generator
 
 @functools.cache
 def rows(seed: int, features: int, targets: int, train: int) -> tuple[Batch, Batch]:
-    """Inputs ``[N, features]`` and smooth functions of them ``[N, targets]`` with variance 1 and a tenth of noise.
+    """Inputs ``[N, features]`` and smooth functions of them ``[N, targets]`` with variance 1 and a twentieth of noise.
 
     Each target is a mixture, its own, of hidden features that all share.
 
@@ -22,10 +22,10 @@ def rows(seed: int, features: int, targets: int, train: int) -> tuple[Batch, Bat
     """
     draws = generator(seed, 1)
     x = torch.randn(train + 2000, features, generator=draws)
-    inner = torch.randn(features, 24, generator=draws) * 1.5 / features**0.5
-    hidden = torch.sin(x @ inner + torch.randn(24, generator=draws))
-    y = hidden @ torch.randn(24, targets, generator=draws)
-    y = (y - y.mean(0)) / y.std(0) + 0.1**0.5 * torch.randn(len(x), targets, generator=draws)
+    inner = torch.randn(features, 10, generator=draws) / features**0.5
+    hidden = torch.sin(x @ inner + torch.randn(10, generator=draws))
+    y = hidden @ torch.randn(10, targets, generator=draws)
+    y = (y - y.mean(0)) / y.std(0) + 0.05**0.5 * torch.randn(len(x), targets, generator=draws)
     return (x[:train], y[:train]), (x[train:], y[train:])
 
 

@@ -182,6 +182,8 @@ def test_a_method_that_names_a_residual_is_for_equations():
     assert fits(spec, PROBLEMS["wave"]) and not fits(spec, PROBLEMS["digits"])
     made = member("five settings", METHODS["five settings"]["equation"], PROBLEMS["wave"](0), 4000)
     assert (made.balancer.reference, made.balancer.update_every) == ("pde", 10)
+    with pytest.raises(SystemExit, match="'x': 'Gradnorm' is no balancer"):
+        command.main(["table", "--method", 'x={"data": {"class": "Gradnorm"}}'])
     raised = member("hand 10", METHODS["hand 10"]["data"], PROBLEMS["tabular 500 : 1"](0), 10)
     assert raised.balancer.given == {"price": 1, "sold": 10}
 

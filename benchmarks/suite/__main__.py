@@ -1,6 +1,7 @@
 """``python -m benchmarks.suite``."""
 
-from benchmarks.suite.command import main
+from benchmarks.suite.command import alone, main
 
 if __name__ == "__main__":
+    alone()
     main()

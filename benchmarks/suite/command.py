@@ -18,7 +18,7 @@ import lightning_gradnorm
 from benchmarks.experiments.records import Record, Records
 from benchmarks.suite import data_files
 from benchmarks.suite.members import MARKS, Member, train
-from benchmarks.suite.methods import METHODS, REFERENCES, Spec, fits, member
+from benchmarks.suite.methods import METHODS, REFERENCES, Spec, by_kind, fits, member
 from benchmarks.suite.problem import Kind, Problem
 from benchmarks.suite.registry import PROBLEMS
 from benchmarks.suite.summary import Summary
@@ -53,6 +53,14 @@ def make(group: Group) -> list[Record]:
     members: list[Member] = [member(name, spec, problem(seed), group.steps) for name, spec, seed in group.trainings]
     seconds = train(problem, members, group.steps)
     return [record(group, one, spec, seconds) for one, (_, spec, _) in zip(members, group.trainings, strict=True)]
+
+
+def attempt(group: Group) -> list[Record] | str:
+    """The records, or why there are none: the other groups go on."""
+    try:
+        return make(group)
+    except Exception as wrong:
+        return f"{type(wrong).__name__}: {wrong}"
 
 
 def record(group: Group, one: Member, spec: Spec, seconds: float) -> Record:
@@ -103,7 +111,11 @@ def groups(options: argparse.Namespace, methods: Mapping[str, Mapping[Kind, Spec
 
 
 def run(options: argparse.Namespace, methods: Mapping[str, Mapping[Kind, Spec]], records: Records) -> None:
-    """Make what is missing, in as many processes as were asked for."""
+    """Make what is missing, in as many processes as were asked for.
+
+    Raises:
+        SystemExit: at the end, if some could not be made.
+    """
     todo = sorted(groups(options, methods, records), key=lambda group: -group.steps * len(group.trainings))
     done, began = 0, time.monotonic()
 
@@ -117,16 +129,25 @@ def run(options: argparse.Namespace, methods: Mapping[str, Mapping[Kind, Spec]],
             f"{group.problem}: {len(made)} trainings of {group.steps} steps; {done} of {total}, {minutes:.1f} min", flush=True
         )
 
-    if options.jobs == 1:
-        alone()
-        for group in todo:
-            keep(group, make(group))
+    failed = []
+    for group, found in results(todo, options.jobs):
+        if isinstance(found, str):
+            failed.append(f"{group.problem}: {found}")
+            print(failed[-1], flush=True)
+        else:
+            keep(group, found)
+    if failed:
+        raise SystemExit("\n".join(["Not made:", *failed]))
+
+
+def results(todo: Sequence[Group], jobs: int) -> Iterator[tuple[Group, list[Record] | str]]:
+    """Each group with what came of it, as they are ready; one alone in this process, several in processes of their own."""
+    if jobs == 1:
+        yield from ((group, attempt(group)) for group in todo)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, initializer=alone) as pool:
-        working = {pool.submit(make, group): group for group in todo}
-        for future in as_completed(working):
-            keep(working[future], future.result())
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=alone) as pool:
+        working = {pool.submit(attempt, group): group for group in todo}
+        yield from ((working[future], future.result()) for future in as_completed(working))
 
 
 def given_methods(options: argparse.Namespace) -> dict[str, dict[Kind, Spec]]:
@@ -137,8 +158,10 @@ def given_methods(options: argparse.Namespace) -> dict[str, dict[Kind, Spec]]:
     for text in options.method:
         name, _, settings = text.partition("=")
         given[name] = json.loads(settings)
-    kinds: tuple[Kind, ...] = ("equation", "data")
-    return {name: {kind: spec.get(kind, spec) for kind in kinds} for name, spec in given.items()}
+    try:
+        return {name: by_kind(name, spec) for name, spec in given.items()}
+    except ValueError as wrong:
+        raise SystemExit(str(wrong)) from None
 
 
 def parser() -> argparse.ArgumentParser:

@@ -76,6 +76,26 @@ def filled(value: object, problem: Problem, steps: int) -> Any:
     raise ValueError(f"{value!r} stands for nothing; benchmarks/suite/methods.py says which words do.")
 
 
+def by_kind(name: str, spec: Mapping[str, Any]) -> dict[Kind, Spec]:
+    """Kind → settings, of settings as they are given: for both kinds, or for each by its name.
+
+    Raises:
+        ValueError: if a class is no balancer.
+    """
+    kinds = everywhere(spec) if "class" in spec else {kind: spec[kind] for kind in everywhere({}) if kind in spec}
+    for settings in [*kinds.values()] or [spec]:
+        balancer_class(name, settings)
+    return kinds
+
+
+def balancer_class(name: str, spec: Spec) -> type[LossBalancer]:
+    """What ``"class"`` names."""
+    cls = getattr(lightning_gradnorm, str(spec.get("class")), None)
+    if not (isinstance(cls, type) and issubclass(cls, LossBalancer)):
+        raise ValueError(f"Method {name!r}: {spec.get('class')!r} is no balancer of lightning_gradnorm.")
+    return cls
+
+
 def member(name: str, spec: Spec, problem: Problem, steps: int) -> Member:
     """One training of the problem by the method, before its first step.
 
@@ -89,8 +109,6 @@ def member(name: str, spec: Spec, problem: Problem, steps: int) -> Member:
         ValueError: if the class is no balancer, or a word stands for nothing.
     """
     settings = {key: filled(value, problem, steps) for key, value in spec.items() if key not in ("class", "norms_on")}
-    cls = getattr(lightning_gradnorm, spec.get("class", ""), None)
-    if not (isinstance(cls, type) and issubclass(cls, LossBalancer)):
-        raise ValueError(f"Method {name!r}: {spec.get('class')!r} is no balancer of lightning_gradnorm.")
+    cls = balancer_class(name, spec)
     norms_on: NormsOn = spec.get("norms_on", "shared")
     return Member(name, problem.seed, cls(**settings), norms_on)

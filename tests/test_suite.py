@@ -144,7 +144,7 @@ def test_the_spectral_reference_solves_its_equation():
 
 
 def test_the_cavitys_centre_lines_are_those_of_the_literature():
-    velocity = references.cavity(100.0)
+    velocity = references.cavity(100.0, references.np.ones_like)
     assert velocity[16, :, 0].min().item() == pytest.approx(-0.2140, abs=2e-3)  # Ghia, Ghia, Shin 1982: -0.2109
     assert velocity[:, 16, 1].max().item() == pytest.approx(0.1796, abs=2e-3)
     assert velocity[:, 16, 1].min().item() == pytest.approx(-0.2538, abs=2e-3)

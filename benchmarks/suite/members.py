@@ -81,7 +81,7 @@ class Stack:
         weights = torch.stack([member.applied for member in self.members], 1)
         measured = self._measure(losses)
         total = torch.stack([(weight * losses[task]).sum() for task, weight in zip(self.tasks, weights.float(), strict=True)])
-        gradients = torch.autograd.grad(total.sum(), list(self.parameters.values()))
+        gradients = torch.autograd.grad(total.sum(), list(self.parameters.values()), materialize_grads=True)
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = gradient.contiguous()  # the fused Adam takes numbers as they lie in memory
         for group in self.optimizer.param_groups:

@@ -55,6 +55,26 @@ class Advection(Equation):
         return torch.sin(x - self.speed * t)
 
 
+class Transport(Equation):
+    """u_t + u_x = 0, two waves, given at t = 0 and where they come in: gradients of like size."""
+
+    name = "transport"
+    tasks = ("pde", "initial", "inflow")
+
+    def losses(self, inside: Tensor, first: Tensor, sides: Tensor) -> dict[str, Tensor]:
+        _, (u_t, u_x), _ = self.network.derivatives(inside)
+        inflow = sides.chunk(2)[0]
+        return {
+            "pde": (u_t + u_x).square().mean(),
+            "initial": (self.network(first) - self.solution(first)).square().mean(),
+            "inflow": (self.network(inflow) - self.solution(inflow)).square().mean(),
+        }
+
+    def solution(self, x: Tensor) -> Tensor:
+        t, x = x.unbind(1)
+        return torch.sin(2 * math.pi * (x - t)) + 0.5 * torch.sin(6 * math.pi * (x - t))
+
+
 class Wave(Equation):
     """u_tt = u_xx, two standing waves; u and u_t given at t = 0, u at both ends."""
 

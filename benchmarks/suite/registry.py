@@ -12,6 +12,7 @@ EQUATIONS: tuple[type[Problem], ...] = (
     fluids.Cavity,
     more_equations.Reaction,
     more_equations.Advection,
+    more_equations.Transport,
     more_equations.Wave,
     more_equations.Elliptic,
     more_equations.Heat,

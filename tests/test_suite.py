@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.experiments.records import Record
-from benchmarks.suite import command, equations, fluids, references
+from benchmarks.suite import command, data_files, equations, fluids, references
 from benchmarks.suite.members import Stack, fresh
 from benchmarks.suite.methods import METHODS, fits, member
 from benchmarks.suite.registry import DATA, EQUATIONS, PROBLEMS
@@ -16,7 +16,9 @@ from benchmarks.suite.taylor import TanhNetwork
 from lightning_gradnorm.session import BalancingSession
 
 STEPS = 20
-WITHOUT_FILES = [problem for problem in (*EQUATIONS, *DATA) if not issubclass(problem, command.data_files.NEED_FILES)]
+FILES = data_files.NEEDS_FILES
+real_data = pytest.mark.skipif(data_files.folder() is None, reason=f"{FILES} does not name a folder with cmapss/ and tox21/")
+ALL = [pytest.param(p, marks=real_data) if issubclass(p, data_files.NEED_FILES) else p for p in (*EQUATIONS, *DATA)]
 
 
 def alone(make, one, steps):
@@ -29,7 +31,8 @@ def alone(make, one, steps):
         "all": list(of),
     }
     session = BalancingSession(one.balancer, problem, shared_layer=layers[one.norms_on])
-    adam = torch.optim.Adam(problem.parameters(), lr=problem.lr, betas=problem.betas)
+    kind = torch.optim.AdamW if problem.weight_decay else torch.optim.Adam
+    adam = kind(problem.parameters(), lr=problem.lr, betas=problem.betas, weight_decay=problem.weight_decay)
     seen = []
     for step, batch in zip(range(steps), problem.stream(), strict=False):
         adam.param_groups[0]["lr"] = problem.lr * problem.lr_factor(step / steps)
@@ -49,7 +52,10 @@ def members_of(make, methods, seeds, steps):
     return [member(name, METHODS[name][make.kind], make(seed), steps) for seed in seeds for name in methods]
 
 
-@pytest.mark.parametrize("name", ["Helmholtz", "Burgers, inverse", "cavity", "digits", "eight regressions"])
+WITH_FILES = [pytest.param(name, marks=real_data) for name in ("FD001", "Tox21")]
+
+
+@pytest.mark.parametrize("name", ["Helmholtz", "Burgers, inverse", "cavity", "digits", "eight regressions", *WITH_FILES])
 def test_a_member_of_the_stack_is_what_it_would_be_alone(name):
     make = PROBLEMS[name]
     methods = ("plain", "annealing", "hand 10", "default", "closed form")
@@ -78,7 +84,7 @@ def test_the_networks_derivatives_are_those_of_autograd():
 # -- the problems --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", WITHOUT_FILES, ids=lambda make: make.name)
+@pytest.mark.parametrize("make", ALL, ids=lambda make: make.name)
 def test_a_problem_is_what_it_says(make):
     problem = fresh(make, 0)
     losses = problem.losses(*next(problem.stream()))

@@ -47,7 +47,15 @@ def draw(summary: Summary, path: Path) -> None:
                 if math.isfinite(value):
                     dark = abs(math.log(value)) > 0.7 * math.log(TOP)
                     colour = "white" if dark else "black"
-                    axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=colour)
+                    axes.text(
+                        column,
+                        row,
+                        f"{value:.2f}" if value < 9.95 else f"{value:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color=colour,
+                    )
             axes.set_xticks(range(len(methods)), methods, rotation=60, ha="right", fontsize=8)
             axes.set_yticks(range(len(problems)), problems, fontsize=8)
             axes.set_title(f"at {mark:g} of the training", fontsize=9)

@@ -119,12 +119,10 @@ def run(client: Client, limit: int = LIMIT) -> Result:
 def table(results: list[Result]) -> str:
     """For people: a line per client, then a sentence for each that was left out."""
     rows = [("client", "version", "installed in", "passed", "failed")]
-    rows += [
-        (r.client.package, r.version, f"{r.seconds:.0f} s", str(r.passed), str(r.wrong)) for r in results if not r.left_out
-    ]
+    rows += [(r.client.name, r.version, f"{r.seconds:.0f} s", str(r.passed), str(r.wrong)) for r in results if not r.left_out]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines + [f"Left out: {r.client.package}, since {r.left_out}." for r in results if r.left_out])
+    return "\n".join(lines + [f"Left out: {r.client.name}, since {r.left_out}." for r in results if r.left_out])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradnorm.autograd_graph import nodes_met
+from lightning_gradnorm.plain import plain_text
 
 Terms = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -39,23 +40,45 @@ def weigh_losses_of(name: str, network: nn.Module, terms: Terms) -> RemovableHan
             f"losses in training, as in named_modules(); at the top there are: {', '.join(children) or 'none'}."
         )
 
-    known: set[tuple[str, ...]] = set()  # what was seen to be losses, and no sum of them
+    handle: RemovableHandle = modules[name].register_forward_hook(_Weigh(name, terms))
+    return handle
 
-    def weigh(module: nn.Module, args: Any, output: Any) -> Any:
-        losses = {str(task): loss for task, loss in output.items() if _is_loss(loss)} if isinstance(output, Mapping) else {}
-        if not losses:
+
+class _Weigh:
+    """The hook. In a copy of the submodule, and in what is pickled of it, it lets all through."""
+
+    def __init__(self, name: str, terms: Terms) -> None:
+        self._name, self._terms = name, terms
+        self._known: set[tuple[str, ...]] = set()  # what was seen to be losses, and no sum of them
+        disable: Any = torch.compiler.disable
+        self._outside_compiled_code: Callable[[Any], Any] = disable(self._weighed)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self._outside_compiled_code(output)
+
+    def _weighed(self, output: Any) -> Any:
+        found = {key: loss for key, loss in output.items() if _is_loss(loss)} if isinstance(output, Mapping) else {}
+        if not found:
             return None
-        if tuple(losses) not in known:
-            _refuse_sums(losses, name)
-            known.add(tuple(losses))
+        keys = {plain_text(key) or str(key): key for key in found}
+        losses = {task: found[key] for task, key in keys.items()}
+        if tuple(losses) not in self._known:
+            _refuse_sums(losses, self._name)
+            self._known.add(tuple(losses))
         weighed = copy.copy(output)
-        for task, loss in terms(losses).items():
-            weighed[task] = loss
+        for task, loss in self._terms(losses).items():
+            weighed[keys[task]] = loss
         return weighed
 
-    disable: Any = torch.compiler.disable
-    handle: RemovableHandle = modules[name].register_forward_hook(disable(weigh))
-    return handle
+    def __reduce__(self) -> tuple[type["_LetThrough"], tuple[()]]:
+        return _LetThrough, ()
+
+
+class _LetThrough:
+    """The hook in a copy, which no session weighs."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        pass
 
 
 def _is_loss(value: object) -> bool:

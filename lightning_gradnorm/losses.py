@@ -138,7 +138,8 @@ def plain_sum(losses: Mapping[str, Tensor]) -> Tensor:
     """Σ_i L_i, scalar: what is trained without a balancer. Of no losses, a zero whose backward changes nothing."""
     if not losses:
         return torch.zeros((), requires_grad=torch.is_grad_enabled())
-    return functools.reduce(operator.add, losses.values())
+    total = functools.reduce(operator.add, losses.values())
+    return total.clone() if len(losses) == 1 else total  # it may be added to in place, and the loss stays what it is
 
 
 def weighted_sum(weights: Tensor, losses: Mapping[str, Tensor]) -> Tensor:

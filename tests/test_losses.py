@@ -279,3 +279,11 @@ def test_plain_sum_is_what_plus_gives(values):
 
 def test_unweighted_total_leaves_absent_tasks_out():
     assert unweighted_total(torch.tensor([1.0, torch.nan, 2.5])) == 3.5
+
+
+def test_what_is_added_in_place_to_the_sum_of_one_loss_leaves_it_as_it_is():
+    with torch.no_grad():
+        only = loss(2.0).detach()
+        total = plain_sum({"a": only})
+        total += 1
+    assert (only, total) == (2, 3)

@@ -100,6 +100,14 @@ def multiplied_twice(task: str) -> str:
     )
 
 
+def returned_twice(tasks: Iterable[str]) -> str:
+    """What is said of a submodule that returns its losses a second time in one step."""
+    return (
+        f"The submodule that losses_of names returned losses of the tasks {list(tasks)} twice in one step, and a task has one. "
+        "Where all losses are at hand, add up those of a task and hand them over at once: total_loss({'task': loss, …})."
+    )
+
+
 def called_twice(first: Iterable[str], now: Iterable[str]) -> str:
     """What is said of a second total in one step, with the tasks of both."""
     return (

@@ -117,6 +117,7 @@ class BalancingSession(Totals):
         self._noted_points: dict[str, list[NotedPoints]] = {}
         self._balanced: set[str] = set()  # tasks whose total went backward in this step
         self._stepping = False
+        self._in_backward = False
 
     def start_anew(self) -> None:
         """Forget all that was learnt: weights, L(0), masks, W. The next step starts as on another problem."""
@@ -161,7 +162,7 @@ class BalancingSession(Totals):
             UnreachedSharedLayerError: if some of the tasks reach W and others do not.
             ValueError: if there is no W.
         """
-        loop = self._loop
+        loop, self._in_backward = self._loop, True
         met = nodes_met(root, {loss.grad_fn for noted in self.noted for loss in noted.losses.values()})
         built = [noted for noted in self.noted if any(loss.is_leaf or loss.grad_fn in met for loss in noted.losses.values())]
         if loop is None or not built:
@@ -187,6 +188,7 @@ class BalancingSession(Totals):
         Raises:
             IncompleteBackwardError: if it could not be read, and the engine is not chosen by itself.
         """
+        self._in_backward = False
         try:
             self._measuring.after_backward()
         except IncompleteBackwardError:

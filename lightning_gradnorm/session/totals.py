@@ -15,7 +15,7 @@ from lightning_gradnorm.plain import plain_name
 from lightning_gradnorm.pointwise import PointWeighting
 from lightning_gradnorm.session.link import TotalLink
 from lightning_gradnorm.session.loop import Loop
-from lightning_gradnorm.session.noted import NotedLosses, called_twice, multiplied_twice, not_handed_over, note
+from lightning_gradnorm.session.noted import NotedLosses, called_twice, multiplied_twice, not_handed_over, note, returned_twice
 from lightning_gradnorm.session.shared import SharedReading
 from lightning_gradnorm.session.telling import needs_total
 from lightning_gradnorm.term_weight import TermWeight
@@ -47,6 +47,7 @@ class Totals:
         self.totals = 0
         self.noted: list[NotedLosses] = []
         self._recording = False
+        self._in_backward = False  # what is weighed now is a checkpointed forward, run again
         self._link: TotalLink | None = None
 
     def begin_batch(self) -> None:
@@ -151,11 +152,12 @@ class Totals:
             self._see_evaluated(checked)
             return dict(losses)
         if any(not noted.losses.keys().isdisjoint(checked) for noted in self.noted):
-            raise RuntimeError(called_twice(self.noted[-1].losses, checked))
-        return dict(losses) | (self._weigh(loop, checked) if checked else {})
+            raise RuntimeError(returned_twice(checked))
+        weighed = self._weigh(loop, checked) if checked else {}
+        return {task: _shaped(weighed[task], loss) if task in weighed else loss for task, loss in losses.items()}
 
     def term(self, task: str, loss: Tensor) -> Tensor:
-        """w_i L_i of one task, scalar; outside training, or without a gradient, the loss as it is.
+        """w_i L_i of one task, in the loss's own shape; outside training, or without a gradient, the loss as it is.
 
         Raises:
             ValueError: for a loss that cannot be used.
@@ -168,7 +170,8 @@ class Totals:
             return loss
         if any(task in noted.losses for noted in self.noted):
             raise RuntimeError(multiplied_twice(task))
-        return self._weigh(loop, check_losses({task: loss}, differentiable=True), is_total=False)[task]
+        weighed = self._weigh(loop, check_losses({task: loss}, differentiable=True), is_total=False)
+        return _shaped(weighed[task], loss)
 
     def weight(self, task: str, factor: float = 1.0) -> TermWeight:
         """A stand-in for the number by which a library multiplies one of its losses; see ``TermWeight``.
@@ -201,7 +204,6 @@ class Totals:
         *,
         is_total: bool = True,
     ) -> dict[str, Tensor]:
-        self.totals += 1
         noted = note(
             self.balancer,
             self.points,
@@ -212,12 +214,14 @@ class Totals:
             tapped=self._measures,
             is_total=is_total,
         )
-        self.noted.append(noted)
+        if not self._in_backward:
+            self.totals += 1
+            self.noted.append(noted)
         return weighted_terms(noted.weights, noted.losses)
 
     def _see_evaluated(self, losses: Mapping[str, Tensor]) -> None:
         if losses and self.on_evaluation is not None:
-            self.on_evaluation({task: loss.detach() for task, loss in losses.items()})
+            self.on_evaluation({task: loss.detach().clone() for task, loss in losses.items()})
 
     @property
     def _weighing(self) -> Loop | None:
@@ -227,3 +231,8 @@ class Totals:
     @property
     def _measures(self) -> bool:
         return self.balancer.due and self.balancer.needs_gradients
+
+
+def _shaped(weighed: Tensor, loss: Tensor) -> Tensor:
+    """The weighed loss in the shape of the loss, which may have been (1,)."""
+    return weighed if weighed.shape == loss.shape else weighed.reshape(loss.shape)

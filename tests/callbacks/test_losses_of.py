@@ -1,11 +1,15 @@
 """``losses_of``: a submodule returns a dict of losses, and somebody else's step adds them up."""
 
+import copy
+import pickle
 from collections import OrderedDict
+from enum import Enum
 
 import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_gradnorm import GeometricLoss, GradNorm, GradNormCallback, LossBalancingCallback
 from lightning_gradnorm.session import BalancingSession
@@ -149,7 +153,7 @@ def test_two_forward_passes_in_one_step_are_refused(tmp_path):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) + super().training_step(batch, batch_idx)
 
-    with pytest.raises(RuntimeError, match="twice in one step"):
+    with pytest.raises(RuntimeError, match=r"submodule that losses_of names returned losses of .* twice in one step"):
         fit(tmp_path, Twice, GradNormCallback(losses_of="model", summary=False))
 
 
@@ -164,3 +168,72 @@ def test_a_compiled_submodule_goes_by_its_name(tmp_path):
     found, _ = fit(tmp_path, compiled, GradNormCallback(lr=0.1, losses_of="model", summary=False))
     expected, _ = fit(tmp_path, Vendor, GradNormCallback(lr=0.1, losses_of="model", summary=False))
     assert found.weights[-1] == pytest.approx(expected.weights[-1], rel=1e-5)
+
+
+Kind = Enum("Kind", ["small", "middle", "large", "odd"])
+
+
+@pytest.mark.parametrize(
+    ("key", "task"),
+    [
+        (list(Kind.__members__).index, lambda name: str(list(Kind.__members__).index(name))),
+        (lambda name: Kind[name], lambda name: f"Kind.{name}"),
+        (type("Text", (str,), {"__str__": lambda self: "other"}), lambda name: name),
+    ],
+    ids=["int", "enum", "text"],
+)
+def test_keys_of_any_kind_stay_as_they_are(tmp_path, key, task):
+    class Keyed(Detector):
+        def forward(self, x):
+            output = super().forward(x)
+            return {key(name): loss for name, loss in output.items()} if self.training else output
+
+    class Sums(Vendor):
+        def __init__(self):
+            super().__init__()
+            self.model.__class__ = Keyed
+
+    found, _ = fit(tmp_path, Sums, GradNormCallback(lr=0.1, losses_of="model", summary=False))
+    expected, _ = fit(tmp_path, Vendor, GradNormCallback(lr=0.1, losses_of="model", summary=False))
+    expected.weights = [{task(name): weight for name, weight in weights.items()} for weights in expected.weights]
+    assert same(found, expected)
+
+
+def test_a_loss_with_one_entry_keeps_its_shape(tmp_path):
+    class Rows(Vendor):
+        def training_step(self, batch, batch_idx):
+            return torch.cat(list(self.model(batch[0]).values())).sum()
+
+    class Entries(Detector):
+        def losses(self, x):
+            return {task: loss.reshape(1) for task, loss in super().losses(x).items()}
+
+    def make():
+        module = Rows()
+        module.model.__class__ = Entries
+        return module
+
+    found, _ = fit(tmp_path, make, GradNormCallback(lr=0.1, losses_of="model", summary=False))
+    expected, _ = fit(tmp_path, Vendor, GradNormCallback(lr=0.1, losses_of="model", summary=False))
+    assert found.weights[-1] == pytest.approx(expected.weights[-1], rel=1e-5)
+
+
+def test_a_checkpointed_submodule_returns_its_losses_once(tmp_path):
+    class Checkpointed(Vendor):
+        def training_step(self, batch, batch_idx):
+            return checkpoint(lambda x: sum(self.model(x).values()), batch[0], use_reentrant=False)
+
+    found, _ = fit(tmp_path, Checkpointed, GradNormCallback(lr=0.1, losses_of="model", summary=False))
+    expected, _ = fit(tmp_path, Vendor, GradNormCallback(lr=0.1, losses_of="model", summary=False))
+    assert same(found, expected)
+
+
+def test_a_copy_made_in_training_is_weighed_by_nobody():
+    module = Vendor()
+    BalancingSession(GradNorm(), module, losses_of="model")
+    x = torch.randn(8, 6)
+    plain = module.model.losses(x)
+    for again in (copy.deepcopy(module.model), pickle.loads(pickle.dumps(module.model))):
+        assert all(loss.grad_fn.name() == plain[task].grad_fn.name() for task, loss in again(x).items())
+    session = BalancingSession(GradNorm(), copy.deepcopy(module), losses_of="model")
+    assert session.totals == 0

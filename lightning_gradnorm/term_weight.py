@@ -66,9 +66,15 @@ class TermWeight(float):
         return float(self) * other if number is None else TermWeight(float(self) * number, self.task, self._weighs)
 
     __mul__ = __rmul__ = _times
-    __array_ufunc__ = None  # numpy's numbers leave the product to this class
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if ufunc.__name__ == "multiply" and method == "__call__" and len(inputs) == 2 and not kwargs:
+            return self * (inputs[1] if inputs[0] is self else inputs[0])
+        return getattr(ufunc, method)(*without_weights(inputs), **without_weights(kwargs))
 
     def __truediv__(self, other: Any) -> Any:
+        if isinstance(other, Tensor) and other.requires_grad:
+            return self * other.reciprocal()
         number = plain_number(other)
         return TermWeight(float(self) / number, self.task, self._weighs) if number else float(self) / other
 
@@ -103,7 +109,8 @@ class TermWeight(float):
 
 def _share(factor: float, task: str, weighs: Weighs, loss: Tensor) -> Tensor:
     scaled = loss if factor == 1 else factor * loss
-    return weighs.term(task, scaled) if factor else scaled
+    share = weighs.term(task, scaled) if factor else scaled
+    return factor * loss if share is loss else share  # a product is a tensor of its own: others are added to it in place
 
 
 def without_weights(held: Any) -> Any:
@@ -111,5 +118,6 @@ def without_weights(held: Any) -> Any:
     return tree_map(lambda value: float(value) if isinstance(value, TermWeight) else value, held)
 
 
-for _dumper in (yaml.Dumper, yaml.SafeDumper):  # as which Lightning and others write hyperparameters
+_DUMPERS = "Dumper", "SafeDumper", "CDumper", "CSafeDumper"  # as which Lightning and others write hyperparameters
+for _dumper in (getattr(yaml, name) for name in _DUMPERS if hasattr(yaml, name)):
     yaml.add_representer(TermWeight, lambda dumper, weight: dumper.represent_float(float(weight)), Dumper=_dumper)

@@ -7,6 +7,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
+from torch.utils.checkpoint import checkpoint
 
 from lightning_gradnorm import (
     AdaptiveNormalizedLoss,
@@ -114,6 +116,23 @@ def test_evaluation_has_the_plain_number_and_logs_the_term(tmp_path):
     torch.testing.assert_close(trainer.callback_metrics["own"], trainer.callback_metrics["val_total_loss"])
 
 
+def test_what_is_added_to_a_term_in_place_leaves_the_loss_as_it_is(tmp_path):
+    class Adds(Library):
+        def validation_step(self, batch, batch_idx):
+            losses, weights = self.losses(batch[0]), self.hparams["weights"]
+            total = weights["small"] * losses["small"]
+            total += weights["odd"] * losses["odd"]
+            self.log("own", losses["small"])
+
+    callback = GradNormCallback(lr=0.1, summary=False)
+    module = Adds(weights_of(callback))
+    trainer = quiet_trainer(tmp_path, callbacks=[callback])
+    trainer.fit(module, batches(6), batches(1))
+    with torch.no_grad():
+        small = module.losses(next(iter(batches(1)))[0])["small"]
+    assert trainer.callback_metrics["own"] == trainer.callback_metrics["val_task_loss/small"] == small
+
+
 def test_a_term_that_is_switched_off_or_detached_is_absent(tmp_path):
     class Sometimes(Library):
         def training_step(self, batch, batch_idx):
@@ -179,7 +198,8 @@ WAYS = {
     "a numpy number between": lambda weight, loss: (np.float64(2) * weight / 2) * loss,
     "minus": lambda weight, loss: -(-weight * loss),
     "a copy": lambda weight, loss: copy.deepcopy([weight])[0] * loss,
-    "one entry": lambda weight, loss: weight * loss.reshape(1),
+    "one entry": lambda weight, loss: torch.cat([weight * loss.reshape(1)]),
+    "numpy's product": lambda weight, loss: np.multiply(weight, np.float32(2)) * loss / 2,
     "a subclass": lambda weight, loss: weight * loss.as_subclass(type("Labelled", (torch.Tensor,), {})),
 }
 
@@ -195,6 +215,32 @@ def test_every_way_to_write_the_product_is_seen(tmp_path, way):
     found = fit(tmp_path, lambda: Written(weights_of(callback)), callback)
     expected = fit(tmp_path, TrunkAndHeads, GradNormCallback(0, lr=0.1, summary=False))
     assert found.weights[-1] == pytest.approx(expected.weights[-1], rel=1e-5)
+
+
+def test_divided_by_what_has_a_gradient_it_trains_that_too(tmp_path):
+    class Uncertain(Library):
+        def __init__(self, weights):
+            super().__init__(weights)
+            self.spread = torch.nn.Parameter(torch.ones(()))
+
+        def total(self, batch):
+            losses, weights = self.losses(batch[0]), self.hparams["weights"]
+            return sum(weights[task] / (1 / losses[task]) for task in losses if task != "odd") + weights["odd"] / self.spread
+
+    callback = GradNormCallback(summary=False)
+    found = fit(tmp_path, lambda: Uncertain(weights_of(callback)), None)
+    expected = fit(tmp_path, lambda: Uncertain(dict.fromkeys(TASKS, 1.0)), None)
+    assert all(map(torch.equal, found.parameters, expected.parameters))
+
+
+def test_a_checkpointed_forward_that_runs_again_is_no_second_loss(tmp_path):
+    class Checkpointed(Library):
+        def total(self, batch):
+            return checkpoint(super().total, batch, use_reentrant=False)
+
+    callback = GradNormCallback(lr=0.1, summary=False)
+    found = fit(tmp_path, lambda: Checkpointed(weights_of(callback)), callback)
+    assert same(found, fit(tmp_path, TrunkAndHeads, GradNormCallback(lr=0.1, summary=False)))
 
 
 def test_in_place_is_out_of_place(tmp_path):
@@ -313,6 +359,24 @@ def test_saved_hyperparameters_are_plain_numbers(tmp_path):
     again = Library.load_from_checkpoint(path)
     assert again.hparams["weights"] == FACTORS
     assert module.hparams["weights"]["small"].task == "small", "the module at work keeps its own"
+
+
+def test_numpy_and_yaml_have_the_plain_number():
+    weight, array = GradNormCallback().weight("a", 0.5), np.array([1.0, 2.0])
+    for found, expected in (
+        (array + weight, array + 0.5),
+        (weight - array, 0.5 - array),
+        (array / weight, array / 0.5),
+        (array > weight, array > 0.5),
+        (np.float32(2) / weight, 4.0),
+        (np.sqrt(weight), np.sqrt(0.5)),
+        (np.isfinite(weight), True),
+        (np.add.reduce([weight, weight]), 1.0),
+    ):
+        np.testing.assert_array_equal(found, expected)
+    for name in ("Dumper", "SafeDumper", "CDumper", "CSafeDumper"):
+        if hasattr(yaml, name):
+            assert yaml.dump({"a": weight}, Dumper=getattr(yaml, name)) == "a: 0.5\n"
 
 
 def test_resume_is_exact(tmp_path):

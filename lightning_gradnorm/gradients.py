@@ -49,7 +49,7 @@ _BETWEEN = "Between the losses and the shared layer lies"
 
 
 def tap_losses(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same losses, each behind an identity node of its own.
+    """The same losses, each behind an identity node of its own; no views, as losses are changed in place for the log.
 
     Whatever total is built from the tapped losses, the gradient that arrives at a tap is c_i = s · ∂total/∂L_i, with s
     the scale of the backward (a GradScaler's; 1/N of accumulation), and the tap's node belongs to its task alone.
@@ -60,7 +60,7 @@ def tap_losses(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         TypeError, ValueError: for losses that cannot be used; the message names the task and the way out.
     """
-    return {task: loss.view_as(loss) for task, loss in check_losses(losses, differentiable=True).items()}
+    return {task: loss.clone() for task, loss in check_losses(losses, differentiable=True).items()}
 
 
 class PerTaskBackward(GradientReader):

@@ -156,3 +156,18 @@ def test_a_shared_layer_that_is_not_there_is_refused_by_its_giver(tmp_path):
 def test_a_shared_layer_is_given_to_the_callback_by_name(given):
     with pytest.raises(TypeError, match=r"dotted name of a module or parameter .* Write shared_layer='model\.trunk\.2'"):
         GradNormCallback(shared_layer=given)
+
+
+def test_losses_that_are_changed_in_place_for_the_log_are_balanced_as_they_were(tmp_path):
+    class Rescales(Foreign):
+        def training_step(self, batch, batch_idx):
+            losses = self.losses(batch[0])
+            total = self.criterion(losses)
+            losses["small"] *= 1000
+            losses["odd"].detach().mul_(2)
+            return total
+
+    found = fit(tmp_path, Rescales, GradNormCallback(lr=0.1, summary=False))
+    expected = fit(tmp_path, Foreign, GradNormCallback(lr=0.1, summary=False))
+    assert found.weights == expected.weights
+    assert set(found.weights[-1]) == {"small", "middle", "large", "odd"}

@@ -19,7 +19,7 @@ class NotedLosses:
     """What one total left behind for the backward that follows.
 
     Attributes:
-        losses: task name → the tapped loss, with its graph; the plain one where no gradients are to be read.
+        losses: task name → the tapped loss, with its graph; a copy of it where no gradients are to be read.
         tapped: whether they are tapped.
         weights: those that the total applied, shape ``[T]``.
         kpis: task name → scalar, where the method needs them.
@@ -87,7 +87,7 @@ def note(
         task: points[task].term(loss, given_points.get(task), network) if task in weighed else loss
         for task, loss in losses.items()
     }
-    terms = tap_losses(terms) if tapped else terms
+    terms = tap_losses(terms) if tapped else {task: term.clone() for task, term in terms.items()}
     return NotedLosses(terms, tapped, balancer.weights_at(terms), indicators, weighed, is_total)
 
 

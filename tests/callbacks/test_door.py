@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradnorm import GradNormCallback, total_loss
+from lightning_gradnorm import GradNorm, GradNormCallback, LossBalancingCallback, UncertaintyWeighting, total_loss
 from tests.helpers import Recorder, TrunkAndHeads, batches, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -158,7 +158,8 @@ def test_a_shared_layer_is_given_to_the_callback_by_name(given):
         GradNormCallback(shared_layer=given)
 
 
-def test_losses_that_are_changed_in_place_for_the_log_are_balanced_as_they_were(tmp_path):
+@pytest.mark.parametrize("make", [lambda: GradNorm(lr=0.1), UncertaintyWeighting], ids=["read", "not read"])
+def test_losses_that_are_changed_in_place_for_the_log_are_balanced_as_they_were(tmp_path, make):
     class Rescales(Foreign):
         def training_step(self, batch, batch_idx):
             losses = self.losses(batch[0])
@@ -167,7 +168,7 @@ def test_losses_that_are_changed_in_place_for_the_log_are_balanced_as_they_were(
             losses["odd"].detach().mul_(2)
             return total
 
-    found = fit(tmp_path, Rescales, GradNormCallback(lr=0.1, summary=False))
-    expected = fit(tmp_path, Foreign, GradNormCallback(lr=0.1, summary=False))
+    found = fit(tmp_path, Rescales, LossBalancingCallback(make(), summary=False))
+    expected = fit(tmp_path, Foreign, LossBalancingCallback(make(), summary=False))
     assert found.weights == expected.weights
     assert set(found.weights[-1]) == {"small", "middle", "large", "odd"}

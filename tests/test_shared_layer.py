@@ -19,7 +19,7 @@ from lightning_gradnorm.shared_layer import detect_shared_layer, feature_modules
 from lightning_gradnorm.shared_layer.layer import weight_names
 from tests.helpers import TrunkAndHeads, batches, in_another_thread, quiet_trainer, use_up_node_numbers
 
-OVERRIDE = r"Override shared_layer\(\) in your LightningModule to return the layer that all tasks share"
+NAME_IT = r"Name the layer that all tasks share, by the module's shared_layer\(\) or the callback's shared_layer='its name'"
 
 
 def mlp() -> nn.Module:
@@ -84,11 +84,11 @@ NOT_GIVEN = {
     "the end of a name": (lambda n: "2.bias", ValueError, r"Did you mean 'trunk\.2\.bias'\? In it there are: trunk, head"),
     "below a parameter": (lambda n: "head.bias.1", ValueError, r"In 'head' there are: weight, bias\."),
     "a module that holds nothing": (lambda n: "act.0", ValueError, r"In 'act' there are: no modules or parameters\."),
-    "frozen": (frozen, ValueError, rf"is frozen: .*\(head\.weight, head\.bias\) requires.*{OVERRIDE}.*unfreeze it"),
-    "another network's": (lambda n: nn.Linear(4, 4), ValueError, rf"not one of Module's own \(Linear\)\. {OVERRIDE}, not a"),
+    "frozen": (frozen, ValueError, rf"is frozen: .*\(head\.weight, head\.bias\) requires.*{NAME_IT}.*unfreeze it"),
+    "another network's": (lambda n: nn.Linear(4, 4), ValueError, rf"not one of Module's own \(Linear\)\. {NAME_IT}: not a"),
     "one of another's": (lambda n: [n.head, nn.Parameter(torch.ones(2))], ValueError, "not one of Module's own"),
-    "no parameters": (lambda n: n.act, ValueError, rf"gave no parameters \(Tanh\)\. {OVERRIDE}: one with weights"),
-    "empty list": (lambda n: [], ValueError, r"gave no parameters \(list\)"),
+    "no parameters": (lambda n: n.act, ValueError, rf"gave no parameters \(Tanh\)\. {NAME_IT}: one with weights"),
+    "empty list": (lambda n: [], ValueError, r"gave no parameters \(an empty list\)"),
     "plain tensor": (lambda n: n.head.weight.detach(), TypeError, r"tensor of shape \(2, 8\) that is no parameter\. It re"),
     "plain tensor in a list": (lambda n: [n.head, torch.ones(3)], TypeError, r"a tensor of shape \(3,\) that is no parameter"),
     "number": (lambda n: 2, TypeError, r"shared_layer\(\) gave int\. It returns a module, a parameter, the dotted name"),
@@ -301,7 +301,7 @@ def test_the_layer_found(build, name, tap):
     assert name in shared.names, "of a weight put together from several, the one that holds its direction at least"
     assert {n.rpartition(".")[0] for n in shared.names} == {name.rpartition(".")[0]}, "one layer"
     assert all(p is net.get_parameter(n) for p, n in zip(shared.parameters, shared.names, strict=True))
-    assert "override shared_layer()" in str(shared)
+    assert "name another by shared_layer" in str(shared)
 
 
 def test_nothing_in_common_says_what_each_task_reaches():
@@ -309,7 +309,7 @@ def test_nothing_in_common_says_what_each_task_reaches():
     z = trunk(torch.randn(5, 4))
     net, losses = two_heads(z, trunk=trunk, many=many)
     losses |= {"many": many(z).sum(), "bias": many[0].bias.sum()}
-    with pytest.raises(ValueError, match=rf"share no trainable weight(.*\n)+.*frozen.*use_reentrant=False.*{OVERRIDE}") as e:
+    with pytest.raises(ValueError, match=rf"share no trainable weight(.*\n)+.*frozen.*use_reentrant=False.*{NAME_IT}") as e:
         detect_shared_layer(losses, net)
     reached = ["a.weight", "b.weight", "many.4.weight, many.3.weight, many.2.weight and 2 more", "no trainable weight at all"]
     lines = [f"  {task!r} reaches {what}" for task, what in zip(losses, reached, strict=True)]
@@ -450,4 +450,4 @@ def test_the_choice_is_said_once_with_its_size(tmp_path, told, module, words):
     quiet_trainer(tmp_path, callbacks=[callback], max_epochs=2).fit(module(), batches(3))
     said = [line for line in told if "entries" in line]
     assert len(said) == 1
-    assert all(part in said[0] for part in (words, "shared_layer()", "GradNormCallback", "'joint'", str(callback.shared)))
+    assert all(part in said[0] for part in (words, "shared_layer", "GradNormCallback", "'joint'", str(callback.shared)))

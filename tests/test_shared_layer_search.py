@@ -195,7 +195,7 @@ def test_the_reason_tells_what_was_passed_over(together, tasks, words):
     net = Network()
     layer = detect_shared_layer(net.losses(tasks, together), net)
     assert words in layer.reason
-    assert "override shared_layer() to choose another" in layer.reason
+    assert "name another by shared_layer" in layer.reason
 
 
 def test_the_reason_of_a_wide_head_a_set_and_a_prediction_fed_on():

@@ -133,7 +133,7 @@ class Measuring:
         if not ranks.tasks or (measures and not ranks.entries):
             ranks.agree((*known_tasks, *window.tasks), () if layer is None else layer.names, window.entries)
             if layer is None and ranks.layer and self.reading.norm_of == "parameters":
-                self.reading.adopt(ranks.layer, "as another rank found it; override shared_layer() to choose another")
+                self.reading.adopt(ranks.layer, "as another rank found it; name another by shared_layer")
         ranks.check(window.tasks)
         if ranks.tasks and (ranks.entries or not measures):
             window.reduce(ranks.all_reduce, ranks.tasks, ranks.entries, ranks.device)

@@ -146,7 +146,7 @@ class SharedReading:
         if self.is_given:
             return True
         if self.layer is None and self._search is None and self._are_known():
-            self.adopt(self.known_names, "as before; override shared_layer() to choose another")
+            self.adopt(self.known_names, "as before; name another by shared_layer")
         if self.layer is None or not self._fits(self.layer, losses):
             self.layer = self._searching().look(losses)
             self._fitting = set() if self.layer is None else self._fitting | losses.keys()

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from torch import Tensor, nn
 
-from lightning_gradnorm.shared_layer.layer import OVERRIDE, SharedLayer, named, refuse_sharded, weight_names
+from lightning_gradnorm.shared_layer.layer import NAME_IT, SharedLayer, named, refuse_sharded, weight_names
 
 SharedLayerSpec = nn.Module | nn.Parameter | str | Iterable[nn.Module | nn.Parameter | str]
 
@@ -31,7 +31,7 @@ def resolve_shared_layer(spec: SharedLayerSpec, network: nn.Module, giver: str =
     if not trainable:
         raise ValueError(
             f"The shared layer is frozen: none of its parameters ({', '.join(list(given.values())[:4])}) requires grad, so no "
-            f"task has a gradient there. {OVERRIDE} and is trained, or unfreeze it."
+            f"task has a gradient there. {NAME_IT}: one that is trained; or unfreeze it."
         )
     refuse_sharded({parameter: given[parameter] for parameter in trainable})
     return SharedLayer(tuple(given[p] for p in trainable), tuple(trainable), f"given by {giver}")
@@ -46,7 +46,7 @@ def feature_modules(spec: SharedLayerSpec | None, network: nn.Module, giver: str
     """
     if spec is None:
         raise ValueError(
-            f"norm_of='features' reads the gradient at the shared layer's output, and {giver} names no layer. {OVERRIDE}."
+            f"norm_of='features' reads the gradient at the shared layer's output, and {giver} names no layer. {NAME_IT}."
         )
     if not isinstance(spec, nn.Module) or spec not in network.modules():  # a module without parameters has features too
         _given(spec, network, giver)
@@ -89,11 +89,11 @@ def _given(spec: SharedLayerSpec, network: nn.Module, giver: str) -> dict[nn.Par
     """The parameters that ``spec`` stands for → their names; each once, as a tied parameter counts once in the norm."""
     given = list(dict.fromkeys(_parameters(spec, network, giver)))
     if not given:
-        raise ValueError(f"{giver} gave no parameters ({_describe(spec)}). {OVERRIDE}: one with weights.")
+        raise ValueError(f"{giver} gave no parameters ({_describe(spec)}). {NAME_IT}: one with weights.")
     names = {parameter: name for name, parameter in named(network.named_parameters())}
     if any(parameter not in names for parameter in given):
         raise ValueError(
-            f"{giver} gave a parameter that is not one of {type(network).__name__}'s own ({_describe(spec)}). {OVERRIDE}, not "
+            f"{giver} gave a parameter that is not one of {type(network).__name__}'s own ({_describe(spec)}). {NAME_IT}: not "
             "a copy of it."
         )
     return {parameter: names[parameter] for parameter in given}
@@ -137,4 +137,8 @@ def _what_is_there(wrong: str, modules: Mapping[str, nn.Module], parameters: Ite
 
 
 def _describe(spec: object) -> str:
+    if isinstance(spec, list | tuple):
+        return ", ".join(map(_describe, spec)) or "an empty list"
+    if isinstance(spec, str):
+        return repr(spec)
     return f"a tensor of shape {tuple(spec.shape)} that is no parameter" if isinstance(spec, Tensor) else type(spec).__name__

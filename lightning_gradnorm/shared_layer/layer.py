@@ -10,7 +10,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 _T = TypeVar("_T")
 _PART = re.compile(r"\bparametrizations\.([^.]+)\..*")
-OVERRIDE = "Override shared_layer() in your LightningModule to return the layer that all tasks share"
+NAME_IT = "Name the layer that all tasks share, by the module's shared_layer() or the callback's shared_layer='its name'"
 
 
 @dataclass(frozen=True)

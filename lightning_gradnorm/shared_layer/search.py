@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_gradnorm.shared_layer.choice import Chooser
 from lightning_gradnorm.shared_layer.evidence import Evidence
 from lightning_gradnorm.shared_layer.layer import (
-    OVERRIDE,
+    NAME_IT,
     SharedLayer,
     is_sharded,
     named,
@@ -124,7 +124,7 @@ class SharedLayerSearch:
             reason += "; by the graph alone, part of which can run backward only once or is sharded"
         if self.silent_tasks:
             reason += f"; {', '.join(f'task {task!r}' for task in self.silent_tasks)} had no gradient so far, and no say"
-        reason += "; found from the graph, override shared_layer() to choose another"
+        reason += "; found from the graph, name another by shared_layer"
         return SharedLayer(tuple(weights.part_names[part] for part in chosen), tuple(chosen), reason)
 
 
@@ -162,6 +162,6 @@ def _nothing_shared(reached: Mapping[str, list[str]]) -> str:
             "The tasks share no trainable weight, so there is no gradient to balance:",
             *lines,
             "Is the shared part frozen, or inside a reentrant torch.utils.checkpoint (pass use_reentrant=False)? "
-            f"{OVERRIDE}; or leave out a task that shares nothing with the others.",
+            f"{NAME_IT}; or leave out a task that shares nothing with the others.",
         ]
     )

@@ -183,5 +183,5 @@ def test_the_engine_in_use_is_said_once(tmp_path, caplog):
     said = [record.message for record in caplog.records if "compares the tasks' gradients on" in record.message]
     assert len(said) == 1
     assert "trunk.2.weight (10, 10): 100 entries" in said[0]
-    assert "override shared_layer()" in said[0]
+    assert "name another by shared_layer" in said[0]
     assert "'joint' engine" in said[0]

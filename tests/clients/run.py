@@ -82,7 +82,7 @@ def install(client: Client, python: Path, limit: int) -> str:
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENTS / client.environment], check=True)
     pins = ENVIRONMENTS / client.environment / f"{client.name}.txt"
     pins.write_text(constraints(client), encoding="utf-8")
-    ours = ["--editable", ".[report]", "pytest", "hypothesis"]
+    ours = ["--editable", ".[examples]", "pytest", "hypothesis"]
     command = [python, "-m", "pip", "install", "--quiet", "--constraint", pins, *requirements(client), *ours]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as pip:
         try:

@@ -92,8 +92,7 @@ class TermWeight(float):
         if (func in _PRODUCTS or in_place) and len(args) == 2 and not kwargs:
             weight, loss = args if isinstance(args[0], cls) else args[::-1]
             return weight._of(loss)
-        args, kwargs = tree_map(lambda value: float(value) if isinstance(value, cls) else value, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return func(*without_weights(args), **without_weights(kwargs or {}))
 
     def __copy__(self) -> "TermWeight":
         return self

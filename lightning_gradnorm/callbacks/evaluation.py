@@ -26,22 +26,11 @@ class EvaluationHooks(Callback):
             self._door.open(self._link)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start()
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start()
-
-    def _start(self) -> None:
         self._epochs.start_evaluation()
         self._evaluated.clear()
         self._session.on_evaluation = self._evaluated.append
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._open_door()
-
-    def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._open_door()
@@ -55,23 +44,13 @@ class EvaluationHooks(Callback):
         batch_idx: int,
         dataloader_idx: int | None = None,
     ) -> None:
-        self._end_batch(batch, dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int | None = None,
-    ) -> None:
-        self._end_batch(batch, dataloader_idx)
-
-    def _end_batch(self, batch: Any, dataloader_idx: int | None) -> None:
         self._door.close()
         self._epochs.add_evaluated(self._evaluated, batch, dataloader_idx)
         self._evaluated.clear()
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._session.on_evaluation = None

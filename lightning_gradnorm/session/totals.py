@@ -41,13 +41,13 @@ class Totals:
     reading: SharedReading
     handed_out: set[str]
     _loop: Loop | None
+    _in_backward: bool  # what is weighed now is a checkpointed forward, run again
 
     def _note_nothing(self) -> None:
         self.on_evaluation: Callable[[dict[str, Tensor]], None] | None = None
         self.totals = 0
         self.noted: list[NotedLosses] = []
         self._recording = False
-        self._in_backward = False  # what is weighed now is a checkpointed forward, run again
         self._link: TotalLink | None = None
 
     def begin_batch(self) -> None:

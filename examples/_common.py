@@ -83,6 +83,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console().print(table)
 
 
+def print_held_out(equal: Mapping[str, float], balanced: Mapping[str, float], weights: Mapping[str, float]) -> None:
+    """Task → loss on held-out data with equal weights and with GradNorm's, and its last weight, as a table."""
+    rows = [(task, *(f"{value:.3g}" for value in (equal[task], balanced[task], weights[task]))) for task in equal]
+    print_table("Held-out losses", ["", "equal weights", "GradNorm", "GradNorm's weight"], rows)
+
+
 @contextmanager
 def figure_style() -> Iterator[None]:
     """Plain axes and a light grid, for the figures made inside."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from _common import print_table
+from _common import print_held_out
 from accelerate import Accelerator, PartialState
 from digits_problem import Digits, load
 from torch import nn
@@ -74,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     equal, balanced = (train(balancer, args, args.out / type(balancer).__name__) for balancer in (EqualWeights(), gradnorm))
     if not PartialState().is_main_process:
         return
-    rows = [(task, *(f"{value:.3g}" for value in (equal[task], balanced[task], gradnorm.weights[task]))) for task in equal]
-    print_table("Held-out losses", ["", "equal weights", "GradNorm", "GradNorm's weight"], rows)
+    print_held_out(equal, balanced, gradnorm.weights)
 
 
 if __name__ == "__main__":

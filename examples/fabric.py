@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from _common import print_table, quiet_lightning
+from _common import print_held_out, quiet_lightning
 from digits_problem import Digits, load
 from lightning.fabric import Fabric
 from torch import Tensor, nn
@@ -63,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gradnorm = GradNorm(alpha=args.alpha)
     with quiet_lightning():
         equal, balanced = train(EqualWeights(), args), train(gradnorm, args)
-    rows = [(task, *(f"{value:.3g}" for value in (equal[task], balanced[task], gradnorm.weights[task]))) for task in equal]
-    print_table("Held-out losses", ["", "equal weights", "GradNorm", "GradNorm's weight"], rows)
+    print_held_out(equal, balanced, gradnorm.weights)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import print_table
+from _common import print_held_out
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -170,8 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         equal, balanced = train(EqualWeights(), args, folder), train(gradnorm, args, folder)
     if not PartialState().is_main_process:
         return
-    rows = [(task, *(f"{value:.3g}" for value in (equal[task], balanced[task], gradnorm.weights[task]))) for task in equal]
-    print_table("Held-out losses", ["", "equal weights", "GradNorm", "GradNorm's weight"], rows)
+    print_held_out(equal, balanced, gradnorm.weights)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Stack:
         seeds = sorted({member.seed for member in self.members})
         self.streams = [self.problems[[m.seed for m in self.members].index(seed)].stream() for seed in seeds]
         self.stream_of = torch.tensor([seeds.index(member.seed) for member in self.members])
-        self.parameters, buffers = stack_module_state(self.problems)  # type: ignore[arg-type]
+        self.parameters, buffers = stack_module_state([*self.problems])
         self.losses = vmap(lambda parameters, *batch: functional_call(first, (parameters, buffers_of(buffers)), batch))
         adam = torch.optim.AdamW if first.weight_decay else torch.optim.Adam
         self.optimizer = adam(

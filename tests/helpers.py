@@ -30,20 +30,32 @@ def in_another_thread(make: Callable[[], _T]) -> _T:
     return made[0]
 
 
+class Labelled(Tensor):
+    """Has an attribute that its operations lose, and cannot do without it, like PINA's LabelTensor."""
+
+    labels: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        args[0].labels  # noqa: B018 (that it is there is the point)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+QUIET = {  # settings of a Trainer on the CPU that writes and shows nothing
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "max_epochs": 1,
+}
+
+
 def quiet_trainer(tmp_path: Any, **settings: Any) -> L.Trainer:
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": tmp_path,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "max_epochs": 1,
-    }
-    return L.Trainer(**(defaults | settings))
+    return L.Trainer(**(QUIET | {"default_root_dir": tmp_path} | settings))
 
 
 def batches(steps: int, size: int = 8, features: int = 6, seed: int = 1) -> DataLoader:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.tensorboard import summary
 
 from lightning_gradnorm.losses import check_losses, check_task_names, plain_sum, task_tag, unweighted_total
+from tests.helpers import Labelled
 
 # one line of printable text without space or slash at its ends
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(
@@ -202,17 +203,6 @@ def test_one_entry_is_a_scalar(differentiable):
     assert w.grad == 2
     points = w * 2
     assert check_losses({"a": points}, differentiable=differentiable, per_point=["a"])["a"] is points
-
-
-class Labelled(torch.Tensor):
-    """Has an attribute that its operations lose, and cannot do without it, like PINA's LabelTensor."""
-
-    labels: list[str]
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        args[0].labels  # noqa: B018
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 class OfItsOwn(torch.Tensor):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_gradnorm import GeometricLoss, GradNorm, GradNormCallback, LossBalancingCallback
 from lightning_gradnorm.session import BalancingSession
+from tests.callbacks.library import same
 from tests.helpers import Recorder, TrunkAndHeads, batches, quiet_trainer
 
 
@@ -54,10 +55,6 @@ def fit(folder, make, callback, **settings):
     module = make()
     quiet_trainer(folder, callbacks=[callback, recorder], **settings).fit(module, batches(6), batches(1))
     return recorder, module
-
-
-def same(found, expected):
-    return found.weights == expected.weights and all(map(torch.equal, found.parameters, expected.parameters))
 
 
 @pytest.mark.feature(

@@ -7,7 +7,7 @@ from torch.func import functional_call, grad, vmap
 
 from lightning_gradnorm import GradNormCallback, total_loss
 from tests.callbacks.test_door import Foreign
-from tests.helpers import Recorder, batches, quiet_trainer
+from tests.helpers import Labelled, Recorder, batches, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -47,15 +47,6 @@ def assert_same_run(found, expected, **tolerance):
 
 
 # -- the losses ----------------------------------------------------------------------------------------------------------
-
-
-class Labelled(torch.Tensor):
-    """Has an attribute that its operations lose, and cannot do without."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        args[0].labels  # noqa: B018
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 class Unwrapped(torch.Tensor):

@@ -8,6 +8,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from tests.helpers import QUIET
+
 
 class Oracle(L.Callback):
     """Differentiates each task's loss before the backward does; given to the Trainer before the balancing callback.
@@ -94,20 +96,9 @@ def fit(
         trainer: the class, of either of Lightning's packages.
         settings: of the Trainer; ``max_epochs`` is 1.
     """
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "max_epochs": 1,
-    }
     trace = Trace(balancing)
     callbacks = [callback for callback in (oracle, balancing, trace) if callback is not None]
-    trainer(**(defaults | settings), callbacks=callbacks).fit(module, batches)
+    trainer(**(QUIET | settings), callbacks=callbacks).fit(module, batches)
     return trace
 
 

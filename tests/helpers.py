@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gradnorm import MultiTaskMixin
 
 _T = TypeVar("_T")
+
+of_version_0_1 = pytest.mark.filterwarnings("ignore:GradNorm's .* is of version 0.1:FutureWarning")
+"""Of tests of what still works for one version."""
 
 
 def use_up_node_numbers() -> None:

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,7 +69,8 @@ class LossBalancer(NamedTasks, ABC):
     _parts: Mapping[str, Part] = MappingProxyType({})  # name in the state → part; set before this constructor runs
 
     def __init__(self, *, tasks: Iterable[str] | None = None, update_every: int = 1) -> None:
-        self.update_every = check_whole("update_every", update_every, "a whole number of steps, 1 or more", at_least=1)
+        whole = check_whole("update_every", update_every, "a whole number of steps, 1 or more", at_least=1)
+        self.update_every: int | Literal["auto"] = whole
         super().__init__(tasks)
         self.frozen = False
         self._clear()
@@ -96,9 +97,14 @@ class LossBalancer(NamedTasks, ABC):
         return dict(zip(self.tasks, self._weights.tolist(), strict=True))
 
     @property
+    def interval(self) -> int:
+        """Of how many optimiser steps one is measured now."""
+        return int(self.update_every)
+
+    @property
     def due(self) -> bool:
         """Whether the step to come needs a measurement; see ``is_measured``."""
-        return is_measured(self.steps, self.update_every)
+        return is_measured(self.steps, self.interval)
 
     @property
     def needs_gradients(self) -> bool:

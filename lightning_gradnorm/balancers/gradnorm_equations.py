@@ -79,3 +79,37 @@ def balanced_weights(unweighted_norms: Tensor, rates: Tensor, alpha: float, *, p
     """w_i ∝ r_i^α / n_i: where L_grad with the feasible target is 0; up to their common factor."""
     shares = rates**alpha if priorities is None else rates**alpha * priorities
     return shares / unweighted_norms
+
+
+def weights_at_rest(norms: Tensor, shares: Tensor) -> Tensor:
+    """ŵ_i = (Σ n / Σ s) s_i / n_i: where L_grad with the feasible target is 0 and the gradient has the plain sum's size.
+
+    That is Σ ŵ_i n_i = Σ n_i: the weights fix the ratios of the tasks' gradients, and leave what an adaptive optimiser of the
+    network has learnt of their size.
+
+    Args:
+        norms: n_i, of the unweighted tasks, shape ``[T]``; NaN where it is not known, and so is ŵ_i then.
+        shares: s_i = L̃_i^α times the task's priority, shape ``[T]``.
+    """
+    return norms.nansum() / shares.where(norms.isfinite(), 0.0).sum() * shares / norms
+
+
+RAISED = 5.0  # of the conditions beside the residual, where their gradients are equal
+
+
+def weights_half_way(norms: Tensor, shares: Tensor, residuals: Tensor) -> Tensor:
+    """1 for residuals of equations, ŵ_i = 5 √((n_r / s_r) / (n_i / s_i)) for conditions: half of the way, and raised.
+
+    Half-way, in logarithms, between the plain sum and equal gradients is where learning-rate annealing rests too (Wang, Teng,
+    Perdikaris 2021): to even gradients out wholly is right where the residual's exceeds the conditions' by orders of magnitude,
+    and starves the conditions where it does not. A network that meets the residual and not the conditions has learnt another
+    solution of the equation, so these are raised besides.
+
+    Args:
+        norms: n_i, of the unweighted tasks, shape ``[T]``; NaN where it is not known, and so is ŵ_i then.
+        shares: s_i, as in ``weights_at_rest``.
+        residuals: which tasks are residuals, boolean, shape ``[T]``; n_r and s_r are their geometric means.
+    """
+    sizes = norms / shares
+    reference = sizes.log().where(residuals, torch.nan).nanmean().exp()
+    return torch.where(residuals, sizes / sizes, RAISED * (reference / sizes).sqrt())

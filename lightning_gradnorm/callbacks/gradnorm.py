@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping
 
-import torch
-
-from lightning_gradnorm.balancers.gradnorm import GradNorm, Update
+from lightning_gradnorm.balancers.gradnorm import GradNorm, Update, UpdateEvery
 from lightning_gradnorm.balancers.initial_losses import InitialLosses
 from lightning_gradnorm.balancers.optimizer import OptimizerFactory
 from lightning_gradnorm.balancers.scale import ScaleRule
@@ -25,19 +23,17 @@ class GradNormCallback(LossBalancingCallback):
 
     def __init__(
         self,
-        alpha: float = 0.12,
-        lr: float = 0.025,
+        alpha: float | None = None,
+        lr: float | None = None,
         *,
-        update: Update = "log",
-        optimizer: OptimizerFactory = torch.optim.Adam,
+        residuals: list[str] | None = None,
+        update: Update | None = None,
+        optimizer: OptimizerFactory | None = None,
         initial_losses: InitialLosses = "first",
-        scale: ScaleRule | None = None,
-        reference: str | None = None,
-        update_every: int = 1,
+        update_every: UpdateEvery = "auto",
         min_weight: float = 1e-8,
         max_weight: float | None = 1e8,
         priorities: Mapping[str, float] | None = None,
-        ema_decay: float = 0.9,
         tasks: list[str] | None = None,
         shared_layer: str | list[str] | None = None,
         losses_of: str | None = None,
@@ -49,21 +45,25 @@ class GradNormCallback(LossBalancingCallback):
         mode: Mode = "balance",
         summary: bool = True,
         untested_strategies: bool = False,
+        scale: ScaleRule | None = None,
+        reference: str | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         balancer = GradNorm(
             alpha,
             lr,
+            residuals=residuals,
             update=update,
             optimizer=optimizer,
             initial_losses=initial_losses,
-            scale=scale,
-            reference=reference,
             update_every=update_every,
             min_weight=min_weight,
             max_weight=max_weight,
             priorities=priorities,
-            ema_decay=ema_decay,
             tasks=tasks,
+            scale=scale,
+            reference=reference,
+            ema_decay=ema_decay,
         )
         super().__init__(
             balancer,

@@ -22,18 +22,25 @@ from lightning_gradnorm import (
     SoftAdapt,
     UncertaintyWeighting,
 )
-from tests.helpers import same_state
+from tests.helpers import of_version_0_1, same_state
+
+pytestmark = of_version_0_1
 
 FIXED = {"a": 0.25, "b": 2.0, "c": 1.5}
 
 BALANCERS = {
-    "GradNorm": lambda **settings: GradNorm(1.5, scale="sum", **settings),
-    "GradNorm defaults": GradNorm,
+    "GradNorm": GradNorm,
+    "GradNorm alpha": lambda **settings: GradNorm(1.5, **settings),
+    "GradNorm residuals": lambda **settings: GradNorm(residuals=["b"], **settings),
+    "GradNorm Adam": lambda **settings: GradNorm(1.5, 0.1, optimizer=torch.optim.Adam, **settings),
+    "GradNorm every 3rd, mean of 2": lambda **settings: GradNorm(1.5, update_every=3, initial_losses=2, **settings),
     "GradNorm paper": lambda **settings: GradNorm(1.5, update="paper", **settings),
-    "GradNorm closed form": lambda **settings: GradNorm(1.5, update="closed_form", scale="sum", **settings),
-    "GradNorm scale=gradient": lambda **settings: GradNorm(1.5, scale="gradient", **settings),
-    "GradNorm scale=reference": lambda **settings: GradNorm(1.5, reference="b", **settings),
-    "GradNorm every 3rd, mean of 2": lambda **settings: GradNorm(
+    "GradNorm 0.1": lambda **settings: GradNorm(1.5, update="log", scale="sum", **settings),
+    "GradNorm 0.1 defaults": lambda **settings: GradNorm(update="log", **settings),
+    "GradNorm 0.1 closed form": lambda **settings: GradNorm(1.5, update="closed_form", scale="sum", **settings),
+    "GradNorm 0.1 scale=gradient": lambda **settings: GradNorm(1.5, scale="gradient", **settings),
+    "GradNorm 0.1 scale=reference": lambda **settings: GradNorm(1.5, reference="b", **settings),
+    "GradNorm 0.1 every 3rd, mean of 2": lambda **settings: GradNorm(
         1.5, scale="sum", update_every=3, initial_losses=2, **settings
     ),
     "EqualWeights": EqualWeights,
@@ -63,7 +70,8 @@ FIRST = {
     "GeometricLoss": [6 ** (1 / 3) / 3, 6 ** (1 / 3) / 6, 6 ** (1 / 3) / 9],
 }
 UNBOUND = {
-    *FIRST, "GradNorm defaults", "GradNorm scale=gradient", "GradNorm scale=reference", "DynamicTaskPrioritization",
+    *FIRST, "GradNorm", "GradNorm alpha", "GradNorm residuals", "GradNorm Adam", "GradNorm every 3rd, mean of 2",
+    "GradNorm 0.1 defaults", "GradNorm 0.1 scale=gradient", "GradNorm 0.1 scale=reference", "DynamicTaskPrioritization",
     "LearningRateAnnealing", "LearningRateAnnealing norm",
 }  # fmt: skip
 EPOCH = 5

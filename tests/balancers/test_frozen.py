@@ -3,15 +3,23 @@
 import pytest
 
 from tests.balancers.test_contract import BALANCERS, EPOCH, TASKS, measurements, run
+from tests.helpers import of_version_0_1
+
+pytestmark = of_version_0_1
 
 FROZEN = {
-    "GradNorm": [1.17603206249, 1.11550875179, 0.708459185717],
-    "GradNorm defaults": [1.3916169513, 1.13917952006, 0.8381992232],
+    "GradNorm": [443.314398091, 11.6349555997, 0.367985247122],
+    "GradNorm alpha": [230.855722752, 8.24102236767, 0.356021299699],
+    "GradNorm residuals": [35.7598530816, 1.0, 0.815148415057],
+    "GradNorm Adam": [3.14394095816, 2.89211177767, 0.390523496057],
+    "GradNorm every 3rd, mean of 2": [105.593835987, 2.67084587253, 0.568336264361],
+    "GradNorm 0.1": [1.17603206249, 1.11550875179, 0.708459185717],
+    "GradNorm 0.1 defaults": [1.3916169513, 1.13917952006, 0.8381992232],
     "GradNorm paper": [1.17971678536, 1.15295990791, 0.667323306731],
-    "GradNorm closed form": [2.73536877389, 0.24245990882, 0.0221713172857],
-    "GradNorm scale=gradient": [1.3797590097, 1.30875109596, 0.831187325302],
-    "GradNorm scale=reference": [1.05425624013, 1, 0.63509962121],
-    "GradNorm every 3rd, mean of 2": [1.06343340718, 1.04362353478, 0.892943058038],
+    "GradNorm 0.1 closed form": [2.73536877389, 0.24245990882, 0.0221713172857],
+    "GradNorm 0.1 scale=gradient": [1.3797590097, 1.30875109596, 0.831187325302],
+    "GradNorm 0.1 scale=reference": [1.05425624013, 1, 0.63509962121],
+    "GradNorm 0.1 every 3rd, mean of 2": [1.06343340718, 1.04362353478, 0.892943058038],
     "EqualWeights": [1, 1, 1],
     "FixedWeights": [0.25, 2, 1.5],
     "LossRatioBalancing": [1.27688774942, 0.698793091042, 1.02431915954],

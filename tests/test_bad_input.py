@@ -17,9 +17,10 @@ from lightning_gradnorm import (
     PerTaskBackward,
     tap_losses,
 )
-from tests.helpers import TrunkAndHeads, batches, quiet_trainer, same_state
+from tests.helpers import TrunkAndHeads, batches, of_version_0_1, quiet_trainer, same_state
 
 NAN, INF = math.nan, math.inf
+pytestmark = of_version_0_1
 TASKS = ("a", "b", "c d")
 
 
@@ -48,13 +49,13 @@ def refuses(balancer: GradNorm, error, words, call) -> None:
 
 RULES = {
     "alpha": ((-0.5, NAN, INF), "at least 0: at 0 all norms are pulled together, at 1.5 slow tasks are favoured"),
-    "lr": ((-1e-3, NAN, INF), "at least 0"),
+    "lr": ((-1e-3, NAN, INF), "from 0 to 1: a rate's least"),
     "ema_decay": ((1.0, -0.1, NAN), "at least 0 and below 1"),
     "min_weight": ((1.5, 0.0, -0.1, NAN), "above 0 and at most 1, or no weights could sum to the number of tasks"),
     "max_weight": ((0.5, NAN), "at least 1, or no weights could sum to the number of tasks; None for no bound"),
-    "update": (("additive", None), "one of 'log', 'paper', 'closed_form'"),
+    "update": (("additive",), "one of 'average', 'paper', 'log', 'closed_form'"),
     "scale": (("mean",), "one of 'sum', 'reference', 'gradient'"),
-    "update_every": ((0, -2, True, 1.5, "2"), "a whole number of steps, 1 or more"),
+    "update_every": ((0, -2, True, 1.5, "2"), "a whole number of steps, 1 or more, or 'auto'"),
     "initial_losses": ((0, -3, "mean", True, 2.5), "'first', a number of steps to average, or a dict of task name → L(0)"),
 }
 TOGETHER = [
@@ -81,14 +82,15 @@ def test_a_setting_outside_its_range(kind, settings, words):
 
 
 def test_settings_at_the_edge_are_fine():
-    GradNorm(alpha=0, lr=0, min_weight=1.0, max_weight=1, ema_decay=0, update_every=1, initial_losses=1, priorities={"a": 1e-9})
+    GradNorm(alpha=0, lr=0, min_weight=1.0, max_weight=1, update_every=1, initial_losses=1, priorities={"a": 1e-9})
+    GradNorm(lr=1, ema_decay=0, update="paper")
     GradNorm(max_weight=INF, scale="reference", reference="a")
 
 
 @pytest.mark.parametrize(
     ("settings", "scale"),
     [
-        ({}, "gradient"),
+        ({"update": "log"}, "gradient"),
         ({"update": "closed_form"}, "gradient"),
         ({"update": "paper"}, "sum"),
         ({"reference": "a"}, "reference"),
@@ -128,10 +130,10 @@ FIRST = [
     ({"reference": "z"}, measured(), "reference names 'z', which is no task: .*list all names with"),
     ({"tasks": ["a", "b"]}, measured(), r"Unknown task 'c d': GradNorm was given tasks=\['a', 'b'\]\. Add the name there"),
     ({"tasks": ["x"]}, measured("ab"), "Unknown tasks 'a', 'b': "),
-    ({}, measured(losses=[1.0, 0.0, 2.0]), r"initial loss of task 'b' is 0\.0; .*need a finite one above 0.*add a constant"),
-    ({}, measured(losses=[1.0, 2.0, -0.25]), r"initial loss of task 'c d' is -0\.25; .*initial_losses=\{'c d': math\.log"),
-    ({"initial_losses": 3}, measured(losses=[-1.0, 2.0, 3.0]), r"initial loss of task 'a' is -1\.0"),
-    ({"initial_losses": {"a": 1.0}}, measured(losses=[0.0, 0.0, 3.0]), r"initial loss of task 'b' is 0\.0"),
+    ({"alpha": 1}, measured(losses=[1.0, 0.0, 2.0]), r"initial loss of task 'b' is 0\.0; .*need a finite one above 0.*add a constant"),
+    ({"alpha": 1}, measured(losses=[1.0, 2.0, -0.25]), r"initial loss of task 'c d' is -0\.25; .*initial_losses=\{'c d': math\.log"),
+    ({"alpha": 1, "initial_losses": 3}, measured(losses=[-1.0, 2.0, 3.0]), r"initial loss of task 'a' is -1\.0"),
+    ({"alpha": 1, "initial_losses": {"a": 1.0}}, measured(losses=[0.0, 0.0, 3.0]), r"initial loss of task 'b' is 0\.0"),
     ({}, measured(norms=None), "GradNorm needs each task's gradient .*measurement has none.*JointBackward, or use Loss"),
 ]  # fmt: skip
 
@@ -154,15 +156,15 @@ LATER = {
     "its loss": ({"tasks": TASKS}, lambda b: b.total({"a": torch.ones(()), "x": torch.ones(())}), "Unknown task 'x'"),
     "its weight": ({"tasks": TASKS}, lambda b: b.weights_for(["x", "a"]), "Unknown task 'x'"),
     "its state": ({"tasks": TASKS}, lambda b: b.load_state_dict(other_state()), "Unknown tasks 'x', 'y'"),
-    "a new task at 0": ({}, lambda b: b.update(measured("abd", [1, 2, 0])), r"initial loss of task 'd' is 0\.0"),
-    "a new task below 0": ({}, lambda b: b.update(measured("dab", [-1, 2, 1])), r"initial loss of task 'd' is -1\.0"),
+    "a new task at 0": ({"alpha": 1}, lambda b: b.update(measured("abd", [1, 2, 0])), r"initial loss of task 'd' is 0\.0"),
+    "a new task below 0": ({"alpha": 1}, lambda b: b.update(measured("dab", [-1, 2, 1])), r"initial loss of task 'd' is -1\.0"),
     "no loss at all": ({}, lambda b: b.total({}), "at least one task's loss, got none"),
     "no name for a tag": ({}, lambda b: b.update(measured(["a", "b\n"])), "cannot be part of a logger's tag"),
     "two names for a tag": ({}, lambda b: b.update(measured(["a", "c_d"])), "Two tasks with one name: 'c_d' and 'c d'"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("update", ["log", "paper", "closed_form"])
+@pytest.mark.parametrize("update", ["average", "log", "paper", "closed_form"])
 @pytest.mark.parametrize(("settings", "call", "words"), LATER.values(), ids=LATER)
 def test_a_later_call_that_cannot_be_served(settings, call, words, update):
     balancer, other = live(update=update, **settings), live(update=update, **settings)
@@ -264,7 +266,7 @@ def learnt(callback):
 @pytest.mark.parametrize(("spoil", "error", "words"), IN_A_STEP.values(), ids=IN_A_STEP)
 def test_a_bad_step_ends_the_fit_and_leaves_the_state_of_the_step_before(tmp_path, spoil, error, words, at):
     tasks = None if "'new'" in words else ["small", "middle", "large", "odd"]
-    callback, clean = (GradNormCallback(tasks=tasks, summary=False) for _ in "ab")
+    callback, clean = (GradNormCallback(0.5, tasks=tasks, summary=False) for _ in "ab")
     with pytest.raises(error, match=words):
         quiet_trainer(tmp_path, callbacks=[callback]).fit(Spoilt(spoil, at), batches(4))
     if at:
@@ -313,7 +315,15 @@ def test_a_name_misspelt_in_a_setting_ends_the_fit_at_the_first_step(tmp_path, s
 # -- not bad input: what is not finite ------------------------------------------------------------------------------------
 
 
-METHODS = [{"update": "log"}, {"update": "paper"}, {"update": "closed_form"}, {"scale": "gradient"}, {"alpha": 0.0}]
+METHODS = [
+    {},
+    {"residuals": ["a"]},
+    {"update": "log"},
+    {"update": "paper"},
+    {"update": "closed_form"},
+    {"scale": "gradient"},
+    {"alpha": 0.0},
+]
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -339,7 +349,7 @@ def test_a_later_update_is_skipped_and_counted(settings, position, value):
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("what", ["losses", "norms"])
-@pytest.mark.parametrize("update", ["log", "paper", "closed_form"])
+@pytest.mark.parametrize("update", ["average", "log", "paper", "closed_form"])
 def test_a_first_update_is_skipped_and_counted(update, what, position, value):
     numbers = {"losses": [1.0, 2.0, 3.0], "norms": [1.0, 2.0, 4.0]}
     numbers[what][position] = value

@@ -66,7 +66,9 @@ def under_a_trainer(tmp_path, callback, batches, **settings):
 
 METHODS = {
     "GradNorm": lambda: GradNorm(lr=0.1),
-    "closed form": lambda: GradNorm(update="closed_form", update_every=2),
+    "every other step": lambda: GradNorm(1.5, update_every=2),
+    "residuals": lambda: GradNorm(residuals=["small"]),
+    "as printed": lambda: GradNorm(update="paper", lr=0.1),
     "annealing by the largest entry": lambda: LearningRateAnnealing(reference="small"),
     "indicators": lambda: DynamicTaskPrioritization(),
     "losses alone": lambda: UncertaintyWeighting(),

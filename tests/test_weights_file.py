@@ -79,9 +79,9 @@ def test_the_folder_is_made_and_an_older_file_replaced(tmp_path):
 SETTINGS = {
     "defaults": {},
     "all": {
-        "alpha": 0.12, "lr": 0.01, "update": "closed_form", "optimizer": torch.optim.SGD, "initial_losses": {"größe": 2.3},
-        "scale": "reference", "reference": "größe", "update_every": 3, "min_weight": 0.01, "max_weight": 5,
-        "priorities": {"größe": 2, "b": 0.5}, "ema_decay": 0.5, "tasks": ["größe", "b"],
+        "alpha": 0.12, "lr": 0.01, "update": "average", "optimizer": torch.optim.SGD, "initial_losses": {"größe": 2.3},
+        "residuals": ["größe"], "update_every": 3, "min_weight": 0.01, "max_weight": 5,
+        "priorities": {"größe": 2, "b": 0.5}, "tasks": ["größe", "b"],
     },
     "mean of five": {"initial_losses": 5},
     "numpy's numbers": {
@@ -98,7 +98,7 @@ def test_the_settings_of_gradnorm_read_back(tmp_path, settings):
     assert got == balancer.settings()
     for name in settings.keys() - {"optimizer", "tasks"}:
         assert got[name] == settings[name], name
-    assert got["optimizer"] == settings.get("optimizer", torch.optim.Adam).__name__
+    assert got["optimizer"] == settings.get("optimizer", torch.optim.SGD).__name__
     if "tasks" not in settings:
         again = GradNorm(**{name: value for name, value in got.items() if name != "optimizer"})
         assert again.settings() == got, "the file's settings are the constructor's arguments"

@@ -129,7 +129,8 @@ class GradNorm(LossBalancer):
         ema_decay: float | None = None,
     ) -> None:
         is_of_0_1 = any(value is not None for value in (scale, reference, ema_decay))
-        self.update_rule = check_choice("update", update or ("log" if is_of_0_1 else "average"), get_args(Update))
+        implied = "log" if is_of_0_1 else "average"
+        self.update_rule = check_choice("update", implied if update is None else update, get_args(Update))
         averaged = self.update_rule == "average"
         falling = averaged and optimizer is None
         effects = "at least 0: at 0 all norms are pulled together, at 1.5 slow tasks are favoured"
@@ -204,8 +205,7 @@ class GradNorm(LossBalancer):
             # The memories of another update are of other quantities; its weights count as the average of the steps so far.
             memory = {name: torch.full_like(state["weights"], entry) for name, entry in self._remembers}
             memory[SEEN] += state.get("steps", 0)
-            self._optimizer.reset()
-            state = {**state, "memory": memory, "optimizer": self._optimizer.state_dict()}
+            state = {**state, "memory": memory, "optimizer": {"vector": state["weights"][:0], "state": {}}}
         super().load_state_dict(state)
 
     def _check(self, measurement: Measurement) -> None:

@@ -1,7 +1,5 @@
 """GradNorm's weights as the average, over all of the training, of those under which L_grad is 0."""
 
-import math
-
 from torch import Tensor
 
 from lightning_gradnorm.balancers.gradnorm_equations import weights_at_rest, weights_half_way
@@ -32,7 +30,7 @@ class AveragedUpdate:
         bounds: least and greatest weight.
     """
 
-    remembers = ((SEEN, 0.0), (NORM, math.nan), (SHARE, math.nan))
+    remembers = ((SEEN, 0.0), (NORM, 0.0), (SHARE, 0.0))
 
     def __init__(
         self, residuals: tuple[str, ...], optimizer: VectorOptimizer, lr: float | None, bounds: tuple[float, float]

@@ -88,10 +88,10 @@ def weights_at_rest(norms: Tensor, shares: Tensor) -> Tensor:
     network has learnt of their size.
 
     Args:
-        norms: n_i, of the unweighted tasks, shape ``[T]``; NaN where it is not known, and so is ŵ_i then.
-        shares: s_i = L̃_i^α times the task's priority, shape ``[T]``.
+        norms: n_i, of the unweighted tasks, shape ``[T]``; 0 where it is not known.
+        shares: s_i = L̃_i^α times the task's priority, shape ``[T]``; 0 where it is not known, and ŵ_i is then NaN.
     """
-    return norms.nansum() / shares.where(norms.isfinite(), 0.0).sum() * shares / norms
+    return norms.sum() / shares.sum() * shares / norms
 
 
 RAISED = 5.0  # of the conditions beside the residual, where their gradients are equal
@@ -106,7 +106,7 @@ def weights_half_way(norms: Tensor, shares: Tensor, residuals: Tensor) -> Tensor
     solution of the equation, so these are raised besides.
 
     Args:
-        norms: n_i, of the unweighted tasks, shape ``[T]``; NaN where it is not known, and so is ŵ_i then.
+        norms: n_i, of the unweighted tasks, shape ``[T]``; 0 where it is not known.
         shares: s_i, as in ``weights_at_rest``.
         residuals: which tasks are residuals, boolean, shape ``[T]``; n_r and s_r are their geometric means.
     """

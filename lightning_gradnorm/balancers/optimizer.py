@@ -109,7 +109,7 @@ class VectorOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's memory; its settings stay those of the constructor."""
-        memory = copy.deepcopy(self._optimizer.state_dict()["state"])
+        memory = {key: entries for key, entries in copy.deepcopy(self._optimizer.state_dict()["state"]).items() if entries}
         return {"vector": self._vector.detach().clone(), "state": memory, "optimizer": self.name}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -7,10 +7,14 @@ import torch
 
 from lightning_gradnorm import GradNorm, LossRatioBalancing, Measurement
 from tests.balancers.test_gradnorm_equations import vector
-from tests.helpers import same_state
+from tests.helpers import of_version_0_1, same_state
 
-UPDATES = pytest.mark.parametrize("update", ["log", "paper", "closed_form"])
-SCALES = pytest.mark.parametrize("scale", ["sum", "reference", "gradient"])
+pytestmark = of_version_0_1
+UPDATES = pytest.mark.parametrize("update", ["average", "log", "paper", "closed_form"])
+OF_0_1 = ("sum", "reference", "gradient")
+FORMS = pytest.mark.parametrize(
+    ("update", "scale"), [("average", None), *((u, s) for u in ("log", "paper", "closed_form") for s in OF_0_1)]
+)
 
 
 def measured(tasks, losses, norms=(3.0, 1.0, 2.0)):
@@ -24,8 +28,7 @@ def gradnorm(**settings):
 # -- a window of each task's own -----------------------------------------------------------------------------------------
 
 
-@UPDATES
-@SCALES
+@FORMS
 def test_a_task_that_joins_late_does_not_stop_the_others(update, scale):
     """While its L(0) is being taken it is as if absent."""
     ours, absent = (gradnorm(alpha=1.5, update=update, scale=scale, initial_losses=4) for _ in "ab")
@@ -88,8 +91,7 @@ def test_a_name_that_is_no_task_is_told_by_loss_ratios_too():
 # -- with alpha 0 no ratio ------------------------------------------------------------------------------------------------
 
 
-@UPDATES
-@SCALES
+@FORMS
 @pytest.mark.parametrize("first", [(0.0, 1.0, -3.0), (0.0, 0.0, 0.0), (-1.0, 0.5, 2.0)], ids=str)
 def test_without_alpha_the_losses_do_not_matter(update, scale, first):
     ours, other = (gradnorm(alpha=0, update=update, scale=scale) for _ in "ab")

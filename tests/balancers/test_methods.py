@@ -151,7 +151,7 @@ def test_softadapt(variant):
     assert ours == pytest.approx(np.array(expected), rel=1e-7, abs=1e-7)
 
 
-@pytest.mark.parametrize("make", [lambda: SoftAdapt(0.0), lambda: GradNorm(lr=0.0), lambda: GradNorm(lr=0.0, update="paper")])
+@pytest.mark.parametrize("make", [lambda: SoftAdapt(0.0), lambda: GradNorm(lr=0.0, update="paper")])
 def test_without_a_pull_the_weights_stay_equal_bit_for_bit(make):
     balancer = make()
     for row in history(12):
@@ -209,7 +209,7 @@ def test_annealing_comes_to_rest_where_the_formula_says():
 
 def test_the_norm_form_comes_to_rest_where_gradnorm_with_alpha_0_does_up_to_a_factor():
     norms = [8.0, 0.5, 0.01]
-    balancer, gradnorm = LearningRateAnnealing(form="norm", update_every=1), GradNorm(alpha=0.0, update="closed_form")
+    balancer, gradnorm = LearningRateAnnealing(form="norm", update_every=1), GradNorm()
     for _ in range(500):
         for method in (balancer, gradnorm):
             method.update(of([1.0, 1.0, 1.0], gradient_norms=norms))

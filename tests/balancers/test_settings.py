@@ -32,15 +32,15 @@ from lightning_gradnorm import (
     UncertaintyWeighting,
 )
 from lightning_gradnorm.pointwise import NotedPoints
-from tests.helpers import same_state
+from tests.helpers import of_version_0_1, same_state
 from tests.test_plain import Series
 
+pytestmark = of_version_0_1
 TASKS = ["a", "b", "c"]
 SETTINGS = {
     GradNorm: {
-        "alpha": 1.5, "lr": 1e-3, "update": "log", "initial_losses": {"a": 2.5}, "scale": "reference", "reference": "b",
-        "update_every": 2, "min_weight": 1e-3, "max_weight": 1e3, "priorities": {"a": 2.0, "c": 1e-1}, "ema_decay": 0.5,
-        "tasks": TASKS,
+        "alpha": 1.5, "lr": 1e-3, "update": "average", "initial_losses": {"a": 2.5}, "residuals": ["b"],
+        "update_every": 2, "min_weight": 1e-3, "max_weight": 1e3, "priorities": {"a": 2.0, "c": 1e-1}, "tasks": TASKS,
     },
     LossRatioBalancing: {"alpha": 1e-1, "initial_losses": 2, "tasks": TASKS, "update_every": 2},
     UncertaintyWeighting: {
@@ -144,7 +144,7 @@ def test_the_table_has_every_method_and_every_setting():
     import inspect
 
     for method, settings in SETTINGS.items():
-        others = {"optimizer", "update_every", "tasks"}
+        others = {"optimizer", "update_every", "tasks", "scale", "reference", "ema_decay"}  # three of version 0.1
         assert set(inspect.signature(method).parameters) - others <= set(settings), method
 
 
@@ -155,7 +155,7 @@ NUMERIC = [
     for name, value in settings.items()
     if isinstance(value, int | float) and name != "initial_losses"
 ]
-MAY_BE_NONE = {"max_weight", "num_points", "initial"}
+MAY_BE_NONE = {"max_weight", "num_points", "initial", "alpha", "lr"}
 
 
 @pytest.mark.parametrize("value", NOT_A_NUMBER, ids=repr)
@@ -168,13 +168,15 @@ def test_what_is_no_number_is_refused_by_the_settings_name(method, name, value):
 
 
 def test_a_number_in_quotes_is_told_so():
-    with pytest.raises(ValueError, match=r"lr is at least 0; got '0\.5'\. That is text: write the number without quotes\."):
+    with pytest.raises(
+        ValueError, match=r"lr is from 0 to 1: a rate's least; got '0\.5'\. That is text: write the number without quotes\."
+    ):
         GradNorm(lr="0.5")
-    with pytest.raises(ValueError, match=r"lr is at least 0; got 'fast'\.$"):
+    with pytest.raises(ValueError, match=r"lr is from 0 to 1: a rate's least; got 'fast'\.$"):
         GradNorm(lr="fast")
 
 
-CHOICES = [(GradNorm, "update"), (GradNorm, "scale"), (UncertaintyWeighting, "form"), (LearningRateAnnealing, "form"),
+CHOICES = [(GradNorm, "update"), (UncertaintyWeighting, "form"), (LearningRateAnnealing, "form"),
            (SoftAdapt, "variant"), (SelfAdaptivePoints, "mask")]  # fmt: skip
 BARE = enum.Enum("Bare", {"log": "log"}).log
 
@@ -248,6 +250,8 @@ def test_any_list_of_tasks_will_do(tasks):
 @pytest.mark.parametrize("make", [GradNorm, UncertaintyWeighting, SelfAdaptivePoints])
 @pytest.mark.parametrize("optimizer", ["Adam", None, 3])
 def test_what_makes_no_optimiser_is_refused(make, optimizer):
+    if optimizer is None and make is GradNorm:
+        return  # the update's own
     with pytest.raises(ValueError, match=r"^optimizer is an optimiser class or a functools\.partial of one, .*; got "):
         make(optimizer=optimizer)
 

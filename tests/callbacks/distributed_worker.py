@@ -67,7 +67,7 @@ CASES = {
     "short last window": ({}, {}, {"accumulate_grad_batches": 4}),
     "update_every": ({}, {"update_every": 3}, {}),
     "features": ({}, {"norm_of": "features"}, {}),
-    "closed form": ({}, {"update": "closed_form", "scale": "gradient"}, {}),
+    "residuals": ({}, {"residuals": ["small"]}, {}),
     "manual optimisation": ({}, {}, {}),
     "layer found": ({}, {}, {}),
     "layer found late": ({"find_unused_parameters": True}, {"tasks": list(SCALES)}, {}),

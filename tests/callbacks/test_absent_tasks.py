@@ -110,7 +110,7 @@ class Named(TrunkAndHeads):
     "make",
     [
         lambda names: GradNormCallback(tasks=names, priorities={names[0]: np.float32(2)}, update_every=np.int64(2)),
-        lambda names: GradNormCallback(reference=names[1], alpha=np.float64(0.5), initial_losses={names[2]: np.array(2.0)}),
+        lambda names: GradNormCallback(residuals=names[1:2], alpha=np.float64(0.5), initial_losses={names[2]: np.array(2.0)}),
         lambda names: LossBalancingCallback(LearningRateAnnealing(names[1], update_every=torch.tensor(2))),
     ],
 )

@@ -30,8 +30,6 @@ CONFIGS = {
             "lr": 0.1,
             "update": "paper",
             "initial_losses": {"a": 0.5, "b": 2.0},
-            "scale": "reference",
-            "reference": "a",
             "tasks": ["a", "b"],
             "priorities": {"a": 2.0},
             "optimizer": {"class_path": "torch.optim.RMSprop", "init_args": {"alpha": 0.9}},

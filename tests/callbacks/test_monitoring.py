@@ -26,7 +26,7 @@ from tests.helpers import MemoryLogger, TrunkAndHeads, batches, quiet_trainer, s
 # -- monitor mode ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"update": "closed_form"}, {"update": "paper"}, {"scale": "gradient"}])
+@pytest.mark.parametrize("settings", [{}, {"update": "paper"}, {"residuals": ["odd"]}])
 def test_monitoring_trains_as_without_the_callback(tmp_path, settings):
     plain, watched = TrunkAndHeads(), TrunkAndHeads()
     watched.load_state_dict(plain.state_dict())
@@ -273,13 +273,13 @@ def said_of_scale(tmp_path, optimizer, **settings):
 
 
 def test_a_gradient_that_the_weights_have_shrunk_under_adam_is_told_once(tmp_path):
-    (said,) = said_of_scale(tmp_path, torch.optim.Adam, scale="sum")
+    (said,) = said_of_scale(tmp_path, torch.optim.Adam, update="paper")
     assert re.search(SHRUNK, said)
 
 
 @pytest.mark.parametrize(
     ("optimizer", "settings"),
-    [(torch.optim.SGD, {"scale": "sum"}), (torch.optim.Adam, {}), (torch.optim.Adam, {"reference": "huge"})],
+    [(torch.optim.SGD, {"update": "paper"}), (torch.optim.Adam, {}), (torch.optim.Adam, {"residuals": ["huge"]})],
     ids=["SGD remembers nothing", "its size is kept", "the large one keeps its weight"],
 )
 def test_other_gradients_are_left_alone(tmp_path, optimizer, settings):

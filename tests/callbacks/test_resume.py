@@ -64,12 +64,13 @@ def balancing(settings):
 
 
 SETTINGS = {
-    "log": {},
+    "default": {"lr": None},
+    "forgetting": {},
     "paper": {"update": "paper"},
-    "closed form": {"update": "closed_form"},
+    "residuals": {"residuals": ["odd"]},
     "momentum": {"optimizer": torch.optim.RMSprop},
     "every 3rd": {"update_every": 3},
-    "mean of 4 first": {"initial_losses": 4, "scale": "gradient"},
+    "mean of 4 first": {"alpha": 1.5, "initial_losses": 4},
 }
 
 

@@ -16,6 +16,7 @@ import jinja2
 
 from benchmarks.experiments.command import Experiment, write_report
 from benchmarks.experiments.records import Record, Records
+from benchmarks.suite.recorded import Recorded
 from lightning_gradnorm.report.comparison import ARROWS, Comparison, mean_std
 from lightning_gradnorm.report.table import markdown_rows
 
@@ -193,7 +194,7 @@ def page(template: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template.name).render({name: Results(name) for name in NAMES})
+    return environment.get_template(template.name).render({name: Results(name) for name in NAMES} | {"suite": Recorded()})
 
 
 def main(arguments: Sequence[str]) -> int:

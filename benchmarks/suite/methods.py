@@ -33,18 +33,8 @@ METHODS: dict[str, dict[Kind, Spec]] = {
     "hand 10": everywhere({"class": "FixedWeights", "weights": "$raised*10"}),
     "hand 100": everywhere({"class": "FixedWeights", "weights": "$raised*100"}),
     "1/trivial loss": {"data": {"class": "FixedWeights", "weights": "$trivial"}},
-    "default": everywhere({"class": "GradNorm"}),
-    "closed form": everywhere({"class": "GradNorm", "update": "closed_form"}),
-    "five settings": {
-        "equation": {
-            "class": "GradNorm",
-            "reference": "$residual",
-            "alpha": 0,
-            "update": "closed_form",
-            "ema_decay": 0.98,
-            "update_every": "$steps/400",
-        }
-    },
+    "GradNorm": everywhere({"class": "GradNorm"}),
+    "GradNorm, residuals": {"equation": {"class": "GradNorm", "residuals": "$residuals"}},
 }
 REFERENCES = ("plain", "annealing", "hand 10", "hand 100")  # "hand 1" is the plain sum
 

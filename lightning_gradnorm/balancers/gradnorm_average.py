@@ -6,6 +6,7 @@ from lightning_gradnorm.balancers.gradnorm_equations import weights_at_rest, wei
 from lightning_gradnorm.balancers.gradnorm_step import Step
 from lightning_gradnorm.balancers.optimizer import VectorOptimizer
 from lightning_gradnorm.balancers.scale import LEAST
+from lightning_gradnorm.measurement import reading_is_free
 
 SEEN, NORM, SHARE = "steps_averaged", "last_norm", "last_share"
 RECENT = 2.0  # the rate is 2 / t: of two measurements, one that is twice as late counts twice
@@ -42,9 +43,9 @@ class AveragedUpdate:
         """See ``UpdateRule``; the targets are ŵ_i n_i."""
         wanted = self._wanted(step)
         seen = step.of_step(step.memory[SEEN]) + step.interval
-        there = accept
-        if self._residuals or step.positions is not None:  # there may be nothing yet to compare with
-            there = wanted.isfinite() if accept is None else wanted.isfinite() & accept
+        known = wanted.isfinite()  # or there is nothing yet to compare with
+        certain = reading_is_free(known) and bool(known.all())
+        there = accept if certain else known if accept is None else known & accept
         values = step.all_weights.log()
         gradient = step.of_step(values) - wanted.clamp(*self._bearable).log()
         stepped = self._optimizer.step(values, self._rate(seen, step.interval) * gradient, there, step.positions)

@@ -25,7 +25,13 @@ from lightning_gradnorm.gradients import JointBackward, PerTaskBackward, tap_los
 from lightning_gradnorm.layer_watch import LayerWatch
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.mixin import MultiTaskMixin
-from lightning_gradnorm.pointwise import GradientNormPoints, PointWeighting, SelfAdaptivePoints, UniformPoints
+from lightning_gradnorm.pointwise import (
+    GradientNormPoints,
+    PointWeighting,
+    ResidualAttentionPoints,
+    SelfAdaptivePoints,
+    UniformPoints,
+)
 from lightning_gradnorm.session import BalancedStep, BalancingSession, Loop, RankAgreement
 from lightning_gradnorm.shared_layer import SharedLayerSpec
 
@@ -57,6 +63,7 @@ __all__ = [
     "RandomLossWeighting",
     "RankAgreement",
     "ReLoBRaLo",
+    "ResidualAttentionPoints",
     "RuleBalancer",
     "SelfAdaptivePoints",
     "SharedLayerSpec",

@@ -32,7 +32,7 @@ def blocks(page: str) -> list[str]:
 def test_the_page_of_methods_names_them_all_and_its_code_runs(tmp_path, monkeypatch):
     text = (DOCS / "methods.md").read_text(encoding="utf-8")
     methods = set(lightning_gradnorm.balancers.__all__) - {"LossBalancer", "RuleBalancer"}
-    points = {"UniformPoints", "SelfAdaptivePoints", "GradientNormPoints"}
+    points = {"UniformPoints", "SelfAdaptivePoints", "ResidualAttentionPoints", "GradientNormPoints"}
     assert {name for name in methods if f"| `{name}` |" not in text} == set()
     assert {name for name in points if f"- `{name}`" not in text} == set()
     monkeypatch.chdir(tmp_path)

@@ -27,6 +27,7 @@ from lightning_gradnorm import (
     PointWeighting,
     RandomLossWeighting,
     ReLoBRaLo,
+    ResidualAttentionPoints,
     SelfAdaptivePoints,
     SoftAdapt,
     UncertaintyWeighting,
@@ -59,6 +60,7 @@ SETTINGS = {
     SelfAdaptivePoints: {
         "num_points": 3, "mask": "polynomial", "lr": 1e-3, "initial": 1.5, "coefficient": 2.0, "exponent": 3.0,
     },
+    ResidualAttentionPoints: {"num_points": 3, "decay": 0.5, "rate": 1e-3},
     GradientNormPoints: {"residual": math.cos, "max_weight": 10.0, "chunk_size": 4},
 }  # fmt: skip
 

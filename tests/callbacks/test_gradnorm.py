@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_gradnorm import GradNorm, GradNormCallback, LossBalancingCallback
-from tests.helpers import SCALES, Recorder, TrunkAndHeads, batches, quiet_trainer
+from tests.helpers import SCALES, Recorder, TrunkAndHeads, batches, of_version_0_1, quiet_trainer
 
 STEPS = 200
 TASKS = tuple(SCALES)
@@ -63,6 +63,7 @@ class Diagnostics(Recorder):
         self.history.append((self.applied, *(shown[tag] for tag in ("grad_norm", "loss_ratio", "inverse_rate", "target_norm"))))
 
 
+@of_version_0_1
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("engine", ["joint", "per_task"])
 @pytest.mark.parametrize("network_optimizer", [torch.optim.SGD, torch.optim.Adam], ids=["net SGD", "net Adam"])

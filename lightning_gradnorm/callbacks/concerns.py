@@ -84,11 +84,14 @@ class Concerns:
             self._moved |= abs(weight - seen.weight) > 1e-3 * seen.weight
             yield from self._at_bound(balancer, task, weight, seen, step)
             yield from self._in_vain(balancer, task, weight, ratio, seen, step)
-        if not self._moved and step - self._first_step >= _LONG and self._observations >= _FEW:
+        waited = step - self._first_step
+        long = max(_LONG, self._first_step)  # a rate that falls as 1 / t moves a resumed run's weights as the steps double
+        if not self._moved and waited >= long and self._observations >= _FEW:
             yield (
                 "still",
-                f"The loss weights have not moved in {step - self._first_step} steps. Is the weights' learning rate too small, "
-                "or does every update get skipped? See balancer.skipped_updates and the settings lr and update_every.",
+                f"The loss weights have not moved in {waited} steps. Does every update get skipped, is too little "
+                "measured, or is a learning rate of the weights' own too small? See balancer.skipped_updates, and update_every "
+                "and lr, if these were set.",
             )
 
     def _at_bound(self, balancer: LossBalancer, task: str, weight: float, seen: _Seen, step: int) -> Iterator[tuple[str, str]]:
@@ -150,7 +153,7 @@ class Concerns:
                 f"The weight of task {task!r} has come to {weight:.2g}, and with it the gradients on the shared layer have "
                 f"shrunk to {share:.2g} of the plain sum's. {optimizer} (β₂ = {beta:g}) divides by the larger ones that it "
                 "remembers, so training nearly stops until it has forgotten them. Keep the gradient's size: GradNorm does by "
-                "default, or with reference='task'; scale='sum' does not.",
+                "default; with update='paper', which has the weights sum to T, it does not.",
             )
 
     def of_monitors(self, trainer: Trainer, weighted: float, unweighted: float) -> Iterator[tuple[str, str]]:

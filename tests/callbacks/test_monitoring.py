@@ -132,11 +132,11 @@ def test_an_error_before_training_leaves_the_modules_hyperparameters_alone(tmp_p
 # -- what is told ----------------------------------------------------------------------------------------------------
 
 
-def told(balancer, course, every=50):
+def told(balancer, course, every=50, first=0):
     """What is said over a course of (weight, ratio) of task ``a`` beside a quiet task ``b``; each thing once."""
     concerns, said = Concerns(), {}
     for k, (weight, ratio) in enumerate(course):
-        found = concerns.of_step(balancer, ("a", "b"), (weight, 2 - weight), (ratio, 0.5), every * k)
+        found = concerns.of_step(balancer, ("a", "b"), (weight, 2 - weight), (ratio, 0.5), first + every * k)
         said |= {about: message for about, message in found if about not in said}
     return said
 
@@ -188,6 +188,11 @@ def test_weights_that_never_move_are_told():
     frozen = GradNorm()
     frozen.frozen = True
     assert told(frozen, [(1.0, 0.9)] * 30) == {}
+
+
+def test_an_average_that_is_resumed_late_is_given_the_time_to_move():
+    assert told(GradNorm(), [(1.0, 0.9)] * 30, first=5000) == {}
+    assert "have not moved in 5000 steps" in told(GradNorm(), [(1.0, 0.9)] * 30, every=500, first=5000)["still"]
 
 
 @pytest.mark.parametrize("every", [0, 50, 10_000])
@@ -261,7 +266,7 @@ class Lopsided(TrunkAndHeads):
         return self.total_loss({"huge": 1000 * losses["large"], "small": losses["small"]})
 
 
-SHRUNK = r"weight of task 'huge' has come to .*shrunk to .* of the plain sum's\. Adam \(β₂ = 0\.999\).*scale='sum' does not"
+SHRUNK = r"weight of task 'huge' has come to .*shrunk to .* of the plain sum's\. Adam \(β₂ = 0\.999\).*update='paper'"
 
 
 def said_of_scale(tmp_path, optimizer, **settings):

@@ -17,16 +17,15 @@ from _common import Progress, quiet_lightning, quiet_trainer
 from digits_problem import DigitsWithIndicators, load
 from torch.utils.data import DataLoader
 
-from lightning_gradnorm import GradNorm, compare
+from lightning_gradnorm import compare
 from lightning_gradnorm.comparison import METHODS
 
 MEASURES = {"held_out/digit": "higher", "held_out/pixels": "lower", "held_out/ink": "lower"}
-CHOICES = METHODS | {"GradNorm Σw=T": lambda: GradNorm(scale="sum")}  # the paper's scale rule
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=CHOICES, default=list(CHOICES), help="the first is the baseline")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="the first is the baseline")
     parser.add_argument("--seeds", type=int, default=5, help="how many; default %(default)s")
     parser.add_argument("--epochs", type=int, default=80, help="per fit, of 22 steps each; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for results; default %(default)s")
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return quiet_trainer([progress, *callbacks], max_epochs=args.epochs, check_val_every_n_epoch=args.epochs, **settings)
 
     with quiet_lightning():
-        comparison = compare(make, MEASURES, {name: CHOICES[name] for name in args.methods}, seeds=args.seeds, trainer=trainer)
+        comparison = compare(make, MEASURES, {name: METHODS[name] for name in args.methods}, seeds=args.seeds, trainer=trainer)
     args.out.mkdir(parents=True, exist_ok=True)
     comparison.print()
     comparison.write(args.out / "compare.json")

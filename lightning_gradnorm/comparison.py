@@ -32,7 +32,7 @@ MakeBalancer = Callable[[], LossBalancer]
 METHODS: dict[str, MakeBalancer] = {
     "equal": EqualWeights,
     "GradNorm": GradNorm,
-    "GradNorm closed form": lambda: GradNorm(update="closed_form"),
+    "GradNorm paper": lambda: GradNorm(update="paper"),
     "loss ratio": LossRatioBalancing,
     "uncertainty": UncertaintyWeighting,
     "DWA": DynamicWeightAverage,

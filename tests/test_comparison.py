@@ -208,4 +208,4 @@ def test_what_cannot_be_compared_is_refused(tmp_path, measures, methods, seeds, 
 def test_the_known_methods_are_methods():
     assert len(METHODS) > 10
     names = {name: make().settings() for name, make in METHODS.items()}
-    assert names["GradNorm closed form"]["update"] == "closed_form"
+    assert names["GradNorm paper"]["update"] == "paper"

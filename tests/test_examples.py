@@ -127,10 +127,10 @@ def test_masks_lower_the_error_where_it_stayed(example):
 def test_compare_ranks_every_method(example, tmp_path, capsys):
     example.main(["--quick", "--epochs", "1", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    for method in example.CHOICES:
+    for method in example.METHODS:
         assert method.split()[0] in printed
     assert is_drawn(tmp_path / "compare.png")
     runs = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["runs"]
-    assert {run["method"] for run in runs} == set(example.CHOICES)
+    assert {run["method"] for run in runs} == set(example.METHODS)
     assert all(math.isfinite(value) for run in runs for value in run["measures"].values())
     assert (tmp_path / "compare.md").read_text(encoding="utf-8").count("| GradNorm |") == 2

@@ -24,11 +24,9 @@ METHODS: dict[str, Callable[[Mapping[str, float]], LossBalancer]] = {
     "plain sum": lambda _: EqualWeights(),
     "1 / variance of the labels": FixedWeights,
     "GradNorm": lambda _: GradNorm(),
+    "GradNorm, every step": lambda _: GradNorm(update_every=1),
     "GradNorm, every 10th": lambda _: GradNorm(update_every=10),
-    "GradNorm, every 10th, lr=0.25": lambda _: GradNorm(update_every=10, lr=0.25),
-    "closed form": lambda _: GradNorm(update="closed_form"),
-    "closed form, every 10th": lambda _: GradNorm(update="closed_form", update_every=10),
-    "closed form, every 100th": lambda _: GradNorm(update="closed_form", update_every=100),
+    "GradNorm, every 100th": lambda _: GradNorm(update_every=100),
 }
 
 

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of network and batches; default %(default)s")
     parser.add_argument("--epochs", type=int, default=40, help="of 22 steps each; default %(default)s")
-    parser.add_argument("--alpha", type=float, default=0.12, help="GradNorm's asymmetry; default %(default)s")
+    parser.add_argument("--alpha", type=float, default=0.0, help="GradNorm's asymmetry; default %(default)s")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--out", type=Path, default=Path("runs/accelerate"), help="where states go; default %(default)s")
     args = parser.parse_args(arguments)

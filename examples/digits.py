@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many; default %(default)s")
     parser.add_argument("--epochs", type=int, default=80, help="per fit, of 22 steps each; default %(default)s")
-    parser.add_argument("--alpha", type=float, default=0.12, help="GradNorm's asymmetry; default %(default)s")
+    parser.add_argument("--alpha", type=float, default=0.0, help="GradNorm's asymmetry; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder for logs and figure; default %(default)s")
     parser.add_argument("--quick", action="store_true", help="one seed, three epochs: to see that it runs")
     args = parser.parse_args(arguments)

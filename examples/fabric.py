@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of network and batches; default %(default)s")
     parser.add_argument("--epochs", type=int, default=40, help="of 22 steps each; default %(default)s")
-    parser.add_argument("--alpha", type=float, default=0.12, help="GradNorm's asymmetry; default %(default)s")
+    parser.add_argument("--alpha", type=float, default=0.0, help="GradNorm's asymmetry; default %(default)s")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # layers as small as these are slower on several
     gradnorm = GradNorm(alpha=args.alpha)

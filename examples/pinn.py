@@ -49,7 +49,7 @@ from _pinn import (
 )
 from torch import Tensor, nn
 
-from lightning_gradnorm import FixedWeights, GradNorm, LossBalancingCallback
+from lightning_gradnorm import FixedWeights, GradNormCallback, LossBalancingCallback
 
 LOW, HIGH, EXTENT = (-1.0, -1.0), (1.0, 1.0), (-1, 1, -1, 1)
 COLOURS = {"equal": ORANGE, "by hand": GREEN, "GradNorm": BLUE}
@@ -84,14 +84,12 @@ class Helmholtz(Pinn):
         return self.network[4]  # the last hidden layer: what GradNorm finds by itself, and the bias
 
 
-def callback(method: str, steps: int) -> list[L.Callback]:
+def callback(method: str) -> list[L.Callback]:
     """What weighs the losses; nothing for the plain sum."""
     if method == "by hand":
         return [LossBalancingCallback(FixedWeights({"pde": 1, "boundary": 100, "data": 100}), summary=False)]
     if method == "GradNorm":
-        every = max(steps // 400, 1)  # log w is averaged over 50 such steps, an eighth of the fit
-        slow = GradNorm(alpha=0, reference="pde", update="closed_form", ema_decay=0.98, update_every=every)
-        return [LossBalancingCallback(slow, summary=False)]
+        return [GradNormCallback(residuals=["pde"], summary=False)]
     return []
 
 
@@ -102,7 +100,7 @@ def train_once(method: str, seed: int, steps: int, every: int, progress: Progres
     sensors = uniform(LOW, HIGH, 16, torch.Generator().manual_seed(seed))
     batches = Draws(lambda draws: (uniform(LOW, HIGH, 128, draws), square_edges(32, draws), sensors), seed, steps)
     progress.name(f"seed {seed}, {method}")
-    fit(module, batches, [progress, *callback(method, steps), history])
+    fit(module, batches, [progress, *callback(method), history])
     return module, history
 
 

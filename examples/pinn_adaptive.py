@@ -125,7 +125,7 @@ def train_once(method: str, seed: int, steps: int, every: int, progress: Progres
     """One fit; all methods start from the same network."""
     torch.manual_seed(seed)
     module, history = Burgers(), History(every)
-    balancing = GradNormCallback(alpha=0, scale="gradient", summary=False)
+    balancing = GradNormCallback(residuals=["pde"], summary=False)
     progress.name(f"seed {seed}, {method}")
     fit(module, Draws(border, seed, steps), [progress, Redraw(method, seed), balancing, history])
     return module, history

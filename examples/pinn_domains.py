@@ -139,7 +139,7 @@ def train_once(method: str, seed: int, steps: int, every: int, progress: Progres
     """One fit, with 32 fresh points per quarter and step."""
     torch.manual_seed(seed)
     module, history = Rod(), JumpHistory(every)
-    callbacks = [GradNormCallback(alpha=0, scale="gradient", summary=False)] if method == "GradNorm" else []
+    callbacks = [GradNormCallback(summary=False)] if method == "GradNorm" else []
     progress.name(f"seed {seed}, {method}")
     fit(module, Draws(lambda draws: torch.rand(DOMAINS, 32, 1, generator=draws), seed, steps), [progress, *callbacks, history])
     return module, history

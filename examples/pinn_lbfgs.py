@@ -99,7 +99,7 @@ class KleinGordon(Pinn):
 
 def balancing() -> GradNormCallback:
     """GradNorm, the equation's residual at weight 1."""
-    return GradNormCallback(alpha=0, scale="reference", reference="pde", summary=False)
+    return GradNormCallback(residuals=["pde"], summary=False)
 
 
 def second_callback(way: str, first: GradNormCallback) -> list[L.Callback]:

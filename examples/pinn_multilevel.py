@@ -100,7 +100,7 @@ class Levels(L.Callback):
 def train_once(method: str, seed: int, steps: int, every: int, progress: Progress) -> History:
     """One fit of three epochs."""
     torch.manual_seed(seed)
-    balancing = GradNormCallback(alpha=0.5, scale="reference", reference="pde", summary=False)
+    balancing = GradNormCallback(residuals=["pde"], summary=False)
     levels = Levels((2, 2, 2) if method == "fine only" else (0, 1, 2), balancing if method == "reset" else None)
     history = History(every)
     batches = Draws(lambda draws: (uniform(LOW, HIGH, 128, draws), square_edges(32, draws)), seed, steps // len(LEVELS))

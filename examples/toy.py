@@ -157,7 +157,7 @@ def inverse_squares(sigmas: Sequence[float]) -> dict[str, float]:
 def balancing_of(method: str, sigmas: Sequence[float], average: dict[str, float]) -> LossBalancingCallback | None:
     """The method's callback; ``average`` is of the weights of the GradNorm run on the same seed."""
     if method == "GradNorm":
-        return GradNormCallback(alpha=0.12, lr=0.025, summary=False)
+        return GradNormCallback(alpha=0.12, summary=False)
     if method == "GradNorm static":
         return LossBalancingCallback(FixedWeights(average), summary=False)
     if method == "fixed 1/σ²":

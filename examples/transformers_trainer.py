@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of model and batches; default %(default)s")
     parser.add_argument("--steps", type=int, default=600, help="of 32 sequences each; default %(default)s")
-    parser.add_argument("--alpha", type=float, default=0.12, help="GradNorm's asymmetry; default %(default)s")
+    parser.add_argument("--alpha", type=float, default=0.0, help="GradNorm's asymmetry; default %(default)s")
     args = parser.parse_args(arguments)
     logging.set_verbosity_error()
     gradnorm = GradNorm(alpha=args.alpha)

@@ -31,13 +31,12 @@ from lightning_gradnorm import GradNormCallback
 PROBLEMS = {"Poisson": Poisson2DSquareProblem, "diffusion and reaction": DiffusionReactionProblem}
 POINTS = {"D": 256, "boundary": 128, "t0": 64}
 STEPS, LR = 1000, 5e-3
-SLOW = {"reference": "D", "alpha": 0.0, "update": "closed_form", "ema_decay": 0.98, "update_every": 2}
 METHODS = {
     PLAIN: lambda names: (None, []),
     "NeuralTangentKernelWeighting": lambda names: (NeuralTangentKernelWeighting(), []),
     "SelfAdaptiveWeighting": lambda names: (SelfAdaptiveWeighting(), []),
     "GradNorm": lambda names: _weighed(GradNormCallback(summary=False), names),
-    "GradNorm, the five settings": lambda names: _weighed(GradNormCallback(**SLOW, summary=False), names),
+    "GradNorm, residuals": lambda names: _weighed(GradNormCallback(residuals=["D"], summary=False), names),
 }
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 

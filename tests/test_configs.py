@@ -8,7 +8,7 @@ import yaml
 
 import lightning_gradnorm
 from lightning_gradnorm import balancers
-from lightning_gradnorm.balancers.schedule import is_measured
+from lightning_gradnorm.balancers.schedule import is_measured, widening
 from lightning_gradnorm.cli import main
 from lightning_gradnorm.report.run import report_of
 
@@ -59,7 +59,7 @@ def test_a_configuration_runs(tmp_path, monkeypatch, capsys, path):
     report, history = report_of(tmp_path / "lightning_logs" / "version_0")
     assert report.steps == 15
     every = report.settings.get("update_every", 1)
-    assert report.measured == sum(is_measured(step, every) for step in range(15))
+    assert report.measured == sum(is_measured(step, widening(step) if every == "auto" else every) for step in range(15))
     assert method_of(path) in report.method
     assert {row.task for row in report.rows} == {"digit", "pixels", "ink"}
     assert all(math.isfinite(row.final) and row.final > 0 for row in report.rows)

@@ -3,20 +3,20 @@
 Δu + u = q on (−1, 1)², u = 0 on the boundary, with q such that u = sin(πx) sin(nπy): n = 1 at 32 points, n = 2 at 64, n = 4
 at 128, a third of the steps each; the network goes from level to level. What a balancer has learnt belongs to its level: the
 size of the gradients, and, where α > 0, the losses L(0) that the training rates refer to. ``balancer.reset()`` forgets both;
-a callback of a few lines does it where a level begins. Four ways:
+a callback of a few lines does it where a level begins. Five ways:
 
 - ``equal``: through the levels, with the plain sum;
-- ``kept``: through the levels, GradNorm with α = 0.5, never reset;
+- ``kept``: through the levels, GradNorm, never reset: its weights are the average over all of them;
 - ``reset``: the same, reset at each level;
+- ``forgetting``: never reset, with ``lr=0.01``: an average over the last few hundred steps;
 - ``fine only``: as many steps at the last level alone, with GradNorm.
 
-Measured with three seeds, 4500 steps in all, relative L2 error at the last level: ``kept`` 14 %, 6 % and 8 %; ``reset`` 34 %,
-30 % and 36 %; ``equal`` 141 % to 211 %; ``fine only`` 94 % to 122 %. So the levels help, and the reset, here, does harm. A new
-level begins with the boundary nearly met, so that L(0) of the boundary is small, its ratio soon large, and α > 0 raises its
-weight to 2e5, fifty times that of ``kept``. With α = 0 there is no L(0), and on one seed the gap is smaller: 16 % and 26 %.
-Reset where a level is another problem, with other losses or in other units; where it is the same one, finer, keep the weights.
+Measured with three seeds, 4500 steps in all, relative L2 error at the last level: ``kept`` 12 %, 13 % and 29 %; ``reset`` 7 %,
+16 % and 6 %; ``forgetting`` 6 %, 11 % and 10 %; ``fine only`` 14 %, 13 % and 21 %; ``equal`` 141 % to 211 %. So the levels help, with weights of
+their own: the last one asks for 200 to 270 on the boundary, and an average over all three comes to 70. Where tasks change, reset
+where you know when, and forget where you do not.
 
-    python examples/pinn_multilevel.py   # three seeds, about six minutes
+    python examples/pinn_multilevel.py   # three seeds, about eight minutes
     python examples/pinn_multilevel.py --help
 """
 
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 import lightning as L
 import torch
-from _common import BLUE, GREEN, ORANGE, PURPLE, Progress, figure_style, plt, quiet_lightning, save
+from _common import BLACK, BLUE, GREEN, ORANGE, PURPLE, Progress, figure_style, plt, quiet_lightning, save
 from _pinn import (
     TASK_COLOURS,
     Draws,
@@ -48,7 +48,7 @@ from lightning_gradnorm import GradNormCallback
 
 LOW, HIGH = (-1.0, -1.0), (1.0, 1.0)
 LEVELS = ((1, 32), (2, 64), (4, 128))  # n, points
-COLOURS = {"equal": ORANGE, "kept": GREEN, "reset": BLUE, "fine only": PURPLE}
+COLOURS = {"equal": ORANGE, "kept": GREEN, "reset": BLUE, "forgetting": BLACK, "fine only": PURPLE}
 
 
 class MultilevelHelmholtz(Pinn):
@@ -100,7 +100,8 @@ class Levels(L.Callback):
 def train_once(method: str, seed: int, steps: int, every: int, progress: Progress) -> History:
     """One fit of three epochs."""
     torch.manual_seed(seed)
-    balancing = GradNormCallback(residuals=["pde"], summary=False)
+    forgetting = 0.01 if method == "forgetting" else None
+    balancing = GradNormCallback(residuals=["pde"], lr=forgetting, summary=False)
     levels = Levels((2, 2, 2) if method == "fine only" else (0, 1, 2), balancing if method == "reset" else None)
     history = History(every)
     batches = Draws(lambda draws: (uniform(LOW, HIGH, 128, draws), square_edges(32, draws)), seed, steps // len(LEVELS))

@@ -12,9 +12,9 @@ a callback of a few lines does it where a level begins. Five ways:
 - ``fine only``: as many steps at the last level alone, with GradNorm.
 
 Measured with three seeds, 4500 steps in all, relative L2 error at the last level: ``kept`` 12 %, 13 % and 29 %; ``reset`` 7 %,
-16 % and 6 %; ``forgetting`` 6 %, 11 % and 10 %; ``fine only`` 14 %, 13 % and 21 %; ``equal`` 141 % to 211 %. So the levels help, with weights of
-their own: the last one asks for 200 to 270 on the boundary, and an average over all three comes to 70. Where tasks change, reset
-where you know when, and forget where you do not.
+16 % and 6 %; ``forgetting`` 6 %, 11 % and 10 %; ``fine only`` 14 %, 13 % and 21 %; ``equal`` 141 % to 211 %. So the levels
+help, with weights of their own: the last one asks for 200 to 270 on the boundary, and an average over all three comes to 70.
+Where tasks change, reset where you know when, and forget where you do not.
 
     python examples/pinn_multilevel.py   # three seeds, about eight minutes
     python examples/pinn_multilevel.py --help

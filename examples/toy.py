@@ -12,8 +12,8 @@ from the same network and see the same batches:
 - ``GradNorm static``: trained anew with the time averages of that GradNorm run's weights, at the cost of a plain sum;
 - ``fixed 1/σ²``: each loss divided by its scale, which here is known.
 
-The last wins by far. GradNorm evens out gradients, for which 1/σ is enough, and the measure asks for 1/σ². Where scales
-are known, divide by them. And GradNorm's lead for T = 2 is an early one: by 3000 steps the plain sum has drawn level.
+The last knows what the measure asks for: GradNorm evens out gradients, for which 1/σ is enough, and the measure asks for 1/σ².
+Where scales are known, divide by them.
 
     python examples/toy.py               # five seeds, T = 2 and T = 10; about five minutes
     python examples/toy.py --help

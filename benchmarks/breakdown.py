@@ -64,7 +64,7 @@ def breakdown(
 
     "products" is the backward less the plain one's: the hooks, and the vector-Jacobian products that they start.
     """
-    gradnorm = GradNorm()
+    gradnorm = GradNorm(update_every=1)
     seen: dict[str, list[float]] = {part: [] for part in PARTS}
     started = clock()
     while len(seen["update"]) < blocks or clock() - started < _LEAST_SECONDS:

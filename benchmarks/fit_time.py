@@ -40,12 +40,12 @@ def turbofan_batches(steps: int) -> Iterable[Any]:
     return Shuffled((windows, lives), 128, 0)
 
 
-TURBOFANS = Case(lambda: Turbofan(1000), turbofan_batches, {})
-DIGITS = Case(TwoDigits, lambda steps: Batches(0), {})
+TURBOFANS = Case(lambda: Turbofan(1000), turbofan_batches, {"update_every": 1})
+DIGITS = Case(TwoDigits, lambda steps: Batches(0), {"update_every": 1})
 HELMHOLTZ = Case(
     lambda: Helmholtz(METHODS["equal"]),
     lambda steps: batches(Helmholtz, 0, steps, fixed=False),
-    {"reference": "pde", "alpha": 0},
+    {"residuals": ["pde"], "update_every": 1},
 )
 CASES = {
     "C-MAPSS": TURBOFANS,

@@ -49,7 +49,7 @@ class Silent(BalancingLog):
 
 def silent() -> GradNormCallback:
     """GradNorm that writes nothing."""
-    callback = GradNormCallback(summary=False)
+    callback = GradNormCallback(update_every=1, summary=False)
     callback._log = Silent(None, False)
     return callback
 
@@ -82,9 +82,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
     ratios, steps = [], []
     with quiet_lightning():
-        _, count = step_seconds(Digits(), GradNormCallback(summary=False), args.epochs)
+        _, count = step_seconds(Digits(), GradNormCallback(update_every=1, summary=False), args.epochs)
         for _ in range(args.rounds):
-            ours, _ = step_seconds(Digits(), GradNormCallback(summary=False), args.epochs)
+            ours, _ = step_seconds(Digits(), GradNormCallback(update_every=1, summary=False), args.epochs)
             theirs, _ = step_seconds(Plain(count), silent(), args.epochs)
             bare, _ = step_seconds(Digits(), silent(), args.epochs)
             ratios.append(ours / theirs)

@@ -43,8 +43,9 @@ def expected(steps):
         ratios = [loss / l0 for loss, l0 in zip(losses, first, strict=True)]
         rates = [ratio / (sum(ratios) / len(ratios)) for ratio in ratios]
         norms = [w * g.norm().item() for w, g in zip(applied, gradients, strict=True)]
-        shares = [rate**1.5 for rate in rates]
-        targets = [sum(norms) / len(norms) * share / (sum(shares) / len(shares)) for share in shares]
+        shares = [ratio**1.5 for ratio in ratios]
+        plain = sum(g.norm().item() for g in gradients)
+        targets = [plain * share / sum(shares) for share in shares]
         rows = zip(PER_TASK, (applied, losses, norms, targets, ratios, rates), strict=True)
         values = {f"{tag}/{task}": value for tag, row in rows for task, value in zip(TASKS, row, strict=True)}
         for i, a in enumerate(TASKS):
@@ -56,7 +57,7 @@ def expected(steps):
 
 
 def test_every_logger_gets_the_values_of_the_step_itself(tmp_path):
-    callback = GradNormCallback(alpha=1.5, lr=0.1, summary=False)
+    callback = GradNormCallback(alpha=1.5, summary=False)
     watcher = Watcher(callback)
     loggers = [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv"), MemoryLogger()]
     quiet_trainer(tmp_path, callbacks=[watcher, callback], logger=loggers).fit(TrunkAndHeads(), batches(8))

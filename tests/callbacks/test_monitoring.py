@@ -149,7 +149,7 @@ def test_a_weight_that_sits_at_its_bound_is_told():
 
 
 def test_a_task_that_cannot_be_learnt_is_told():
-    said = told(GradNorm(), [(1 + 0.04 * k, 1.0 + 0.05 * (-1) ** k) for k in range(24)])
+    said = told(GradNorm(0.5), [(1 + 0.04 * k, 1.0 + 0.05 * (-1) ** k) for k in range(24)])
     assert "The weight of task 'a' rose from" in said["vain a"]
     assert "cannot be learnt: check its labels" in said["vain a"]
     assert said["vain a"].endswith("check its labels and its head, or lower alpha, or set max_weight.")
@@ -173,7 +173,7 @@ def test_only_what_the_method_has_is_a_way_out(balancer, end):
 
 
 def test_a_task_that_has_learnt_what_it_can_is_not_called_hopeless():
-    said = told(GradNorm(), [(1 + 0.04 * k, 0.3) for k in range(24)])
+    said = told(GradNorm(0.5), [(1 + 0.04 * k, 0.3) for k in range(24)])
     assert "may have learnt what it can" in said["vain a"]
     assert said["vain a"].endswith("If its validation metrics stand still too, lower alpha or set max_weight.")
     assert "labels" not in said["vain a"]
@@ -197,7 +197,7 @@ def test_an_average_that_is_resumed_late_is_given_the_time_to_move():
 
 @pytest.mark.parametrize("every", [0, 50, 10_000])
 def test_a_fit_in_which_weights_stand_still_says_so_once(tmp_path, every):
-    callback = GradNormCallback(lr=0.0, summary=False)
+    callback = GradNormCallback(update="paper", lr=0.0, summary=False)
     trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=12, log_every_n_steps=every)
     with pytest.warns(UserWarning, match="The loss weights have not moved in") as caught:
         trainer.fit(TrunkAndHeads(lr=1e-4), batches(50))

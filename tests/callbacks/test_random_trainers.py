@@ -62,12 +62,15 @@ PLAIN = {
     "tasks absent": Training(batches=6, absent=(0, 2), settings=(("alpha", 1.5),)),
     "by hand": Training(batches=5, accumulate=2, manual=True),
     "clipped": Training(clip=("norm", 0.01)),
-    "scaled": Training(precision="scaler", settings=(("update", "paper"),)),
+    "scaled": Training(precision="scaler"),
     "every third": Training(batches=7, settings=(("update_every", 3),)),
 }
 
 
-@pytest.mark.parametrize("training", PLAIN.values(), ids=PLAIN)
+OTHERS = {"as printed": Training(settings=(("update", "paper"),)), "by Adam": Training(weights_optimizer="adam")}
+
+
+@pytest.mark.parametrize("training", (PLAIN | OTHERS).values(), ids=PLAIN | OTHERS)
 def test_the_loop_by_hand_is_the_trainers(training):
     compared, difference = differences(training)
     assert not difference

@@ -108,7 +108,6 @@ class GradNorm(LossBalancer):
     """
 
     needs = ("gradient_norms",)
-    _remembers = AveragedUpdate.remembers
 
     def __init__(
         self,
@@ -132,6 +131,7 @@ class GradNorm(LossBalancer):
         implied = "log" if is_of_0_1 else "average"
         self.update_rule = check_choice("update", implied if update is None else update, get_args(Update))
         averaged = self.update_rule == "average"
+        self._remembers = AveragedUpdate.remembers if averaged else ()
         falling = averaged and optimizer is None
         effects = "at least 0: at 0 all norms are pulled together, at 1.5 slow tasks are favoured"
         alpha = (0.0 if averaged else 0.12) if alpha is None else alpha
@@ -203,7 +203,7 @@ class GradNorm(LossBalancer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state.get("update", self.update_rule) != self.update_rule and "weights" in state:
             # The memories of another update are of other quantities; its weights count as the average of the steps so far.
-            memory = {name: torch.full_like(state["weights"], entry) for name, entry in self._remembers}
+            memory = {name: torch.full_like(state["weights"], entry) for name, entry in AveragedUpdate.remembers}
             memory[SEEN] += state.get("steps", 0)
             state = {**state, "memory": memory, "optimizer": {"vector": state["weights"][:0], "state": {}}}
         super().load_state_dict(state)
@@ -264,6 +264,8 @@ class GradNorm(LossBalancer):
         if accept is not None:
             self.skipped_updates += ~usable
         self._weights = changes.pop("weights")
+        if self.frozen:
+            changes.pop(SEEN, None)  # weights that stay as they are have averaged nothing
         self._memory |= changes
 
     def _priorities_of(self, tasks: tuple[str, ...]) -> Tensor | None:

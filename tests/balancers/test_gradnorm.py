@@ -166,6 +166,29 @@ def test_weights_of_another_update_count_as_the_average_of_its_steps(was):
     assert list(balancer.weights.values()) == pytest.approx(expected, rel=1e-9)
 
 
+@of_version_0_1
+@pytest.mark.parametrize(
+    "settings", [{"update": "log"}, {"update": "closed_form"}, {"update": "paper"}, {"reference": "b"}], ids=str
+)
+def test_a_state_of_0_1_goes_on_under_its_own_settings(settings):
+    rows = random_norms(60).tolist()
+    whole = given(GradNorm(**settings), *rows)
+    state = given(GradNorm(**settings), *rows[:30]).state_dict() | {"memory": {}}  # as 0.1 saved it
+    resumed = GradNorm(**settings)
+    resumed.load_state_dict(state)
+    assert given(resumed, *rows[30:]).weights == whole.weights
+
+
+def test_weights_that_were_frozen_have_averaged_nothing():
+    balancer = GradNorm()
+    balancer.frozen = True
+    given(balancer, *[(1.0, 100.0)] * 1000)
+    assert balancer.weights == {"a": 1.0, "b": 1.0}
+    balancer.frozen = False
+    given(balancer, *[(1.0, 10.0)] * 2 * balancer.interval)
+    assert balancer.weights == pytest.approx({"a": 5.5, "b": 0.55})
+
+
 def test_the_printed_rule_keeps_the_papers_settings():
     settings = GradNorm(update="paper").settings()
     assert (settings["alpha"], settings["lr"], settings["optimizer"], settings["scale"]) == (0.12, 0.025, "Adam", "sum")

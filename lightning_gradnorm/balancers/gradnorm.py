@@ -91,8 +91,8 @@ class GradNorm(LossBalancer):
             until then), or given per task, in the loss's units. With ``alpha=0`` no ratio is used, and nothing waits for it.
         update_every: the weights are updated on the first optimiser step and then on one in so many, at a place that moves
             so that tasks which take turns are all met; the others cost nothing. By default ``"auto"``: a long average hardly
-            changes from step to step, so ever fewer are measured (``widening``: 430 of 10,000); all of them, where none is
-            taken.
+            changes from step to step, so ever fewer are measured (``widening``: 430 of 10,000), with ``lr`` one in
+            1 / (25 lr) at least; all of them, where none is taken, and until every L_i(0) is known that is asked for.
         min_weight: least weight, above 0 and at most 1. Bounds are of the weights that are applied.
         max_weight: greatest weight, at least 1; ``None`` for no bound.
         priorities: relative importance per task, above 0, a factor of the targets; 1 for tasks not named.
@@ -178,9 +178,10 @@ class GradNorm(LossBalancer):
     @property
     def interval(self) -> int:
         """Of how many optimiser steps one is measured now."""
-        if self.update_every == "auto":
-            return widening(self.steps) if self._widens else 1
-        return self.update_every
+        if self.update_every != "auto":
+            return self.update_every
+        waits = self.alpha > 0 and not self._initial_losses.knows_all(self.tasks)
+        return widening(self.steps, self.lr) if self._widens and not waits else 1
 
     def settings(self) -> dict[str, Any]:
         of_0_1 = {} if self.update_rule == "average" else self._of_0_1._asdict()

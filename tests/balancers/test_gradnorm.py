@@ -139,6 +139,22 @@ def test_a_rate_of_ones_own_forgets_alike_at_any_interval(every):
     assert math.log(falling.weights["a"]) / rest[0] == pytest.approx(1 - (1000 / 1100) ** 2, abs=0.02)
 
 
+@pytest.mark.parametrize("every", [1, "auto"])
+def test_a_rate_of_ones_own_forgets_the_noise_of_single_batches_whatever_is_measured(every):
+    balancer, seen = GradNorm(lr=0.01, update_every=every), []
+    for norms in random_norms(5000).tolist():
+        given(balancer, norms)
+        seen.append(list(balancer.weights.values()))
+    deviation = torch.tensor(seen, dtype=torch.float64)[2000:].log().std(0)
+    assert (deviation < 0.25).all(), "of single batches it is above 1"
+
+
+def test_a_rate_of_ones_own_bounds_how_few_are_measured():
+    assert [widening(10**6, rate) for rate in (0.0, 0.001, 0.01, 0.04, 1.0)] == [2**14, 40, 4, 1, 1]
+    assert widening(150, 0.001) == 2
+    assert GradNorm(lr=0.01).interval == 1
+
+
 def test_an_optimiser_of_ones_own_takes_the_same_gradient():
     balancer = given(GradNorm(lr=0.1, optimizer=torch.optim.SGD), (1.0, 10.0, 100.0))
     assert list(balancer.weights.values()) == pytest.approx([37.0**0.1, 3.7**0.1, 0.37**0.1], rel=1e-12)
@@ -262,6 +278,13 @@ def test_mean_of_the_first_steps_and_weights_of_one_until_then():
         balancer.update(Measurement(("a", "b"), vector(loss, 1.0), vector(1.0, 5.0)))
     assert balancer.diagnostics["loss_ratio"].tolist() == [0.75, 1.0]
     assert balancer.weights["a"] > 1
+
+
+def test_every_step_is_measured_until_the_initial_losses_are_known():
+    balancer = given(GradNorm(1.5, initial_losses=300), *[(1.0, 5.0)] * 299)
+    assert balancer.weights == {"a": 1.0, "b": 1.0} and balancer.interval == 1
+    assert given(balancer, (1.0, 5.0)).weights == pytest.approx({"a": 3.0, "b": 0.6})
+    assert balancer.interval == widening(300)
 
 
 def test_update_every_updates_on_the_first_step_and_then_on_one_in_so_many():

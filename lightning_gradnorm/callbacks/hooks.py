@@ -179,7 +179,7 @@ class TrainerHooks(KeptState):
             return
         diagnostics = self._session.balancer.diagnostics
         if step.due:
-            self._reporting.add(step.applied, step.measurement, trainer.current_epoch)
+            self._reporting.add(step.applied, step.measurement, trainer.current_epoch, step.interval)
         if wanted:
             self._log.write(trainer, pl_module, step.applied, step.measurement, diagnostics, step.window)
         if wanted and self._log.is_looked_at(trainer):

@@ -45,9 +45,9 @@ class Reporting:
         """One more optimiser step, measured or not."""
         self.summary.count_step()
 
-    def add(self, applied: Tensor, measurement: Measurement, epoch: int) -> None:
-        """Take one measured optimiser step."""
-        self.summary.add(applied, measurement, epoch)
+    def add(self, applied: Tensor, measurement: Measurement, epoch: int, interval: int = 1) -> None:
+        """Take one measured optimiser step, of so many."""
+        self.summary.add(applied, measurement, epoch, interval)
 
     def keep(self, applied: Tensor, measurement: Measurement, diagnostics: Mapping[str, Tensor]) -> None:
         """Keep for the figure what the step that was counted last has to show; on the steps that are looked at.

@@ -91,13 +91,14 @@ class RunSummary:
         self._passed += 1
 
     @torch.no_grad()
-    def add(self, weights: Tensor, measurement: Measurement, epoch: int) -> None:
+    def add(self, weights: Tensor, measurement: Measurement, epoch: int, interval: int = 1) -> None:
         """Take one measured optimiser step.
 
         Args:
             weights: the weights that it applied, of ``measurement.tasks``, shape ``[T]``.
             measurement: its losses and norms; a step with a non-finite loss or norm, or none above 0, is left out.
             epoch: its number; the first step of another epoch starts the epoch's sums anew.
+            interval: of how many optimiser steps it is the measured one: it counts for all of them in the weights' means.
         """
         tasks, losses, norms = measurement[:3]
         self._make_room(tasks, losses)
@@ -119,6 +120,7 @@ class RunSummary:
             self._epoch = epoch
         one, weighted = torch.ones_like(losses), weights * norms
         added = torch.stack([one, weights, weights * weights, one, weighted / weighted.sum(), losses / self._first[2, at]])
+        added[:_WEIGHTS] *= interval
         added[_EPOCH:] = torch.where(active, added[_EPOCH:], 0.0)
         self._sums[:, at] += torch.where(usable, added, 0.0)
         self._added += 1

@@ -60,9 +60,11 @@ class BalancedStep(NamedTuple):
         applied: the weights that it applied, of ``measurement.tasks``, shape ``[T]``.
         due: whether the balancer learnt from it.
         window: its micro-batches, for the gradients' cosines.
+        interval: of how many optimiser steps the balancer learnt from one at this step.
     """
 
     measurement: Measurement
     applied: Tensor
     due: bool
     window: MeasurementWindow
+    interval: int

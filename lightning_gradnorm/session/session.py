@@ -237,13 +237,13 @@ class BalancingSession(Totals):
         if measurement is None:
             self.balancer.update(None)
             return None
-        applied = self._applied(measurement.tasks, window.applied)
+        applied, interval = self._applied(measurement.tasks, window.applied), self.balancer.interval
         self.balancer.update(measurement if due else None)
         self.reading.remember()
         if due and self.reading.is_given and not self._has_measured:
             self.tell_counts()  # of a layer that was found, every task was seen to have a gradient
         self._has_measured |= due
-        return BalancedStep(measurement, applied, due, window)
+        return BalancedStep(measurement, applied, due, window, interval)
 
     def _applied(self, tasks: tuple[str, ...], here: Mapping[str, Tensor]) -> Tensor:
         """The weights that the step applied, ``[T]``; of a task that only other ranks had, those that it would have had."""

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_gradnorm import GradNorm
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.report.summary import RunSummary, TaskSummary
 
@@ -226,6 +227,19 @@ def test_an_epoch_without_steps_leaves_the_last_one_standing():
 def test_the_spread_of_a_constant_weight_is_zero():
     run = [[{"a": [0.1, 1.0, 1.0], "b": [1234.567, 1.0, 1.0]}] * 1000]
     assert [row.std for row in summary_of(run).rows({})] == pytest.approx([0.0, 0.0], abs=1e-4)
+
+
+def test_a_measured_step_counts_in_the_means_of_weights_for_all_that_it_stands_for():
+    """Every step of the first hundred and then ever fewer, of a weight that rises evenly from 0 to 1."""
+    summary, balancer, steps = RunSummary(), GradNorm(), 10_000
+    for step in range(steps):
+        if balancer.due:
+            loss = torch.ones(1, dtype=torch.float64)
+            summary.add(loss * step / steps, Measurement(("a",), loss, loss), 0, balancer.interval)
+        balancer.update(None)
+    (row,) = summary.rows({})
+    assert row.mean == pytest.approx(0.5, abs=0.01) and row.std == pytest.approx(12**-0.5, abs=0.01)
+    assert row.mean_after_warmup == pytest.approx(0.5, abs=0.01)
 
 
 def test_single_precision_comes_out_in_double():

@@ -139,7 +139,9 @@ class GradNorm(LossBalancer):
         self.lr = self._rate_of(lr, falling)
         self.min_weight, self.max_weight = _bounds(min_weight, max_weight)
         self.residuals = () if residuals is None else check_names("residuals", residuals)
-        only_averaged = "for update='average', the default; of another update every task is alike"
+        only_averaged = (
+            "for update='average', the default, without scale, reference and ema_decay; to another update every task is alike"
+        )
         check_that("residuals", residuals, averaged or not self.residuals, only_averaged)
         self.priorities = {
             task: check_number(

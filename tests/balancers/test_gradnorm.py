@@ -237,6 +237,7 @@ def test_what_is_gone_in_the_next_version_says_what_to_write(make, settings, wri
     [
         ({"update": "average", "reference": "pde"}, "reference does not go with update='average'. Write: residuals="),
         ({"update": "paper", "residuals": ["pde"]}, "residuals is for update='average', the default"),
+        ({"ema_decay": 0.98, "residuals": ["pde"]}, "without scale, reference and ema_decay"),
         ({"residuals": "pde"}, r"Write residuals=\['pde'\]"),
         ({"lr": 1.5}, "lr is from 0 to 1"),
         ({"update_every": "sometimes"}, "update_every is a whole number of steps, 1 or more, or 'auto'; got 'sometimes'"),

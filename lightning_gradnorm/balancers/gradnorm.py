@@ -79,9 +79,9 @@ class GradNorm(LossBalancer):
             ``update="paper"`` 0.12. The paper used 0.12 on its toy, 0.2 to 0.3 on facial landmarks, 1.5 on NYUv2. The more it
             is, the more L(0) matters: a loss that starts far above what a constant prediction would give counts as learnt at
             once, and its task is starved.
-        lr: learning rate of the weights' own optimiser. By default it falls as 2 / t, or 1 / t with ``residuals``; a number is
-            the share of its way that a weight goes in every step at least, for trainings whose tasks change: with 0.01, what is
-            some hundred steps old is forgotten. With ``update="paper"`` 0.025.
+        lr: learning rate of the weights' own optimiser. By default it falls, as 2 / (t + 30) at the t-th step, or 1 / (t + 100)
+            with ``residuals``; a number is the share of its way that a weight goes in every step at least, for trainings whose
+            tasks change: with 0.01, what is some hundred steps old is forgotten. With ``update="paper"`` 0.025.
         residuals: the tasks that are residuals of equations, in physics-informed networks. They keep weight 1, and the
             conditions beside them are raised: ŵ_i = 5 √(n_r / n_i), averaged over the whole training.
         update: ``"average"``, the default; ``"paper"``, Algorithm 1 as printed, the gradient of L_grad on w and Σ w = T.
@@ -167,7 +167,7 @@ class GradNorm(LossBalancer):
         super().__init__(
             tasks=tasks, update_every=1 if is_auto else check_whole("update_every", update_every, rule, at_least=1)
         )
-        self._widens = is_auto and falling
+        self._falls = falling
         if is_auto:
             self.update_every = "auto"
 
@@ -183,13 +183,13 @@ class GradNorm(LossBalancer):
         if self.update_every != "auto":
             return self.update_every
         waits = self.alpha > 0 and not self._initial_losses.knows_all(self.tasks)
-        return widening(self.steps, self.lr) if self._widens and not waits else 1
+        return widening(self.steps, self.lr) if self._falls and not waits else 1
 
     def settings(self) -> dict[str, Any]:
         of_0_1 = {} if self.update_rule == "average" else self._of_0_1._asdict()
         return super().settings() | {
             "alpha": self.alpha,
-            "lr": self.lr,
+            "lr": self.lr if self.lr > 0 or not self._falls else None,
             "residuals": list(self.residuals),
             "update": self.update_rule,
             "optimizer": self._optimizer.name,

@@ -1,5 +1,7 @@
 """GradNorm's weights as the average, over all of the training, of those under which L_grad is 0."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from lightning_gradnorm.balancers.gradnorm_equations import weights_at_rest, weights_half_way
@@ -9,8 +11,22 @@ from lightning_gradnorm.balancers.scale import LEAST
 from lightning_gradnorm.measurement import reading_is_free
 
 SEEN, NORM, SHARE = "steps_averaged", "last_norm", "last_share"
-RECENT = 2.0  # the rate is 2 / t: of two measurements, one that is twice as late counts twice
-EVEN = 1.0  # 1 / t: all count alike
+
+
+class Pace(NamedTuple):
+    """η = ``recency`` / (t + ``start``) at the t-th step.
+
+    Attributes:
+        recency: 1: all measurements count alike; 2: one that is twice as late counts twice.
+        start: as so many steps the weight counts that a task starts with.
+    """
+
+    recency: float
+    start: float
+
+
+ALIKE = Pace(2.0, 30.0)
+BESIDE_RESIDUALS = Pace(1.0, 100.0)
 
 
 class AveragedUpdate:
@@ -18,9 +34,13 @@ class AveragedUpdate:
 
     ŵ is where L_grad with these norms is 0, in one step's measurement and so noisy. With SGD and η = 2 / t at the t-th step,
     the Robbins-Monro rate, w is the average of all that was measured, the last the most: fast at first, slower and slower,
-    with no rate to be tuned and no start-up to be corrected for. A measurement stands for all the steps until the next, so
-    that it makes no difference how many are measured. Where conditions stand beside residuals of equations, η = 1 / t: these
-    gradients change by orders of magnitude while the equation is learnt, and weights that follow at once keep it from that.
+    with no rate to be tuned. A measurement stands for all the steps until the next, so that it makes no difference how many are
+    measured. Where conditions stand beside residuals of equations, η = 1 / t: these gradients change by orders of magnitude
+    while the equation is learnt, and weights that follow at once keep it from that.
+
+    The first weight, one, counts as 30 steps, or 100 beside residuals: an untrained network's gradients say little of what is
+    to come. Forces have next to none where energies start flat, a border is met early by u ≈ 0, and weights that take one
+    such batch whole are in the thousands at the second step.
 
     A task that is absent counts with its last norm: tasks that take turns are balanced as if they had come together.
 
@@ -37,6 +57,7 @@ class AveragedUpdate:
         self, residuals: tuple[str, ...], optimizer: VectorOptimizer, lr: float | None, bounds: tuple[float, float]
     ) -> None:
         self._residuals, self._optimizer, self._lr, self._bounds = residuals, optimizer, lr, bounds
+        self._pace = BESIDE_RESIDUALS if residuals else ALIKE
         self._bearable = min(bounds[0], LEAST), max(bounds[1], 1 / LEAST)
 
     def next(self, step: Step, accept: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -68,5 +89,5 @@ class AveragedUpdate:
         """η, of a measurement that stands for so many steps, after so many."""
         if self._lr is None:
             return 1.0
-        falling = (EVEN if self._residuals else RECENT) * interval / seen
+        falling = self._pace.recency * interval / (seen + self._pace.start)
         return falling.clamp(1 - (1 - self._lr) ** interval, 1.0)

@@ -30,58 +30,71 @@ def random_norms(steps, seed=0):
 # -- what is averaged, and how -----------------------------------------------------------------------------------------
 
 
+def way(steps):
+    """How much of its way, in logarithms, a weight has gone after so many steps, at rates of 2 / (t + 30)."""
+    return 1 - 29 * 30 / ((steps + 29) * (steps + 30))
+
+
 def test_the_weights_are_the_average_of_the_rest_points_the_last_counting_most():
-    """Of 2 / t, with a rate of at most 1: the k-th counts k − 1 times."""
+    """Of rates 2 / (t + 30): the k-th counts 2 (k + 29) times, and the first weight, one, for the 30 steps before."""
     norms = random_norms(40)
     rest = norms.sum(1, keepdim=True) / 3 / norms
-    counts = torch.arange(40, dtype=torch.float64)
-    mean = (counts.unsqueeze(1) * rest.log()).sum(0) / counts.sum()
+    counts = 2 * (torch.arange(1, 41, dtype=torch.float64) + 29)
+    mean = (counts.unsqueeze(1) * rest.log()).sum(0) / (69 * 70)
+    assert counts.sum() / (69 * 70) == pytest.approx(way(40))
     torch.testing.assert_close(given(GradNorm(), *norms.tolist()).weights_for(TASKS), mean.exp(), rtol=1e-12, atol=0)
 
 
 def test_beside_residuals_all_count_alike_and_the_way_is_halved_and_raised():
     norms = random_norms(40)
     residual = norms[:, :2].prod(1).sqrt()
-    mean = (5 * (residual / norms[:, 2]).sqrt()).log().mean().exp()
+    mean = ((5 * (residual / norms[:, 2]).sqrt()).log().sum() / (40 + 100)).exp()
     weights = given(GradNorm(residuals=["b", "a"]), *norms.tolist()).weights
     assert weights == {"a": 1.0, "b": 1.0, "c": pytest.approx(mean.item(), rel=1e-12)}
 
 
-def test_with_norms_that_stay_the_first_step_is_enough():
-    balancer = given(GradNorm(), (1.0, 10.0, 100.0))
-    assert list(balancer.weights.values()) == pytest.approx([37.0, 3.7, 0.37], rel=1e-12)
+@pytest.mark.parametrize(("steps", "share"), [(1, 2 / 31), (30, 0.754), (100, 0.948), (1000, 0.9992)])
+def test_with_norms_that_stay_it_is_three_quarters_there_after_thirty_steps(steps, share):
+    balancer = given(GradNorm(update_every=1), *[(1.0, 10.0, 100.0)] * steps)
+    assert list(balancer.weights.values()) == pytest.approx([w ** way(steps) for w in (37.0, 3.7, 0.37)], rel=1e-9)
+    assert way(steps) == pytest.approx(share, rel=1e-3)
     assert balancer.diagnostics["target_norm"].tolist() == pytest.approx([37.0] * 3)
-    after = given(balancer, *[(1.0, 10.0, 100.0)] * 30).weights
-    assert list(after.values()) == pytest.approx([37.0, 3.7, 0.37], rel=1e-12)
+
+
+def test_one_batch_moves_no_weight_far():
+    """A head that starts at zero has next to no gradient on the shared layer."""
+    assert given(GradNorm(), (1.0, 1e-6)).weights["b"] < 2.5
 
 
 def test_alpha_and_priorities_are_in_the_targets():
-    balancer = given(GradNorm(2.0, priorities={"c": 3.0}, initial_losses=dict.fromkeys(TASKS, 1.0)), (1.0, 1.0, 1.0))
-    given(balancer, *[(1.0, 4.0, 2.0)] * 2, losses=(0.5, 1.0, 0.5))
+    balancer = given(
+        GradNorm(2.0, update_every=1, priorities={"c": 3.0}, initial_losses=dict.fromkeys(TASKS, 1.0)), (1.0, 1.0, 1.0)
+    )
+    given(balancer, *[(1.0, 4.0, 2.0)] * 3000, losses=(0.5, 1.0, 0.5))
     shares = vector(0.25, 1.0, 0.75)  # L̃² times the priority
     expected = 7 * shares / shares.sum()
     torch.testing.assert_close(balancer.diagnostics["target_norm"], expected)
-    torch.testing.assert_close(balancer.weights_for(TASKS), expected / vector(1.0, 4.0, 2.0))
+    torch.testing.assert_close(balancer.weights_for(TASKS), expected / vector(1.0, 4.0, 2.0), rtol=1e-3, atol=0)
 
 
 def test_alpha_and_priorities_beside_residuals_are_halved_like_the_norms():
     balancer = given(GradNorm(2.0, residuals=["a"], priorities={"c": 4.0}), (1.0, 1.0, 1.0))
-    given(balancer, *[(1.0, 1.0, 1.0)] * 3000, losses=(0.25, 0.5, 0.25))
+    given(balancer, *[(1.0, 1.0, 1.0)] * 30_000, losses=(0.25, 0.5, 0.25))
     assert list(balancer.weights.values()) == pytest.approx([1.0, 10.0, 10.0], rel=0.01)
 
 
-def test_a_task_that_comes_late_is_where_it_should_be_at_once():
-    balancer = given(GradNorm(), *[(1.0, 10.0)] * 50)
-    given(balancer, (1.0, 10.0, 100.0))
-    assert balancer.weights["c"] == pytest.approx(0.37)
+def test_a_task_that_comes_late_goes_its_way_as_fast_as_the_others_did():
+    balancer = given(GradNorm(update_every=1), *[(1.0, 10.0)] * 50)
+    given(balancer, *[(1.0, 10.0, 100.0)] * 30)
+    assert balancer.weights["c"] == pytest.approx(0.37 ** way(30))
 
 
 def test_tasks_that_take_turns_are_balanced_as_if_they_came_together():
-    together, turns = given(GradNorm(), *[(1.0, 10.0, 100.0)] * 3), GradNorm()
-    for step in range(60):
+    together, turns = given(GradNorm(update_every=1), *[(1.0, 10.0, 100.0)] * 200), GradNorm(update_every=1)
+    for step in range(600):
         task = TASKS[step % 3]
         given(turns, (10.0 ** (step % 3),), tasks=(task,))
-    assert turns.weights == pytest.approx(together.weights, rel=0.02)  # the first turns saw some of them alone
+    assert turns.weights == pytest.approx(together.weights, rel=0.03)  # the first turns saw some of them alone
 
 
 def test_a_condition_whose_residual_is_absent_goes_by_its_last_norm_and_stays_until_there_is_one():
@@ -90,18 +103,19 @@ def test_a_condition_whose_residual_is_absent_goes_by_its_last_norm_and_stays_un
     assert balancer.weights == dict.fromkeys(("border", "start", "pde"), 1.0) and balancer.skipped_updates == 0
     balancer.update(Measurement(("pde",), vector(1.0), vector(100.0)))
     given(balancer, (4.0,), tasks=("border",))
-    assert balancer.weights == {"border": pytest.approx(25.0), "start": 1.0, "pde": 1.0}
+    assert balancer.weights == {"border": pytest.approx(25.0 ** (1 / 101)), "start": 1.0, "pde": 1.0}
 
 
 def test_losses_may_be_negative():
-    assert given(GradNorm(), (1.0, 3.0), losses=(-1.0, 2.0)).weights == pytest.approx({"a": 2.0, "b": 2 / 3})
+    balancer = given(GradNorm(), (1.0, 3.0), losses=(-1.0, 2.0))
+    assert balancer.weights == pytest.approx({"a": 2.0 ** way(1), "b": (2 / 3) ** way(1)})
 
 
 @pytest.mark.parametrize("settings", [{}, {"residuals": ["a"]}], ids=str)
 def test_bounds_are_of_the_applied_weights(settings):
-    balancer = given(GradNorm(min_weight=0.5, max_weight=2.0, **settings), *[(1.0, 100.0, 0.01)] * 3)
-    assert all(0.5 <= weight <= 2.0 for weight in balancer.weights.values())
-    assert (balancer.weights["b"], balancer.weights["c"]) == (0.5, 2.0)
+    balancer = given(GradNorm(min_weight=0.8, max_weight=2.0, **settings), *[(1.0, 100.0, 0.01)] * 300)
+    assert all(0.8 <= weight <= 2.0 for weight in balancer.weights.values())
+    assert (balancer.weights["b"], balancer.weights["c"]) == (0.8, 2.0)
 
 
 # -- rates and intervals -----------------------------------------------------------------------------------------------
@@ -136,7 +150,7 @@ def test_a_rate_of_ones_own_forgets_alike_at_any_interval(every):
     way = math.log(balancer.weights["a"]) / rest[0], math.log(balancer.weights["b"]) / rest[1]
     assert way == pytest.approx([1 - 0.98**100] * 2, abs=0.02)
     falling = given(GradNorm(update_every=every), *[(1.0, 1.0)] * 1000, *[(1.0, 100.0)] * 100)
-    assert math.log(falling.weights["a"]) / rest[0] == pytest.approx(1 - (1000 / 1100) ** 2, abs=0.02)
+    assert math.log(falling.weights["a"]) / rest[0] == pytest.approx(1 - (1030 / 1130) ** 2, abs=0.02)
 
 
 @pytest.mark.parametrize("every", [1, "auto"])
@@ -177,7 +191,7 @@ def test_weights_of_another_update_count_as_the_average_of_its_steps(was):
     balancer.load_state_dict(state)
     assert balancer.weights == old.weights
     given(balancer, (1.0, 10.0, 100.0))
-    rate = 2 / 31
+    rate = 2 / (31 + 30)
     expected = [w ** (1 - rate) * rest**rate for w, rest in zip(old.weights.values(), (37.0, 3.7, 0.37), strict=True)]
     assert list(balancer.weights.values()) == pytest.approx(expected, rel=1e-9)
 
@@ -196,13 +210,14 @@ def test_a_state_of_0_1_goes_on_under_its_own_settings(settings):
 
 
 def test_weights_that_were_frozen_have_averaged_nothing():
-    balancer = GradNorm()
+    balancer = GradNorm(update_every=4)
     balancer.frozen = True
     given(balancer, *[(1.0, 100.0)] * 1000)
     assert balancer.weights == {"a": 1.0, "b": 1.0}
     balancer.frozen = False
-    given(balancer, *[(1.0, 10.0)] * 2 * balancer.interval)
-    assert balancer.weights == pytest.approx({"a": 5.5, "b": 0.55})
+    given(balancer, *[(1.0, 10.0)] * 4)
+    rate = 2 * 4 / (4 + 30)
+    assert balancer.weights == pytest.approx({"a": 5.5**rate, "b": 0.55**rate})
 
 
 def test_the_printed_rule_keeps_the_papers_settings():
@@ -284,7 +299,7 @@ def test_mean_of_the_first_steps_and_weights_of_one_until_then():
 def test_every_step_is_measured_until_the_initial_losses_are_known():
     balancer = given(GradNorm(1.5, initial_losses=300), *[(1.0, 5.0)] * 299)
     assert balancer.weights == {"a": 1.0, "b": 1.0} and balancer.interval == 1
-    assert given(balancer, (1.0, 5.0)).weights == pytest.approx({"a": 3.0, "b": 0.6})
+    assert given(balancer, (1.0, 5.0)).weights == pytest.approx({"a": 3.0 ** (8 / 34), "b": 0.6 ** (8 / 34)})
     assert balancer.interval == widening(300)
 
 
@@ -305,7 +320,7 @@ def test_update_every_updates_on_the_first_step_and_then_on_one_in_so_many():
 def test_four_lines_in_a_bare_loop_equalise_the_norms():
     torch.manual_seed(0)
     losses, parameters = graphs.trunk_and_heads()
-    gradnorm = GradNorm()
+    gradnorm = GradNorm(lr=1.0)
     taps = tap_losses(losses)
     total = gradnorm.total(taps)
     reader = JointBackward(total, taps, parameters)

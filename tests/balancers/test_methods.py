@@ -209,7 +209,7 @@ def test_annealing_comes_to_rest_where_the_formula_says():
 
 def test_the_norm_form_comes_to_rest_where_gradnorm_with_alpha_0_does_up_to_a_factor():
     norms = [8.0, 0.5, 0.01]
-    balancer, gradnorm = LearningRateAnnealing(form="norm", update_every=1), GradNorm()
+    balancer, gradnorm = LearningRateAnnealing(form="norm", update_every=1), GradNorm(lr=1.0)
     for _ in range(500):
         for method in (balancer, gradnorm):
             method.update(of([1.0, 1.0, 1.0], gradient_norms=norms))

@@ -77,14 +77,14 @@ class Experiment:
             problem: its name.
             baseline: that the differences are to; by default the first method.
         """
-        methods, better = self.problems[problem]
+        methods, better, _ = self.problems[problem]
         order = [*([baseline] if baseline else []), *(method for method in methods if method != baseline)]
         return records.comparison(problem, better, order)
 
     def tables(self, records: Records) -> str:
         """Of every problem with a seed that all its methods have, in Markdown."""
         parts = []
-        for problem, (methods, _) in self.problems.items():
+        for problem, (methods, *_) in self.problems.items():
             comparison = self.comparison(records, problem)
             if comparison is not None:
                 steps = records.of(problem, methods)[comparison.baseline][0].steps
@@ -108,7 +108,7 @@ def folder_of(experiment: Experiment, options: argparse.Namespace) -> Path:
 
 def read_options(experiment: Experiment, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    methods = list(dict.fromkeys(method for problem in experiment.problems.values() for method in problem.methods))
+    methods = list(dict.fromkeys(method for problem in experiment.problems.values() for method in problem.made))
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.experiments.{experiment.name}",
         description=experiment.about,
@@ -167,7 +167,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> Reco
         (problem, method, seed)
         for seed in options.seeds
         for problem in options.problems
-        for method in experiment.problems[problem].methods
+        for method in experiment.problems[problem].made
         if method in options.methods and records.find(problem, method, seed, options.steps) is None
     ]
     progress = Progress(options.steps * len(wanted))

@@ -15,16 +15,16 @@ COLOURS = {
     "equal": ORANGE,
     "GradNorm": BLUE,
     "GradNorm static": PURPLE,
-    "GradNorm, all W": SKY,
-    "GradNorm, lr 0.025": PURPLE,
-    "GradNorm, lr 0.025, all W": VERMILION,
+    "GradNorm 0.1": SKY,
+    "GradNorm 0.1 static": SKY,
+    "GradNorm 0.1, from the mean": SKY,
+    "GradNorm 0.1, five settings": SKY,
+    "GradNorm, in a stack": BLUE,
     "annealing": GREEN,
-    "GradNorm, α = 0": SKY,
     "self-adaptive": GREY,
     "uncertainty": GREEN,
     "DWA": VERMILION,
     "AMNL": GREY,
-    "GradNorm, every 10th step": SKY,
     "fixed 1/σ²": BLACK,
     "hand-scaled": BLACK,
     "equal, from the mean": ORANGE,
@@ -42,7 +42,7 @@ def draw_curve(axes: Axes, fits: Sequence[Record], values: str | Sequence[Sequen
 
 def draw_measures(records: Records, problems: Mapping[str, Problem], path: Path) -> None:
     """A row per problem and a panel per measure, on one scale down the rows: each seed a dot, the mean a bar."""
-    rows = {problem: found for problem, (methods, _) in problems.items() if (found := records.of(problem, methods))}
+    rows = {problem: found for problem, (methods, *_) in problems.items() if (found := records.of(problem, methods))}
     if not rows:
         return
     columns = max(len(problems[problem].better) for problem in rows)

@@ -14,6 +14,7 @@ from lightning_gradnorm import FixedWeights, LossBalancer, LossBalancingCallback
 from lightning_gradnorm.comparison import StepTimes
 
 STATIC = "GradNorm static"  # retrained with the mean weights of the GradNorm run on the same seed
+PAST = ("GradNorm 0.1", "GradNorm 0.1 static")  # version 0.1's default: α = 0.12, log w, the shared gradient's size kept
 
 
 class Shuffled:

@@ -1,6 +1,6 @@
 """The Helmholtz equation as Wang, Teng, Perdikaris (2021) train it, by each of their methods and GradNorm.
 
-python -m benchmarks.experiments.helmholtz                 # three seeds, 40,000 steps: an hour and a quarter
+python -m benchmarks.experiments.helmholtz                 # three seeds, 40,000 steps: an hour
 python -m benchmarks.experiments.helmholtz --quick
 """
 

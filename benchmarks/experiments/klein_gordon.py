@@ -1,4 +1,4 @@
-"""The Klein–Gordon equation as Wang, Teng, Perdikaris (2021) train it, by each of their methods, and GradNorm as on Helmholtz.
+"""The Klein–Gordon equation as Wang, Teng, Perdikaris (2021) train it, by each of their methods, and GradNorm.
 
 python -m benchmarks.experiments.klein_gordon                 # three seeds, 40,000 steps: two hours
 python -m benchmarks.experiments.klein_gordon --quick

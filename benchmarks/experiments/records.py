@@ -19,10 +19,17 @@ class Problem(NamedTuple):
     Attributes:
         methods: the baseline first.
         better: measure → which way is better.
+        past: those of the methods whose records are kept and that are no longer made.
     """
 
     methods: Sequence[str]
     better: Mapping[str, Better]
+    past: Sequence[str] = ()
+
+    @property
+    def made(self) -> list[str]:
+        """The methods without those of the past."""
+        return [method for method in self.methods if method not in self.past]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from toy import LAST, SIGMAS, Batch, Evaluation, Toy, ToyData, inverse_squares
 
 from benchmarks.experiments.command import Case, Experiment, main
 from benchmarks.experiments.curves import COLOURS, add_legend, draw_curve
-from benchmarks.experiments.fits import STATIC, Fit, balancer_of
+from benchmarks.experiments.fits import PAST, STATIC, Fit, balancer_of
 from benchmarks.experiments.records import Problem, Record, Records
 from lightning_gradnorm import (
     DynamicWeightAverage,
@@ -31,13 +31,13 @@ from lightning_gradnorm import (
 from lightning_gradnorm.report.comparison import Better
 
 MEASURE = "Σ L(t)/L(0)"
-METHODS = ("equal", "uncertainty", "DWA", "GradNorm", STATIC, "fixed 1/σ²")
+METHODS = ("equal", "uncertainty", "DWA", "GradNorm", STATIC, *PAST, "fixed 1/σ²")
 ALPHAS = (0, 0.12, 0.5, 1, 1.5, 2, 3)
 ALL_SIGMAS = SIGMAS | {40: tuple(round(10 ** (2 * i / 39), 2) for i in range(40))}
 EPOCH = 50  # steps whose mean losses dynamic weight average compares
 OVER_ALPHA = ", over α"
 BETTER: Mapping[str, Better] = {MEASURE: "lower"}
-PROBLEMS = {f"T = {tasks}": Problem(METHODS, BETTER) for tasks in ALL_SIGMAS} | {
+PROBLEMS = {f"T = {tasks}": Problem(METHODS, BETTER, PAST) for tasks in ALL_SIGMAS} | {
     f"T = {tasks}{OVER_ALPHA}": Problem(("equal", *(f"α = {alpha:g}" for alpha in ALPHAS)), BETTER) for tasks in SIGMAS
 }
 
@@ -61,14 +61,14 @@ class Epochs:
 
 
 def method_of(case: Case, sigmas: tuple[float, ...]) -> LossBalancer:
-    """The method; GradNorm at the paper's α, where none is named."""
+    """The method; GradNorm at the α that is named, or the default's."""
     if case.method.startswith("α = "):
-        return GradNorm(alpha=float(case.method.removeprefix("α = ")), lr=0.025)
+        return GradNorm(alpha=float(case.method.removeprefix("α = ")))
     makes: dict[str, Callable[[], LossBalancer]] = {
         "equal": EqualWeights,
         "uncertainty": UncertaintyWeighting,
         "DWA": DynamicWeightAverage,
-        "GradNorm": lambda: GradNorm(alpha=0.12, lr=0.025),
+        "GradNorm": GradNorm,
         "fixed 1/σ²": lambda: FixedWeights(inverse_squares(sigmas)),
     }
     return balancer_of(case, makes)

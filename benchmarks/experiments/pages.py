@@ -1,5 +1,7 @@
 """Writes docs/<page>.md from docs/<page>.md.jinja and the records under benchmarks/results: no number is typed by hand.
 
+So are the README's parts between ``<!-- made from docs/parts/<part>.jinja -->`` and ``<!-- until here -->``.
+
 python -m benchmarks.experiments.pages           # writes the pages, and the tables and figures beside the records
 python -m benchmarks.experiments.pages --check   # exits with 1 if a page is not what the records say
 """
@@ -7,9 +9,10 @@ python -m benchmarks.experiments.pages --check   # exits with 1 if a page is not
 import copy
 import dataclasses
 import importlib
+import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -21,8 +24,9 @@ from lightning_gradnorm.report.comparison import ARROWS, Comparison, mean_std
 from lightning_gradnorm.report.table import markdown_rows
 
 ROOT = Path(__file__).parents[2]
-DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
-NAMES = ("toy", "helmholtz", "helmholtz_settings", "klein_gordon", "cmapss", "rescue", "tox21", "no_harm", "defaults")
+DOCS, RESULTS, README = ROOT / "docs", ROOT / "benchmarks" / "results", ROOT / "README.md"
+PART = re.compile(r"(<!-- made from docs/(parts/[\w-]+\.jinja) -->).*?(<!-- until here -->)", re.DOTALL)
+NAMES = ("toy", "helmholtz", "klein_gordon", "cmapss", "rescue", "tox21", "no_harm")
 
 
 def experiment(name: str) -> Experiment:
@@ -75,13 +79,10 @@ class Results:
         """One per seed that all methods of the problem have."""
         return self.found(problem)[method]
 
-    def has(self, problem: str) -> bool:
-        """Whether there is a seed that all of at least two methods have."""
-        return len(self.found(problem)) > 1
-
-    def complete(self, problem: str) -> bool:
-        """Whether there is a seed that every method has."""
-        return len(self.found(problem)) == len(self.experiment.problems[problem].methods)
+    def has(self, problem: str, *methods: str) -> bool:
+        """Whether there is a seed that all of at least two methods have, these among them."""
+        found = self.found(problem)
+        return len(found) > 1 and all(method in found for method in methods)
 
     def seeds(self, problem: str) -> int:
         """How many."""
@@ -101,6 +102,13 @@ class Results:
         rows = [[method, *(mean_std(comparison.values(method, m)) for m in measures)] for method in self.found(problem)]
         order = list(self.experiment.problems[problem].methods)
         return markdown_rows(columns, sorted(rows, key=lambda row: order.index(row[0])))
+
+    def across(self, problems: Sequence[str], methods: Sequence[str], measure: str) -> str:
+        """One measure, mean ± standard deviation over the seeds: a row per method, a column per problem."""
+        columns = [measure, *(f"{problem}, {self.seeds(problem)} seeds" for problem in problems)]
+        values = {problem: self._comparison(problem).values for problem in problems}
+        rows = [[method, *(mean_std(values[problem](method, measure)) for problem in problems)] for method in methods]
+        return markdown_rows(columns, rows)
 
     def differences(self, problem: str, measures: Sequence[str] = (), baseline: str = "equal") -> str:
         """Method minus baseline, seed by seed: mean ± standard deviation."""
@@ -185,32 +193,39 @@ class Results:
         return self.experiment.provenance(self.records)
 
 
-def page(template: Path) -> str:
-    """What the page says now."""
+def rendered(template: str, names: Mapping[str, object]) -> str:
+    """What a template, its path from docs on, says of what the names stand for."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template.parent),
+        loader=jinja2.FileSystemLoader(DOCS),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template.name).render({name: Results(name) for name in NAMES} | {"suite": Recorded()})
+    return environment.get_template(template).render(names)
+
+
+def pages() -> dict[Path, str]:
+    """Every page that is made, or has a part that is, and what it says now."""
+    names = {name: Results(name) for name in NAMES} | {"suite": Recorded()}
+    texts = {template.with_suffix(""): rendered(template.name, names) for template in sorted(DOCS.glob("*.md.jinja"))}
+    readme = README.read_text(encoding="utf-8")
+    return texts | {README: PART.sub(lambda found: found[1] + rendered(found[2], names) + found[3], readme)}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write or check all pages; 0 if all is well."""
-    templates = sorted(DOCS.glob("*.md.jinja"))
     if "--check" in arguments:
-        stale = [t.stem for t in templates if t.with_suffix("").read_text(encoding="utf-8") != page(t)]
-        print("\n".join(f"docs/{name} is not what the records say" for name in stale) or "The pages are what the records say.")
+        stale = [path.name for path, text in pages().items() if path.read_text(encoding="utf-8") != text]
+        print("\n".join(f"{name} is not what the records say" for name in stale) or "The pages are what the records say.")
         return int(bool(stale))
     for name in NAMES:
         records = Records(RESULTS / name / "records.jsonl")
         if records.all():
             write_report(experiment(name), records, RESULTS / name)
-    for template in templates:
-        template.with_suffix("").write_text(page(template), encoding="utf-8")
-        print(template.with_suffix(""))
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
     return 0
 
 

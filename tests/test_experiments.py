@@ -335,6 +335,18 @@ def test_a_page_that_says_something_else_is_found(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.endswith("README.md is not what the records say\n")
 
 
+def test_changes_are_of_the_seeds_that_both_problems_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    (tmp_path / "rescue").mkdir()
+    records = Records(tmp_path / "rescue" / "records.jsonl")
+    for problem, rows in (("digits as they are", {"equal": [0.8, 0.6]}), ("left × 1e4", {"equal": [0.4], "GradNorm": [0.9]})):
+        for method, accuracies in rows.items():
+            for seed, accuracy in enumerate(accuracies):
+                records.add(Record(problem, method, seed, 10, {"left accuracy": accuracy}, 0.1))
+    table = pages.Results("rescue").changes("digits as they are", ["left × 1e4"], ["left accuracy"])
+    assert table.splitlines()[2:] == ["| left × 1e4 | equal | -50.0 % |"]
+
+
 def test_some_methods_alone_are_compared_on_every_seed_that_they_have(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     (tmp_path / "klein_gordon").mkdir()

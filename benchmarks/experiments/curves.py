@@ -16,7 +16,7 @@ COLOURS = {
     "GradNorm": BLUE,
     "GradNorm static": PURPLE,
     "GradNorm 0.1": SKY,
-    "GradNorm 0.1 static": SKY,
+    "GradNorm 0.1 static": GREY,
     "GradNorm 0.1, from the mean": SKY,
     "GradNorm 0.1, five settings": SKY,
     "GradNorm, in a stack": BLUE,

@@ -122,12 +122,15 @@ class Results:
         return markdown_rows([f"minus {baseline}", *measures], rows)
 
     def changes(self, reference: str, problems: Sequence[str], measures: Sequence[str]) -> str:
-        """Of every method's means, from the reference problem's to the others', in per cent."""
-        rows = []
+        """Of every method's means, from the reference problem's to the others', over the seeds that both have, in per cent."""
+        rows, before = [], self.found(reference)
         for problem in problems:
-            for method in self.found(problem):
-                means = [(self.mean(problem, method, m), self.mean(reference, method, m)) for m in measures]
-                rows.append([problem, method, *(f"{100 * (mean / before - 1):+.1f} %" for mean, before in means)])
+            for method, fits in self.found(problem).items():
+                by_seed = {fit.seed: fit.measures for fit in before.get(method, [])}
+                pairs = [(fit.measures, by_seed[fit.seed]) for fit in fits if fit.seed in by_seed]
+                if pairs:
+                    ratios = [sum(after[m] for after, _ in pairs) / sum(first[m] for _, first in pairs) for m in measures]
+                    rows.append([problem, method, *(f"{100 * (ratio - 1):+.1f} %" for ratio in ratios)])
         return markdown_rows(["", "", *measures], rows)
 
     def seed_by_seed(self, problem: str, measure: str, digits: int = 3) -> str:

@@ -109,13 +109,14 @@ def draw(records: Records, path: Path) -> None:
                 draw_curve(left, found[method], MEASURE, color=COLOURS[method], label=method)
             left.set(title=f"{problem}: {MEASURE} ↓", xlabel="step")
             add_legend(left, loc="lower left")
-            fits = found.get("GradNorm", [])
+            ours = "GradNorm" if "GradNorm" in found else PAST[0]
+            fits = found.get(ours, [])
             curves = [name for name in (fits[0].curves if fits else ()) if name.startswith("weight ")]
             curves.sort(key=lambda name: float(name.partition("=")[2]))
             for rank, name in enumerate(curves):
                 label = f"σ = {name.partition('=')[2]}" if len(curves) <= 10 or rank % 13 == 0 else None
                 draw_curve(right, fits, name, color=plt.cm.viridis(0.9 * rank / (len(curves) - 1)), label=label)
-            right.set(title="GradNorm's loss weights", xlabel="step", yscale="log")
+            right.set(title=f"{ours}'s loss weights", xlabel="step", yscale="log")
             right.yaxis.set_major_formatter("{x:g}")
             add_legend(right, loc="center left", bbox_to_anchor=(1, 0.5))
         if over_alpha:

@@ -288,7 +288,7 @@ def published(file: str, name: str, about: str) -> Experiment:
         about=about,
         problems={name: Problem(SHOWN, ERROR, (FIVE, STACKED))},
         fit=lambda case: fit_once(case, PROBLEMS[name], METHODS[case.method]),
-        draw=partial(draw_problem, name, SHOWN),
+        draw=partial(draw_problem, name, SHOWN[:-1]),
         steps=40_000,
         quick_steps=10,
         seeds=3,

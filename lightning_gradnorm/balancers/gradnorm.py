@@ -79,7 +79,7 @@ class GradNorm(LossBalancer):
             ``update="paper"`` 0.12. The paper used 0.12 on its toy, 0.2 to 0.3 on facial landmarks, 1.5 on NYUv2. The more it
             is, the more L(0) matters: a loss that starts far above what a constant prediction would give counts as learnt at
             once, and its task is starved.
-        lr: learning rate of the weights' own optimiser. By default it falls, as 2 / (t + 30) at the t-th step, or 1 / (t + 100)
+        lr: learning rate of the weights' own optimiser. By default it falls, as 2 / (t + 30) at the t-th step, or 1 / (t + 30)
             with ``residuals``; a number is the share of its way that a weight goes in every step at least, for trainings whose
             tasks change: with 0.01, what is some hundred steps old is forgotten. With ``update="paper"`` 0.025.
         residuals: the tasks that are residuals of equations, in physics-informed networks. They keep weight 1, and the

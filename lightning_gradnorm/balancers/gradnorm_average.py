@@ -1,7 +1,5 @@
 """GradNorm's weights as the average, over all of the training, of those under which L_grad is 0."""
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from lightning_gradnorm.balancers.gradnorm_equations import weights_at_rest, weights_half_way
@@ -11,22 +9,9 @@ from lightning_gradnorm.balancers.scale import LEAST
 from lightning_gradnorm.measurement import reading_is_free
 
 SEEN, NORM, SHARE = "steps_averaged", "last_norm", "last_share"
-
-
-class Pace(NamedTuple):
-    """η = ``recency`` / (t + ``start``) at the t-th step.
-
-    Attributes:
-        recency: 1: all measurements count alike; 2: one that is twice as late counts twice.
-        start: as so many steps the weight counts that a task starts with.
-    """
-
-    recency: float
-    start: float
-
-
-ALIKE = Pace(2.0, 30.0)
-BESIDE_RESIDUALS = Pace(1.0, 100.0)
+START = 30.0  # as so many steps the weight counts that a task starts with
+RECENT = 2.0  # η = 2 / (t + 30): of two measurements, one that is twice as late counts twice
+EVEN = 1.0  # η = 1 / (t + 30): all count alike
 
 
 class AveragedUpdate:
@@ -38,9 +23,9 @@ class AveragedUpdate:
     measured. Where conditions stand beside residuals of equations, η = 1 / t: these gradients change by orders of magnitude
     while the equation is learnt, and weights that follow at once keep it from that.
 
-    The first weight, one, counts as 30 steps, or 100 beside residuals: an untrained network's gradients say little of what is
-    to come. Forces have next to none where energies start flat, a border is met early by u ≈ 0, and weights that take one
-    such batch whole are in the thousands at the second step.
+    The first weight, one, counts as 30 steps: an untrained network's gradients say little of what is to come. Forces have next
+    to none where energies start flat, a border is met early by u ≈ 0, and weights that take one such batch whole are in the
+    thousands at the second step.
 
     A task that is absent counts with its last norm: tasks that take turns are balanced as if they had come together.
 
@@ -57,7 +42,6 @@ class AveragedUpdate:
         self, residuals: tuple[str, ...], optimizer: VectorOptimizer, lr: float | None, bounds: tuple[float, float]
     ) -> None:
         self._residuals, self._optimizer, self._lr, self._bounds = residuals, optimizer, lr, bounds
-        self._pace = BESIDE_RESIDUALS if residuals else ALIKE
         self._bearable = min(bounds[0], LEAST), max(bounds[1], 1 / LEAST)
 
     def next(self, step: Step, accept: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -89,5 +73,5 @@ class AveragedUpdate:
         """η, of a measurement that stands for so many steps, after so many."""
         if self._lr is None:
             return 1.0
-        falling = self._pace.recency * interval / (seen + self._pace.start)
+        falling = (EVEN if self._residuals else RECENT) * interval / (seen + START)
         return falling.clamp(1 - (1 - self._lr) ** interval, 1.0)

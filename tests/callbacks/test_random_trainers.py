@@ -62,7 +62,7 @@ PLAIN = {
     "tasks absent": Training(batches=6, absent=(0, 2), settings=(("alpha", 1.5),)),
     "by hand": Training(batches=5, accumulate=2, manual=True),
     "clipped": Training(clip=("norm", 0.01)),
-    "scaled": Training(precision="scaler"),
+    "scaled": Training(precision="scaler", settings=(("lr", 0.5),)),
     "every third": Training(batches=7, settings=(("update_every", 3),)),
 }
 

@@ -179,7 +179,7 @@ def test_a_fit_of_the_same_module_goes_on_and_says_so(tmp_path, caplog):
     assert len(said(caplog, "goes on with what it learnt in 6 steps")) == 1
     assert callback.balancer.steps == 12
     assert seen.weights[0] != before
-    assert seen.weights[0] == pytest.approx(before, rel=0.2)
+    assert seen.weights[0] == pytest.approx(before, rel=0.5)
 
 
 def test_a_loaded_state_goes_on_whatever_the_module_is(tmp_path):

@@ -15,8 +15,8 @@ L-BFGS builds its curvature out of gradients of the last ten steps. Hence three 
 The last two have the Adam phase in common.
 
 Measured with three seeds, 2000 steps of Adam and 100 of L-BFGS, relative L2 error: the plain sum comes from 96 %, 642 % and
-102 % after Adam to 10 %, 22 % and 31 % after L-BFGS; GradNorm from 5 %, 27 % and 20 % to 0.8 %, 1.4 % and 1.7 % with moving
-weights, to 0.9 %, 1.6 % and 1.4 % with held ones. There is nothing between the two: an average of 2000 steps moves by 2 % in
+102 % after Adam to 10 %, 22 % and 31 % after L-BFGS; GradNorm from 9 %, 23 % and 23 % to 1.0 %, 1.5 % and 1.2 % with moving
+weights, to 1.2 %, 1.7 % and 1.5 % with held ones. There is little between the two: an average of 2000 steps moves by 2 % in
 100 more.
 
     python examples/pinn_lbfgs.py        # three seeds, about five minutes

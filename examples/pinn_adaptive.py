@@ -11,8 +11,8 @@ only, of which even ones put about two into the front:
 All with GradNorm, which has to follow a residual loss that jumps at every redraw.
 
 Measured with three seeds, 2500 steps, relative L2 error: ``fixed`` 30 %, 34 % and 20 %; ``even`` 1.9 %, 8 % and 14 %; ``by
-residual`` 4.0 %, 1.5 % and 2.2 %. Half of the gain is in drawing anew at all; drawing by residual was best on two seeds of three.
-Until the network has a front at all, its residual is not there, and the points are spread widely.
+residual`` 4.0 %, 1.5 % and 2.2 %. Half of the gain is in drawing anew at all; drawing by residual was best on two of
+three. Until the network has a front at all, its residual is not there, and the points are spread widely.
 
     python examples/pinn_adaptive.py     # three seeds, about three minutes
     python examples/pinn_adaptive.py --help

@@ -20,9 +20,10 @@ class Recorded:
     def __init__(self) -> None:
         problems = {name: (problem.kind, steps_of(problem, 1.0)) for name, problem in PROBLEMS.items()}
         self.summary = Summary(Records(RESULTS / "records.jsonl").all(), problems, None, REFERENCES)
+        self._overalls = self.summary.overall()
 
     def _overall(self, kind: Kind) -> dict[tuple[str, float], Overall]:
-        return {(one.method, one.mark): one for one in self.summary.overall() if one.kind == kind}
+        return {(one.method, one.mark): one for one in self._overalls if one.kind == kind}
 
     def table(self, kind: Kind, methods: Sequence[str] = ()) -> str:
         """Per method: mean and worst ratio over the problems of a kind, at each share of the training."""

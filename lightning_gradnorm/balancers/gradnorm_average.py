@@ -5,7 +5,7 @@ from torch import Tensor
 from lightning_gradnorm.balancers.gradnorm_equations import weights_at_rest, weights_half_way
 from lightning_gradnorm.balancers.gradnorm_step import Step
 from lightning_gradnorm.balancers.optimizer import VectorOptimizer
-from lightning_gradnorm.balancers.scale import LEAST
+from lightning_gradnorm.balancers.scale import bearable
 from lightning_gradnorm.measurement import reading_is_free
 
 SEEN, NORM, SHARE = "steps_averaged", "last_norm", "last_share"
@@ -42,7 +42,7 @@ class AveragedUpdate:
         self, residuals: tuple[str, ...], optimizer: VectorOptimizer, lr: float | None, bounds: tuple[float, float]
     ) -> None:
         self._residuals, self._optimizer, self._lr, self._bounds = residuals, optimizer, lr, bounds
-        self._bearable = min(bounds[0], LEAST), max(bounds[1], 1 / LEAST)
+        self._bearable = bearable(*bounds)
 
     def next(self, step: Step, accept: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """See ``UpdateRule``; the targets are ŵ_i n_i."""

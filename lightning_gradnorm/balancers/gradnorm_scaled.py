@@ -18,9 +18,9 @@ from lightning_gradnorm.balancers.gradnorm_equations import (
 from lightning_gradnorm.balancers.gradnorm_step import Step
 from lightning_gradnorm.balancers.optimizer import VectorOptimizer
 from lightning_gradnorm.balancers.scale import (
-    LEAST,
     Bound,
     ScaleRule,
+    bearable,
     scale_to_reference,
     scale_to_sum,
     scale_towards_gradient,
@@ -108,8 +108,7 @@ class ScaledUpdate:
     ) -> None:
         self._form, self._alpha, self._optimizer, self._bounds = form, alpha, optimizer, bounds
         self._scale, self._reference, self._ema_decay = settings
-        # The bounds are of the weights that are applied; on the way there, these are what any arithmetic can bear.
-        self._bearable = min(bounds[0], LEAST), max(bounds[1], 1 / LEAST)
+        self._bearable = bearable(*bounds)
 
     def next(self, step: Step, accept: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """See ``UpdateRule``."""

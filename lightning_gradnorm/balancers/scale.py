@@ -77,6 +77,11 @@ def scale_towards_gradient(
 LEAST = 1e-8  # a weight of exactly 0 would have its task forgotten
 
 
+def bearable(least: float, greatest: float) -> tuple[float, float]:
+    """Least and greatest of weights on their way to the applied ones, which these bound: what any arithmetic can bear."""
+    return min(least, LEAST), max(greatest, 1 / LEAST)
+
+
 def softmax_weights(scores: Tensor, total: Tensor | float, factors: Tensor | None = None) -> Tensor:
     """``total`` · f_i exp(scores_i) / Σ_j f_j exp(scores_j), kept above 0 by ``LEAST``; shape ``[T]``.
 

@@ -15,6 +15,7 @@ ROOT = Path(lightning_gradnorm.__file__).parent
 FLOOR = {"losses", "measurement", "plain"}  # torch and words
 MAY_IMPORT = {
     "plain": set(),
+    "deprecation": set(),
     "losses": {"plain"},
     "measurement": set(),
     "autograd_graph": set(),
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "window": {"measurement", "task_gradients"},
     "folders": set(),
     "weights_file": {"folders"},
-    "balancers": FLOOR | {"weights_file"},
+    "balancers": FLOOR | {"deprecation", "weights_file"},
     "pointwise": FLOOR | {"balancers"},
     "report": FLOOR | {"folders", "weights_file"},
     "door": FLOOR,

@@ -192,7 +192,7 @@ class GradNorm(LossBalancer):
             "lr": self.lr if self.lr > 0 or not self._falls else None,
             "residuals": list(self.residuals),
             "update": self.update_rule,
-            "optimizer": self._optimizer.name,
+            "optimizer": None if self._falls else self._optimizer.name,
             "initial_losses": self._initial_losses.setting,
             "min_weight": self.min_weight,
             "max_weight": None if self.max_weight == math.inf else self.max_weight,

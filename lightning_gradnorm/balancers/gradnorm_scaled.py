@@ -1,6 +1,5 @@
 """GradNorm's rule as printed, and two of version 0.1: steps from batch to batch, and then the common factor."""
 
-import warnings
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -25,6 +24,7 @@ from lightning_gradnorm.balancers.scale import (
     scale_to_sum,
     scale_towards_gradient,
 )
+from lightning_gradnorm.deprecation import warn_deprecated
 from lightning_gradnorm.plain import plain_name
 
 Form = Literal["paper", "log", "closed_form"]
@@ -64,11 +64,7 @@ def settings_of_0_1(
     old = [f"update={update!r}"] if is_asked_for and update in ("log", "closed_form") else []
     old += [name for name, value in given.items() if value is not None]
     for name in old:
-        warnings.warn(
-            f"GradNorm's {name} is of version 0.1, and will be gone in the next version. Write: {_WRITE[name]}.",
-            FutureWarning,
-            stacklevel=3,
-        )
+        warn_deprecated(f"GradNorm's {name} is of version 0.1, and will be gone in the next version. Write: {_WRITE[name]}.")
     if update == "average":
         if old:
             raise ValueError(f"{old[0]} does not go with update='average'. Write: {_WRITE[old[0]]}.")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_gradnorm.balancers import EqualWeights, FixedWeights, GradNorm, LossBalancer, LossRatioBalancing
 from lightning_gradnorm.callbacks.lightning_api import Trainer, setting_of
-from lightning_gradnorm.measurement import Measurement
+from lightning_gradnorm.session import BalancedStep
 
 _LONG = 500  # optimiser steps after which a state of things is worth a word
 _FEW = 5  # observations that it takes at least
@@ -42,17 +42,17 @@ class Concerns:
         self._followed: dict[str, int] = {}
         self._largest_share = 0.0
 
-    def of(self, trainer: Trainer, balancer: LossBalancer, measurement: Measurement, applied: Tensor) -> list[tuple[str, str]]:
+    def of(self, trainer: Trainer, balancer: LossBalancer, step: BalancedStep, ratios: Tensor | None) -> list[tuple[str, str]]:
         """All that one written step gives reason to say.
 
         Args:
             trainer: whose optimisers, callbacks and schedulers are looked at.
             balancer: the method.
-            measurement: what the step measured.
-            applied: the weights that it applied, of ``measurement.tasks``, shape ``[T]``.
+            step: what it was.
+            ratios: L_i(t) / L_i(0) of its tasks as the balancer has them, shape ``[T]``; ``None`` where it has none.
         """
-        tasks, weights, losses = measurement.tasks, applied.tolist(), measurement.losses.tolist()
-        ratios = balancer.diagnostics.get("loss_ratio")
+        measurement = step.measurement
+        tasks, weights, losses = measurement.tasks, step.applied.tolist(), measurement.losses.tolist()
         found = list(
             self.of_step(
                 balancer, tasks, weights, [math.nan] * len(tasks) if ratios is None else ratios.tolist(), balancer.steps

@@ -73,7 +73,7 @@ class TrainerHooks(KeptState):
             return
         self._session.start_anew()
         self._reporting = Reporting(self._reporting.enabled)
-        self._log.shown = {}
+        self._log.start_anew()
         self._news = (
             f"{type(self).__name__} starts anew, as this is another module than the one of its last fit. To go on with what it "
             "learnt there, fit the same module object, pass ckpt_path, or load this one's state_dict() into a new callback."
@@ -170,22 +170,22 @@ class TrainerHooks(KeptState):
         if trainer.global_step == self._last_global_step:
             return  # in the middle of an accumulation window
         self._last_global_step = trainer.global_step
-        # On a step without the collective the ranks would log each its own losses.
-        wanted = self._log.is_wanted(trainer) and (self._session.balancer.due or trainer.world_size == 1)
+        wanted = self._log.is_wanted(trainer)
         lbfgs = any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers)
         step = self._session.step(describe=wanted, freeze_points=lbfgs)
         self._reporting.count_step()
         if step is None:
             return
-        diagnostics = self._session.balancer.diagnostics
         if step.due:
+            self._log.take(trainer, step, self._session.balancer.diagnostics)
             self._reporting.add(step.applied, step.measurement, trainer.current_epoch, step.interval)
         if wanted:
-            self._log.write(trainer, pl_module, step.applied, step.measurement, diagnostics, step.window)
+            self._log.write(trainer, pl_module, step)
         if wanted and self._log.is_looked_at(trainer):
-            self._reporting.keep(step.applied, step.measurement, diagnostics)
+            found = self._log.last.of(step.measurement.tasks)
+            self._reporting.keep(step.applied, step.measurement, found)
             self._session.tell_counts()
-            for about, message in self._concerns.of(trainer, self._session.balancer, step.measurement, step.applied):
+            for about, message in self._concerns.of(trainer, self._session.balancer, step, found.get("loss_ratio")):
                 self._session.tell(about, message)
 
     def _tell(self, about: str, message: str) -> None:

@@ -1,16 +1,18 @@
 """What the callback sends to the loggers, and when."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from lightning_gradnorm.callbacks.last_update import LastUpdate
 from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, rank_zero_only, setting_of
-from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.report.tags import UNWEIGHTED, custom_scalars_layout, per_pair, per_task, totals
-from lightning_gradnorm.window import MeasurementWindow
+from lightning_gradnorm.session import BalancedStep
 
 _MOST_PAIRS = 45  # gradient cosines are logged without asking up to here: ten tasks
 _LOOK_EVERY = 50  # optimiser steps after which a step is looked at, whatever is logged
+_RARE = 8  # where one step in so many is measured, its cosines are kept for the next step that is written
 
 
 class BalancingLog:
@@ -19,13 +21,23 @@ class BalancingLog:
     Args:
         cosines: whether to log the cosines between the tasks' gradients; ``None`` for up to ten tasks.
         progress_bar: whether the progress bar shows the weights.
+
+    Attributes:
+        last: what the weights' updates computed last: a step that is written need not be a measured one.
+        shown: tag → what was logged last.
     """
 
     def __init__(self, cosines: bool | None, progress_bar: bool) -> None:
         self._cosines, self._progress_bar = cosines, progress_bar
         # Lightning repeats in a later step of the epoch what an earlier one logged; so do we, across epochs and checkpoints.
-        self.shown: dict[str, Tensor] = {}
+        self.start_anew()
         self._is_monitored = False
+
+    def start_anew(self) -> None:
+        """Nothing is known of the run to come."""
+        self.last = LastUpdate()
+        self.shown: dict[str, Tensor] = {}
+        self._pairs: dict[str, Tensor] = {}  # gradient cosines, the last that were measured
 
     def start(self, trainer: Trainer) -> None:
         """Training begins: see who reads the step's value of ``total_loss/unweighted`` on steps that are not written."""
@@ -50,40 +62,42 @@ class BalancingLog:
         every = setting_of(trainer, "log_every_n_steps")
         return bool(every) and trainer.global_step % every == 0
 
-    def write(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        applied: Tensor,
-        measurement: Measurement,
-        diagnostics: dict[str, Tensor],
-        window: MeasurementWindow,
-    ) -> None:
+    def take(self, trainer: Trainer, step: BalancedStep, diagnostics: Mapping[str, Tensor]) -> None:
+        """Take one measured step: it is shown until the next, on whichever steps are written.
+
+        Args:
+            trainer: says which these are.
+            step: what it was.
+            diagnostics: what the balancer's update computed of it, ``[T]`` each.
+        """
+        tasks = step.measurement.tasks
+        if diagnostics:
+            self.last.take(tasks, diagnostics)
+        pairs = len(tasks) * (len(tasks) - 1) // 2
+        if not (self._cosines or (self._cosines is None and pairs <= _MOST_PAIRS)) or trainer.barebones:
+            return
+        if step.interval >= _RARE or self.is_written(trainer):
+            cosines = step.window.cosines()
+            self._pairs = {} if cosines is None else per_pair("grad_cosine", tasks, cosines)
+
+    def write(self, trainer: Trainer, pl_module: LightningModule, step: BalancedStep) -> None:
         """Log one step: all of it where it is written, else its total where that is monitored.
 
         Args:
             trainer: says which.
             pl_module: logs.
-            applied: the weights that the step applied, of ``measurement.tasks``, shape ``[T]``.
-            measurement: what it measured.
-            diagnostics: what the balancer's update computed of it, ``[T]`` each.
-            window: for the gradients' cosines.
+            step: what it was.
         """
-        tasks, losses = measurement[:2]
+        tasks, losses, applied = step.measurement.tasks, step.measurement.losses, step.applied
         if not self.is_written(trainer):
             if self._is_monitored:
                 pl_module.log(UNWEIGHTED, losses.sum(), on_step=True, on_epoch=False)
             return
         weights = per_task("loss_weight", tasks, applied)
         values = weights | per_task("task_loss", tasks, losses) | dict(totals(applied.to(losses), losses))
-        for tag, vector in diagnostics.items():
+        for tag, vector in self.last.of(tasks).items():
             values |= per_task(tag, tasks, vector)
-        pairs = len(tasks) * (len(tasks) - 1) // 2
-        if self._cosines or (self._cosines is None and pairs <= _MOST_PAIRS):
-            cosines = window.cosines()
-            if cosines is not None:
-                values |= per_pair("grad_cosine", tasks, cosines)
-        self.shown |= values
+        self.shown |= values | self._pairs
         pl_module.log_dict(dict(self.shown), on_step=True, on_epoch=False)
         if self._progress_bar:
             short = {f"w/{tag.partition('/')[2]}": weight for tag, weight in weights.items()}

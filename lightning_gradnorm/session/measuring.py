@@ -127,7 +127,7 @@ class Measuring:
             window: this rank's part of the step.
             ranks: what they agree on.
             known_tasks: of the balancer.
-            measures: whether the method needs the tasks' gradients.
+            measures: whether the step's gradients on W are wanted.
         """
         layer = self.reading.layer
         if not ranks.tasks or (measures and not ranks.entries):
@@ -136,4 +136,4 @@ class Measuring:
                 self.reading.adopt(ranks.layer, "as another rank found it; name another by shared_layer")
         ranks.check(window.tasks)
         if ranks.tasks and (ranks.entries or not measures):
-            window.reduce(ranks.all_reduce, ranks.tasks, ranks.entries, ranks.device)
+            window.reduce(ranks.all_reduce, ranks.tasks, ranks.entries if measures else 0, ranks.device)

@@ -214,7 +214,7 @@ class BalancingSession(Totals):
         """The optimiser has stepped: update the weights for the next step.
 
         Args:
-            describe: whether the step is wanted also where the balancer does not learn from it.
+            describe: whether the step is wanted also where the balancer does not learn from it; on all ranks alike.
             freeze_points: whether the points' masks stay as they are: a line search needs an objective that stays.
 
         Returns:
@@ -227,8 +227,9 @@ class BalancingSession(Totals):
             self.begin_batch()
         if ranks is None and not balanced:
             return None  # a step of something else
-        if ranks is not None and due:
-            self._measuring.reduce(window, ranks, self.balancer.known_tasks, measures=self.balancer.needs_gradients)
+        if ranks is not None and (due or describe):
+            measures = due and self.balancer.needs_gradients
+            self._measuring.reduce(window, ranks, self.balancer.known_tasks, measures=measures)
         magnitudes = due and "gradient_means" in self.balancer.needs
         measurement = window.measurement(magnitudes=magnitudes) if due or describe else None
         for task, weighting in self.points.items():

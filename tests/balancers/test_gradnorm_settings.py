@@ -51,7 +51,8 @@ def test_weights_that_were_frozen_have_averaged_nothing():
 def test_the_printed_rule_keeps_the_papers_settings():
     settings = GradNorm(update="paper").settings()
     assert (settings["alpha"], settings["lr"], settings["optimizer"], settings["scale"]) == (0.12, 0.025, "Adam", "sum")
-    assert GradNorm().settings()["optimizer"] == "SGD" and "scale" not in GradNorm().settings()
+    assert GradNorm().settings()["optimizer"] is None and "scale" not in GradNorm().settings()
+    assert GradNorm(**GradNorm(0.5, residuals=["a"]).settings()).settings() == GradNorm(0.5, residuals=["a"]).settings()
 
 
 @pytest.mark.parametrize("make", [GradNorm, GradNormCallback])
@@ -68,8 +69,9 @@ def test_the_printed_rule_keeps_the_papers_settings():
     ids=str,
 )
 def test_what_is_gone_in_the_next_version_says_what_to_write(make, settings, write):
-    with pytest.warns(FutureWarning, match=f"GradNorm's {write}"):
+    with pytest.warns(FutureWarning, match=f"GradNorm's {write}") as told:
         made = make(**settings)
+    assert told[0].filename == __file__
     balancer = made.balancer if isinstance(made, GradNormCallback) else made
     assert balancer.update_rule == settings.get("update", "log"), "it does what it did"
 

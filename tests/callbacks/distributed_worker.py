@@ -116,16 +116,17 @@ def run_other_methods(rank, path):
 
 
 class Watch(GradNormCallback):
-    """Remembers weights and norms of every step."""
+    """Remembers weights and norms of every step, and the total that was logged."""
 
     def __init__(self, **settings):
         super().__init__(lr=0.1, summary=False, **settings)
-        self.history = []
+        self.history, self.totals = [], []
 
     def on_train_batch_end(self, *args):
         super().on_train_batch_end(*args)
         norms = self.balancer.diagnostics.get("grad_norm")
         self.history.append((self.weights, None if norms is None else norms.tolist()))
+        self.totals.append(float(self.logged.get("total_loss/unweighted", torch.nan)))
 
 
 def fit(case, folder, batches, strategy):
@@ -140,7 +141,8 @@ def fit_module(module, callback, folder, batches, strategy, *, callbacks=(), ckp
     trainer.fit(module, DataLoader(list(batches), batch_size=None), ckpt_path=ckpt_path)
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in module.parameters()]
     parameters = torch.cat([p.detach().flatten() for p in whole])
-    return {"history": callback.history, "parameters": parameters, "skipped": int(callback.balancer.skipped_updates)}
+    found = {"history": callback.history, "parameters": parameters, "skipped": int(callback.balancer.skipped_updates)}
+    return found | {"totals": getattr(callback, "totals", [])}
 
 
 def part_of(rank):

@@ -78,6 +78,37 @@ def test_every_logger_gets_the_values_of_the_step_itself(tmp_path):
 
 
 @pytest.mark.feature(
+    "`log_every_n_steps` beside `update_every`", "supported", "a written step that is not measured shows the last measurement"
+)
+def test_a_written_step_shows_the_last_measurement(tmp_path):
+    memory, callback = MemoryLogger(), GradNormCallback(update_every=8, summary=False)
+    measured = {}
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if callback.balancer.diagnostics:
+                measured[batch_idx] = {tag: vector.tolist() for tag, vector in callback.balancer.diagnostics.items()}
+
+    torch.manual_seed(0)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback, Watch()], logger=memory, log_every_n_steps=3)
+    trainer.fit(TrunkAndHeads(), batches(40))
+    torch.manual_seed(0)
+    every = quiet_trainer(
+        tmp_path, callbacks=[GradNormCallback(update_every=8, summary=False)], logger=(whole := MemoryLogger())
+    )
+    every.fit(TrunkAndHeads(), batches(40))
+    steps = [step for step, values in memory.logged if "grad_norm/small" in values]
+    assert steps == list(range(2, 40, 3)), "no gaps"
+    assert not set(measured) >= set(steps), "most of them were not measured"
+    for step, values in memory.logged[: len(steps)]:
+        last = max(at for at in measured if at <= step)
+        for tag, vector in measured[last].items():
+            assert [values[f"{tag}/{task}"] for task in TASKS] == pytest.approx(vector, rel=1e-6)
+        for pair in PAIRS:
+            assert values[f"grad_cosine/{pair}"] == pytest.approx(whole.logged[last][1][f"grad_cosine/{pair}"], rel=1e-6)
+
+
+@pytest.mark.feature(
     "`log_every_n_steps` with accumulation", "supported", "what is written belongs to the step that is written"
 )
 def test_only_written_steps_are_logged(tmp_path, monkeypatch):

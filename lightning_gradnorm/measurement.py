@@ -36,7 +36,7 @@ class Measurement(NamedTuple):
 
 def reading_is_free(tensor: Tensor) -> bool:
     """Whether a number can be asked for without making the host wait for a device."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def widest_float(device: torch.device) -> torch.dtype:

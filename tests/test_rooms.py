@@ -90,6 +90,7 @@ MAY_IMPORT = {
 KNOW_LIGHTNING = {"callbacks", "cli"}
 # What else a room may stand on, beside torch and the standard library.
 THIRD_PARTY = {
+    "balancers": {"numpy"},
     "report": {"rich", "matplotlib", "tensorboard"},
     "weights_file": {"yaml"},
     "term_weight": {"yaml"},

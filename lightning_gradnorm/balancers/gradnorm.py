@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_gradnorm.balancers.arrays import Vector, as_tensor, isfinite, like, on_host, quiet, surely_all, where
 from lightning_gradnorm.balancers.base import LossBalancer
 from lightning_gradnorm.balancers.checks import (
     check_choice,
@@ -33,7 +34,7 @@ from lightning_gradnorm.balancers.initial_losses import InitialLosses, InitialLo
 from lightning_gradnorm.balancers.optimizer import OptimizerFactory, VectorOptimizer
 from lightning_gradnorm.balancers.scale import ScaleRule
 from lightning_gradnorm.balancers.schedule import widening
-from lightning_gradnorm.measurement import Measurement, reading_is_free
+from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.plain import plain_text
 
 __all__ = [
@@ -227,21 +228,30 @@ class GradNorm(LossBalancer):
         return super()._is_settled(tasks) and self._initial_losses.knows_all(tasks)
 
     def _update(self, measurement: Measurement, positions: Tensor | None) -> None:
-        assert measurement.gradient_norms is not None, "the contract has checked it"
-        norms, losses = measurement.gradient_norms.to(self._weights), measurement.losses.to(self._weights)
-        with_gradient = self._mask(measurement)
-        initial = self._initial_losses.observe(measurement, with_gradient).to(self._weights)
-        active = with_gradient
+        with quiet():
+            self._learn_from(measurement, positions)
+
+    def _learn_from(self, measurement: Measurement, positions: Tensor | None) -> None:
+        norms, losses, weights = (
+            self._vector(measurement.gradient_norms),
+            self._vector(measurement.losses),
+            on_host(self._weights),
+        )
+        mask = self._mask(measurement)
+        initial = self._vector(self._initial_losses.observe(measurement, mask))
+        active = with_gradient = None if mask is None else on_host(mask)
         if self.alpha > 0:  # a ratio needs an L(0): until it is known, the task is as if absent
-            known = self._initial_losses.known(measurement.tasks, norms)
-            active = known if active is None else active if known is None else active & known
-            if known is not None and not known.any():
-                self.skipped_updates += ~(sum_among(losses + norms, with_gradient).isfinite() & (norms.sum() > 0))
-                return
+            known = self._initial_losses.known(measurement.tasks, self._weights)
+            if known is not None:
+                known = on_host(known)
+                active = known if active is None else active & known
+                if not known.any():
+                    self.skipped_updates += as_tensor(~(isfinite(sum_among(losses + norms, with_gradient)) & (norms.sum() > 0)))
+                    return
         ratios = loss_ratios(losses, initial)
         rates = relative_inverse_training_rates(ratios, active)
-        priorities = self._priorities_of(measurement.tasks)
-        shares = torch.ones_like(norms) if priorities is None else priorities
+        priorities = like(norms, [self.priorities.get(task, 1.0) for task in measurement.tasks]) if self.priorities else None
+        shares = norms**0 if priorities is None else priorities
         seen = losses + norms
         if self.alpha > 0:
             shares, seen = shares * ratios**self.alpha, seen + rates
@@ -250,29 +260,31 @@ class GradNorm(LossBalancer):
         seen = sum_among(seen + shares, active)
         if active is not with_gradient:
             seen = seen + sum_among(losses + norms, with_gradient)
-        usable = seen.isfinite() & (sum_among(norms, active) > 0)
-        if self.alpha > 0 and not reading_is_free(usable):  # where it is, a negative loss was refused
-            usable = usable & (sum_among(ratios.clamp_max(0.0), active) == 0)
-        certain = active is None and reading_is_free(usable) and bool(usable)
-        accept = None if certain else usable.expand(norms.shape) if active is None else usable & active
+        usable = isfinite(seen) & (sum_among(norms, active) > 0)
+        if self.alpha > 0 and isinstance(usable, Tensor):  # elsewhere a negative loss was refused
+            usable = usable & (sum_among(ratios.clip(max=0.0), active) == 0)
+        certain = active is None and surely_all(usable)
+        accept = None if certain else usable & (norms == norms) if active is None else usable & active
+        memory = {name: on_host(vector) for name, vector in self._memory.items()}
+        places = None if positions is None else on_host(positions)
         step = Step(
-            measurement.tasks, self.tasks, positions, self._weights, self._memory, norms, rates, priorities, shares, active,
-            self.interval,
-        )  # fmt: skip
+            measurement.tasks, self.tasks, places, weights, memory, norms, rates, priorities, shares, active, self.interval
+        )
         targets, changes = self._rule.next(step, accept)
-        weighted = step.weights * norms
-        self.diagnostics = {"grad_norm": weighted, "target_norm": targets, "loss_ratio": ratios, "inverse_rate": rates}
+        found = {"grad_norm": step.weights * norms, "target_norm": targets, "loss_ratio": ratios, "inverse_rate": rates}
         if active is not None:
-            self.diagnostics |= {tag: self.diagnostics[tag].where(active, torch.nan) for tag in list(self.diagnostics)[1:]}
-        if accept is not None:
-            self.skipped_updates += ~usable
-        self._weights = changes.pop("weights")
+            found |= {tag: where(active, found[tag], math.nan) for tag in list(found)[1:]}
+        self.diagnostics = {tag: as_tensor(vector) for tag, vector in found.items()}
+        if not certain:
+            self.skipped_updates += as_tensor(~usable)
+        self._weights = as_tensor(changes.pop("weights"))
         if self.frozen:
             changes.pop(SEEN, None)  # weights that stay as they are have averaged nothing
-        self._memory |= changes
+        self._memory |= {name: as_tensor(vector) for name, vector in changes.items()}
 
-    def _priorities_of(self, tasks: tuple[str, ...]) -> Tensor | None:
-        return self._weights.new_tensor([self.priorities.get(task, 1.0) for task in tasks]) if self.priorities else None
+    def _vector(self, measured: Tensor | None) -> Vector:
+        assert measured is not None, "the contract has checked it"
+        return on_host(measured.to(self._weights))
 
 
 def _bounds(least: float, greatest: float | None) -> tuple[float, float]:

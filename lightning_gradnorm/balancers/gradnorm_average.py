@@ -1,12 +1,10 @@
 """GradNorm's weights as the average, over all of the training, of those under which L_grad is 0."""
 
-from torch import Tensor
-
+from lightning_gradnorm.balancers.arrays import Vector, exp, isfinite, log, surely_all
 from lightning_gradnorm.balancers.gradnorm_equations import weights_at_rest, weights_half_way
 from lightning_gradnorm.balancers.gradnorm_step import Step
 from lightning_gradnorm.balancers.optimizer import VectorOptimizer
 from lightning_gradnorm.balancers.scale import bearable
-from lightning_gradnorm.measurement import reading_is_free
 
 SEEN, NORM, SHARE = "steps_averaged", "last_norm", "last_share"
 START = 30.0  # as so many steps the weight counts that a task starts with
@@ -44,24 +42,23 @@ class AveragedUpdate:
         self._residuals, self._optimizer, self._lr, self._bounds = residuals, optimizer, lr, bounds
         self._bearable = bearable(*bounds)
 
-    def next(self, step: Step, accept: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def next(self, step: Step, accept: Vector | None) -> tuple[Vector, dict[str, Vector]]:
         """See ``UpdateRule``; the targets are ŵ_i n_i."""
         wanted = self._wanted(step)
         seen = step.of_step(step.memory[SEEN]) + step.interval
-        known = wanted.isfinite()  # or there is nothing yet to compare with
-        certain = reading_is_free(known) and bool(known.all())
-        there = accept if certain else known if accept is None else known & accept
-        values = step.all_weights.log()
-        gradient = step.of_step(values) - wanted.clamp(*self._bearable).log()
+        known = isfinite(wanted)  # or there is nothing yet to compare with
+        there = accept if surely_all(known) else known if accept is None else known & accept
+        values = log(step.all_weights)
+        gradient = step.of_step(values) - log(wanted.clip(*self._bearable))
         stepped = self._optimizer.step(values, self._rate(seen, step.interval) * gradient, there, step.positions)
         return wanted * step.norms, {
-            "weights": step.of_all(step.all_weights, stepped.exp().clamp(*self._bounds), there),
+            "weights": step.of_all(step.all_weights, exp(stepped).clip(*self._bounds), there),
             SEEN: step.of_all(step.memory[SEEN], seen, there),
             NORM: step.of_all(step.memory[NORM], step.norms, accept),
             SHARE: step.of_all(step.memory[SHARE], step.shares, accept),
         }
 
-    def _wanted(self, step: Step) -> Tensor:
+    def _wanted(self, step: Step) -> Vector:
         """ŵ, of the step's tasks; NaN where there is nothing yet to compare with."""
         norms = step.of_all(step.memory[NORM], step.norms, step.active)
         shares = step.of_all(step.memory[SHARE], step.shares, step.active)
@@ -69,9 +66,9 @@ class AveragedUpdate:
             return step.of_step(weights_at_rest(norms, shares))
         return step.of_step(weights_half_way(norms, shares, step.members(self._residuals)))
 
-    def _rate(self, seen: Tensor, interval: int) -> Tensor | float:
+    def _rate(self, seen: Vector, interval: int) -> Vector | float:
         """η, of a measurement that stands for so many steps, after so many."""
         if self._lr is None:
             return 1.0
         falling = (EVEN if self._residuals else RECENT) * interval / (seen + START)
-        return falling.clamp(1 - (1 - self._lr) ** interval, 1.0)
+        return falling.clip(1 - (1 - self._lr) ** interval, 1.0)

@@ -2,9 +2,7 @@
 
 from typing import Literal, NamedTuple, get_args
 
-import torch
-from torch import Tensor
-
+from lightning_gradnorm.balancers.arrays import Vector, exp, log, where
 from lightning_gradnorm.balancers.checks import check_choice, check_number
 from lightning_gradnorm.balancers.gradnorm_equations import (
     balanced_weights,
@@ -106,7 +104,7 @@ class ScaledUpdate:
         self._scale, self._reference, self._ema_decay = settings
         self._bearable = bearable(*bounds)
 
-    def next(self, step: Step, accept: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def next(self, step: Step, accept: Vector | None) -> tuple[Vector, dict[str, Vector]]:
         """See ``UpdateRule``."""
         weighted = step.weights * step.norms
         feasible = self._form != "paper"
@@ -114,31 +112,31 @@ class ScaledUpdate:
             weighted, step.rates, self._alpha, priorities=step.priorities, feasible=feasible, active=step.active
         )
         new = self._stepped(step, weighted, targets, accept)
-        new = self._rescaled(new.clamp(*self._bearable), step)
+        new = self._rescaled(new.clip(*self._bearable), step)
         return targets, {"weights": step.of_all(step.all_weights, new, accept)}
 
-    def _stepped(self, step: Step, weighted: Tensor, targets: Tensor, accept: Tensor | None) -> Tensor:
+    def _stepped(self, step: Step, weighted: Vector, targets: Vector, accept: Vector | None) -> Vector:
         """The new weights before they are rescaled, shape ``[T]``; of tasks that do not take part, anything."""
         if self._form == "closed_form":
             wanted = balanced_weights(step.norms, step.rates, self._alpha, priorities=step.priorities)
             wanted = where_active(wanted, step.active)
             wanted = wanted * (sum_among(step.weights, step.active) / wanted.sum())
             kept, rest = self._ema_decay, 1 - self._ema_decay
-            return (kept * step.weights.log() + rest * wanted.clamp(*self._bearable).log()).exp()
+            return exp(kept * log(step.weights) + rest * log(wanted.clip(*self._bearable)))
         logarithmic = self._form == "log"
         # Of L_grad / Ḡ on log w: a number without a unit, so that the losses' unit does not meet an optimiser's epsilon.
         scaled = weighted / mean_among(weighted, step.active) if logarithmic else step.norms
         gradient = gradnorm_gradient(weighted, targets, scaled)
-        values = step.all_weights.log() if logarithmic else step.all_weights
+        values = log(step.all_weights) if logarithmic else step.all_weights
         stepped = self._optimizer.step(values, gradient, accept, step.positions)
-        return stepped.exp() if logarithmic else stepped
+        return exp(stepped) if logarithmic else stepped
 
-    def _rescaled(self, weights: Tensor, step: Step) -> Tensor:
+    def _rescaled(self, weights: Vector, step: Step) -> Vector:
         """The weights on the scale rule's set, within the bounds; who does not take part keeps what it had."""
         bounds: tuple[Bound, Bound] = self._bounds
         before, active = step.weights, step.active
         if active is not None:
-            bounds = (before.where(~active, self._bounds[0]), before.where(~active, self._bounds[1]))
+            bounds = where(~active, before, self._bounds[0]), where(~active, before, self._bounds[1])
         if self._scale == "gradient":
             return scale_towards_gradient(weights, where_active(step.norms, active), 1 - self._ema_decay, *bounds)
         if self._scale == "reference":
@@ -146,7 +144,7 @@ class ScaledUpdate:
         absent = step.all_weights.sum() - before.sum() if len(step.tasks) < len(step.known) else 0.0
         return scale_to_sum(weights, len(step.known) - absent, *bounds)
 
-    def _rescaled_to_reference(self, weights: Tensor, step: Step, bounds: tuple[Bound, Bound]) -> Tensor:
+    def _rescaled_to_reference(self, weights: Vector, step: Step, bounds: tuple[Bound, Bound]) -> Vector:
         """Where the reference does not take part, the others share what they had."""
         total = step.weights.sum()
         if self._reference is None or self._reference not in step.tasks:
@@ -155,4 +153,4 @@ class ScaledUpdate:
         relative = scale_to_reference(weights, position, *bounds)
         if step.active is None:
             return relative
-        return torch.where(step.active[position], relative, scale_to_sum(weights, total, *bounds))
+        return where(step.active[position], relative, scale_to_sum(weights, total, *bounds))

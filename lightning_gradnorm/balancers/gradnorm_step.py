@@ -1,15 +1,12 @@
 """What one update of GradNorm's weights goes by, and what a way to update them is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+from lightning_gradnorm.balancers.arrays import Vector, like, placed, where
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One measured step; vectors are of its tasks, shape ``[T]``, unless it says otherwise.
 
     Attributes:
@@ -27,39 +24,39 @@ class Step:
 
     tasks: tuple[str, ...]
     known: tuple[str, ...]
-    positions: Tensor | None
-    all_weights: Tensor
-    memory: Mapping[str, Tensor]
-    norms: Tensor
-    rates: Tensor
-    priorities: Tensor | None
-    shares: Tensor
-    active: Tensor | None
+    positions: Vector | None
+    all_weights: Vector
+    memory: Mapping[str, Vector]
+    norms: Vector
+    rates: Vector
+    priorities: Vector | None
+    shares: Vector
+    active: Vector | None
     interval: int
 
-    def of_step(self, vector: Tensor) -> Tensor:
+    def of_step(self, vector: Vector) -> Vector:
         """The entries of the step's tasks, of a vector of all."""
         return vector if self.positions is None else vector[self.positions]
 
-    def of_all(self, vector: Tensor, values: Tensor, accept: Tensor | None) -> Tensor:
+    def of_all(self, vector: Vector, values: Vector, accept: Vector | None) -> Vector:
         """A vector of all, with these in the place of the step's entries where ``accept`` says so; ``None`` for all."""
-        values = values if accept is None else torch.where(accept, values, self.of_step(vector))
-        return values if self.positions is None else vector.index_copy(0, self.positions, values)
+        values = values if accept is None else where(accept, values, self.of_step(vector))
+        return values if self.positions is None else placed(vector, self.positions, values)
 
     @property
-    def weights(self) -> Tensor:
+    def weights(self) -> Vector:
         """That the step applied."""
         return self.of_step(self.all_weights)
 
-    def members(self, names: tuple[str, ...]) -> Tensor:
+    def members(self, names: tuple[str, ...]) -> Vector:
         """Which of all tasks are among these, boolean, shape ``[K]``."""
-        return torch.tensor([task in names for task in self.known], device=self.norms.device)
+        return like(self.norms, [task in names for task in self.known])
 
 
 class UpdateRule(Protocol):
     """A way to update the weights."""
 
-    def next(self, step: Step, accept: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def next(self, step: Step, accept: Vector | None) -> tuple[Vector, dict[str, Vector]]:
         """What the step leads to.
 
         Args:

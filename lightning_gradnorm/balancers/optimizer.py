@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradnorm.balancers.arrays import Vector, as_tensor, on_host
+from lightning_gradnorm.balancers.plain_step import plain_step
 from lightning_gradnorm.measurement import reading_is_free
 
 OptimizerFactory = Callable[..., Optimizer]
@@ -42,7 +44,7 @@ class VectorOptimizer:
             if "capturable" in group and values.is_cuda:
                 group["capturable"] = True  # its step counter then lives on the device, and reading it makes no one wait
 
-    def step(self, values: Tensor, gradient: Tensor, accept: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def step(self, values: Vector, gradient: Vector, accept: Vector | None = None, positions: Vector | None = None) -> Vector:
         """One step from ``values`` against ``gradient``.
 
         Args:
@@ -55,6 +57,13 @@ class VectorOptimizer:
         Returns:
             The new values at ``positions``, shape ``[P]``.
         """
+        if not isinstance(values, Tensor):
+            if accept is None and positions is None and values.shape == self._vector.shape:
+                stepped = plain_step(self._optimizer, self._vector, values, gradient)
+                if stepped is not None:
+                    return stepped
+            given = (None if vector is None else as_tensor(vector) for vector in (accept, positions))
+            return on_host(self.step(as_tensor(values), as_tensor(gradient), *given))
         if positions is None:
             return self._step(values, gradient, accept)
         accept = torch.ones_like(gradient, dtype=torch.bool) if accept is None else accept

@@ -6,14 +6,18 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lightning_gradnorm.balancers.arrays import Vector, as_tensor, isfinite, on_host, surely_all
 from lightning_gradnorm.balancers.base import LossBalancer
 from lightning_gradnorm.balancers.gradnorm_equations import where_active
-from lightning_gradnorm.measurement import Measurement, reading_is_free
+from lightning_gradnorm.measurement import Measurement
 
 
-def _finite(vectors: Iterable[Tensor], like: Tensor) -> Tensor:
-    """Whether there is no NaN and no infinity in any of them, scalar; a sum carries what it meets."""
-    return torch.stack([like.new_zeros(()), *(vector.sum().to(like) for vector in vectors)]).isfinite().all()
+def _finite(vectors: Iterable[Tensor], active: Tensor | None) -> Vector:
+    """Whether there is no NaN and no infinity in any of the entries that take part; a sum carries what it meets."""
+    finite: Vector = True
+    for vector in vectors:
+        finite = finite & isfinite(on_host(where_active(vector, active)).sum())
+    return finite
 
 
 class RuleBalancer(LossBalancer):
@@ -41,17 +45,20 @@ class RuleBalancer(LossBalancer):
         before = {name: vector if positions is None else vector[positions] for name, vector in vectors.items()}
         active = self._mask(measurement)
         measured = [measurement.losses, *(getattr(measurement, name) for name in self.needs)]
-        usable = _finite((where_active(vector, active) for vector in measured), self._weights)
-        usable = usable if active is None else usable & active.any()
-        if reading_is_free(usable) and not usable:
+        usable = _finite(measured, active)
+        usable = usable if active is None else usable & on_host(active).any()
+        if not isinstance(usable, Tensor) and not usable:
             self.skipped_updates += 1
             return
         after = self._next(measurement._replace(losses=measurement.losses.to(self._weights)), before)
-        usable = usable & _finite((where_active(vector, active) for vector in after.values()), self._weights)
-        self.skipped_updates += ~usable
+        usable = usable & _finite(after.values(), active)
+        certain = active is None and surely_all(usable)
+        if not certain:
+            usable = as_tensor(usable)
+            self.skipped_updates += ~usable
         changes = usable if active is None else usable & active
         for name, vector in after.items():
-            kept = torch.where(changes, vector, before[name])
+            kept = vector if certain else torch.where(changes, vector, before[name])
             whole = kept if positions is None else vectors[name].index_copy(0, positions, kept)
             if name == "weights":
                 self._weights = whole

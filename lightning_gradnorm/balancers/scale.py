@@ -5,25 +5,20 @@ the network it matters: where one gradient is huge, Σ w = T makes its weight ti
 Adam's second moment still remembers the large one.
 """
 
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.measurement import reading_is_free
+from lightning_gradnorm.balancers.arrays import Vector, as_tensor, on_host, surely_all
 
 ScaleRule = Literal["sum", "reference", "gradient"]
 
 
-Bound = Tensor | float  # shape ``[T]``, or one for all; of the lower and the upper, both alike
+Bound: TypeAlias = Vector | float  # shape ``[T]``, or one for all; of the lower and the upper, both alike
 
 
-def _bounded(values: Tensor, lower: Bound, upper: Bound) -> Tensor:
-    bounds: Any = lower, upper  # clamp's two signatures are of two numbers and of two tensors
-    return values.clamp(*bounds)
-
-
-def scale_to_sum(weights: Tensor, total: Tensor | float, lower: Bound = 0.0, upper: Bound = float("inf")) -> Tensor:
+def scale_to_sum(weights: Vector, total: Vector | float, lower: Bound = 0.0, upper: Bound = float("inf")) -> Vector:
     """The multiple of ``weights``, cut off at the bounds, for which Σ w_i = ``total``: clamp(c·w, lower, upper).
 
     It is the projection in the Kullback-Leibler sense onto the sum and the bounds at once; where no bound binds, it is
@@ -35,14 +30,16 @@ def scale_to_sum(weights: Tensor, total: Tensor | float, lower: Bound = 0.0, upp
         lower: least weight.
         upper: greatest weight; where it is the least, the weight is given, and the others share what it leaves.
     """
-    if reading_is_free(weights) and not isinstance(lower, Tensor) and not isinstance(upper, Tensor):
-        scaled = weights * (total / weights.sum())
-        if all(lower <= weight <= upper for weight in scaled.tolist()):
-            return scaled  # the usual case
+    scaled = weights * (total / weights.sum())
+    if surely_all((lower <= scaled) & (scaled <= upper)):
+        return scaled  # the usual case
+    if not isinstance(weights, Tensor):
+        bounds = (as_tensor(bound) if getattr(bound, "shape", ()) else bound for bound in (lower, upper))
+        return on_host(scale_to_sum(as_tensor(weights), float(total), *bounds))
     # Σ clamp(c·w) grows with c, linearly between the values of c at which a weight leaves or meets a bound.
     leaves, meets = lower / weights, upper / weights
     knots = torch.cat([leaves, meets]).sort().values
-    at_knots = _bounded(knots.unsqueeze(1) * weights, lower, upper).nan_to_num(posinf=torch.finfo(weights.dtype).max).sum(1)
+    at_knots = (knots.unsqueeze(1) * weights).clip(lower, upper).nan_to_num(posinf=torch.finfo(weights.dtype).max).sum(1)
     index = (at_knots < total).sum().clamp(1, len(knots) - 1)
     left, right = knots.gather(0, index - 1), knots.gather(0, index)
     at_upper, at_lower = meets <= left, leaves >= right
@@ -50,17 +47,17 @@ def scale_to_sum(weights: Tensor, total: Tensor | float, lower: Bound = 0.0, upp
     at_bounds = torch.where(at_lower, torch.zeros_like(weights) + lower, torch.zeros_like(weights) + upper)
     fixed = torch.where(free, 0.0, at_bounds).sum()
     c = (total - fixed) / torch.where(free, weights, 0.0).sum()
-    return _bounded(torch.where(free.any(), c, left) * weights, lower, upper)
+    return (torch.where(free.any(), c, left) * weights).clip(lower, upper)
 
 
-def scale_to_reference(weights: Tensor, reference: int, lower: Bound = 0.0, upper: Bound = float("inf")) -> Tensor:
+def scale_to_reference(weights: Vector, reference: int, lower: Bound = 0.0, upper: Bound = float("inf")) -> Vector:
     """The multiple of ``weights``, shape ``[T]``, for which the reference task's weight is 1, cut off at the bounds."""
-    return _bounded(weights / weights[reference], lower, upper)
+    return (weights / weights[reference]).clip(lower, upper)
 
 
 def scale_towards_gradient(
-    weights: Tensor, norms: Tensor, rate: float, lower: Bound = 0.0, upper: Bound = float("inf")
-) -> Tensor:
+    weights: Vector, norms: Vector, rate: float, lower: Bound = 0.0, upper: Bound = float("inf")
+) -> Vector:
     """Towards Σ w_i n_i = Σ n_i, at once with a rate of 1: w (Σ n / Σ w n)^rate, cut off at the bounds.
 
     Args:
@@ -71,7 +68,7 @@ def scale_towards_gradient(
         upper: greatest weight.
     """
     factor = norms.sum() / (weights * norms).sum()
-    return _bounded(weights * factor**rate, lower, upper)
+    return (weights * factor**rate).clip(lower, upper)
 
 
 LEAST = 1e-8  # a weight of exactly 0 would have its task forgotten
@@ -93,4 +90,5 @@ def softmax_weights(scores: Tensor, total: Tensor | float, factors: Tensor | Non
     shares = torch.softmax(scores, 0)
     if factors is not None:
         shares = shares * factors / (shares * factors).sum()
-    return scale_to_sum(shares.clamp_min(LEAST), total, LEAST)
+    weights: Tensor = scale_to_sum(shares.clamp_min(LEAST), total, LEAST)
+    return weights

@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_gradnorm.balancers.arrays import Vector, as_tensor, exp, isfinite, like, on_host, placed, quiet, surely_all
 from lightning_gradnorm.balancers.base import LossBalancer
 from lightning_gradnorm.balancers.checks import check_choice, check_factory, check_per_task, check_range
 from lightning_gradnorm.balancers.optimizer import OptimizerFactory, VectorOptimizer
@@ -15,14 +17,14 @@ Kind = Literal["regression", "classification"]
 Form = Literal["original", "revised"]
 
 
-def uncertainty_weights(log_variances: Tensor, halves: Tensor) -> Tensor:
+def uncertainty_weights(log_variances: Vector, halves: Vector) -> Vector:
     """e^{−s} times ½ for a regression (equation 5), times 1 for a classification (equation 10); shape ``[T]``."""
-    return halves * torch.exp(-log_variances)
+    return halves * exp(-log_variances)
 
 
-def log_variance_gradient(losses: Tensor, log_variances: Tensor, halves: Tensor, form: Form = "original") -> Tensor:
+def log_variance_gradient(losses: Vector, log_variances: Vector, halves: Vector, form: Form = "original") -> Vector:
     """∂/∂s of w(s) L plus its regulariser: ½ s; in the revised form ln(1 + e^s) (Liebel and Körner 2018, equation 3)."""
-    pull = torch.full_like(log_variances, 0.5) if form == "original" else torch.sigmoid(log_variances)
+    pull = 0.5 if form == "original" else 1 / (1 + exp(-log_variances))
     return pull - uncertainty_weights(log_variances, halves) * losses
 
 
@@ -84,22 +86,27 @@ class UncertaintyWeighting(LossBalancer):
         return 1.0 if self.kinds.get(task) == "classification" else 0.5
 
     def _first_weight(self, task: str) -> float:
-        start = torch.tensor(self.initial_log_variance, dtype=torch.float64)
-        return uncertainty_weights(start, start.new_tensor(self._half(task))).item()
+        return float(uncertainty_weights(np.float64(self.initial_log_variance), self._half(task)))
 
     def _check(self, measurement: Measurement) -> None:
         super()._check(measurement)
         self._check_named("kinds", self.kinds, measurement)
 
     def _update(self, measurement: Measurement, positions: Tensor | None) -> None:
-        whole = self._memory["log_variance"]
-        s = whole if positions is None else whole[positions]
-        halves = s.new_tensor([self._half(task) for task in measurement.tasks])
-        usable = measurement.losses.sum().isfinite().to(s.device)
-        gradient = log_variance_gradient(measurement.losses.to(s), s, halves, self.form)
-        s = self._optimizer.step(whole, gradient, usable.expand(gradient.shape), positions)
-        self.skipped_updates += ~usable
-        self.diagnostics = {"log_variance": s}
-        at = slice(None) if positions is None else positions
-        self._memory["log_variance"][at] = s
-        self._weights[at] = uncertainty_weights(s, halves)  # of a step that was refused: those that it had
+        whole, weights, losses = map(
+            on_host, (self._memory["log_variance"], self._weights, measurement.losses.to(self._weights))
+        )
+        places = None if positions is None else on_host(positions)
+        s = whole if places is None else whole[places]
+        halves = like(s, [self._half(task) for task in measurement.tasks])
+        with quiet():
+            usable = isfinite(losses.sum())
+            accept = None if surely_all(usable) else usable & (halves > 0)
+            gradient = log_variance_gradient(losses, s, halves, self.form)
+            s = self._optimizer.step(whole, gradient, accept, places)
+            new = uncertainty_weights(s, halves)  # of a step that was refused: those that it had
+        if accept is not None:
+            self.skipped_updates += as_tensor(~usable)
+        self.diagnostics = {"log_variance": as_tensor(s)}
+        self._memory["log_variance"] = as_tensor(s if places is None else placed(whole, places, s))
+        self._weights = as_tensor(new if places is None else placed(weights, places, new))

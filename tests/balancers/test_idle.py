@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_gradnorm import GradNorm, LearningRateAnnealing, Measurement, RuleBalancer
-from lightning_gradnorm.balancers import base, gradnorm, gradnorm_average, idle, optimizer, rule, scale
+from lightning_gradnorm.balancers import arrays, base, idle, optimizer
 from tests.balancers.test_gradnorm_equations import vector
 from tests.helpers import of_version_0_1, same_state
 
@@ -91,7 +91,7 @@ def test_no_weight_runs_away(name):
 
 def waits(monkeypatch):
     """From now on as on a device: no number may be asked for."""
-    for room in (base, gradnorm, gradnorm_average, idle, optimizer, rule, scale):
+    for room in (arrays, base, idle, optimizer):
         monkeypatch.setattr(room, "reading_is_free", lambda tensor: False)
 
 

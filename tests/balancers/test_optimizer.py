@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,29 @@ def test_equals_the_plain_optimiser(factory):
         optimizer.step()
         values = ours.step(values, gradient, YES)
         assert torch.equal(values, plain.detach())
+
+
+OTHER_FORMS = {
+    "quick Adam": functools.partial(torch.optim.Adam, betas=(0.5, 0.9), eps=1e-3),
+    "maximising": functools.partial(torch.optim.Adam, maximize=True),
+}
+
+
+@pytest.mark.parametrize("factory", [*FACTORIES.values(), *OTHER_FORMS.values()], ids=(*FACTORIES, *OTHER_FORMS))
+def test_numbers_on_the_host_take_the_same_steps(factory):
+    plain = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    optimizer = factory([plain], lr=0.1)
+    ours, values = VectorOptimizer(factory, 0.1), np.ones(3)
+    for step, gradient in enumerate(gradients(40)):
+        plain.grad = gradient.clone()
+        optimizer.step()
+        if step % 7 == 3:  # those that come as tensors, or with a mask, go on with the same memory
+            values = ours.step(torch.from_numpy(values), gradient, YES).numpy()
+        else:
+            values = ours.step(values, gradient.numpy(), YES.numpy() if step % 7 == 5 else None)
+        np.testing.assert_allclose(values, plain.detach().numpy(), rtol=1e-12)
+    for name, value in optimizer.state[plain].items():
+        torch.testing.assert_close(ours.state_dict()["state"][0][name], value, rtol=1e-12, atol=0)
 
 
 @factories

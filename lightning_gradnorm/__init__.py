@@ -1,39 +1,45 @@
 """lightning-gradnorm: balance the losses of multi-task models and physics-informed networks in PyTorch Lightning."""
 
-from lightning_gradnorm.balancers import (
-    AdaptiveNormalizedLoss,
-    DynamicTaskPrioritization,
-    DynamicWeightAverage,
-    EqualWeights,
-    FixedWeights,
-    GeometricLoss,
-    GradNorm,
-    LearningRateAnnealing,
-    LossBalancer,
-    LossRatioBalancing,
-    RandomLossWeighting,
-    ReLoBRaLo,
-    RuleBalancer,
-    SoftAdapt,
-    UncertaintyWeighting,
-)
-from lightning_gradnorm.callbacks import GradNormCallback, LossBalancingCallback
-from lightning_gradnorm.comparison import compare
-from lightning_gradnorm.diagnosis import diagnose
-from lightning_gradnorm.door import total_loss
-from lightning_gradnorm.gradients import JointBackward, PerTaskBackward, tap_losses
-from lightning_gradnorm.layer_watch import LayerWatch
-from lightning_gradnorm.measurement import Measurement
-from lightning_gradnorm.mixin import MultiTaskMixin
-from lightning_gradnorm.pointwise import (
-    GradientNormPoints,
-    PointWeighting,
-    ResidualAttentionPoints,
-    SelfAdaptivePoints,
-    UniformPoints,
-)
-from lightning_gradnorm.session import BalancedStep, BalancingSession, Loop, RankAgreement
-from lightning_gradnorm.shared_layer import SharedLayerSpec
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_gradnorm.short_names import load_with_lightning_cli
+
+if TYPE_CHECKING:
+    from lightning_gradnorm.balancers import (
+        AdaptiveNormalizedLoss,
+        DynamicTaskPrioritization,
+        DynamicWeightAverage,
+        EqualWeights,
+        FixedWeights,
+        GeometricLoss,
+        GradNorm,
+        LearningRateAnnealing,
+        LossBalancer,
+        LossRatioBalancing,
+        RandomLossWeighting,
+        ReLoBRaLo,
+        RuleBalancer,
+        SoftAdapt,
+        UncertaintyWeighting,
+    )
+    from lightning_gradnorm.callbacks import GradNormCallback, LossBalancingCallback
+    from lightning_gradnorm.comparison import compare
+    from lightning_gradnorm.diagnosis import diagnose
+    from lightning_gradnorm.door import total_loss
+    from lightning_gradnorm.gradients import JointBackward, PerTaskBackward, tap_losses
+    from lightning_gradnorm.layer_watch import LayerWatch
+    from lightning_gradnorm.measurement import Measurement
+    from lightning_gradnorm.mixin import MultiTaskMixin
+    from lightning_gradnorm.pointwise import (
+        GradientNormPoints,
+        PointWeighting,
+        ResidualAttentionPoints,
+        SelfAdaptivePoints,
+        UniformPoints,
+    )
+    from lightning_gradnorm.session import BalancedStep, BalancingSession, Loop, RankAgreement
+    from lightning_gradnorm.shared_layer import SharedLayerSpec
 
 __version__ = "0.2.0.dev0"
 
@@ -75,3 +81,52 @@ __all__ = [
     "tap_losses",
     "total_loss",
 ]
+
+# What is asked for is loaded then, with torch and Lightning as it needs them: the command's help and its report need neither.
+_NAMES_OF = {
+    "balancers": (
+        "AdaptiveNormalizedLoss",
+        "DynamicTaskPrioritization",
+        "DynamicWeightAverage",
+        "EqualWeights",
+        "FixedWeights",
+        "GeometricLoss",
+        "GradNorm",
+        "LearningRateAnnealing",
+        "LossBalancer",
+        "LossRatioBalancing",
+        "RandomLossWeighting",
+        "ReLoBRaLo",
+        "RuleBalancer",
+        "SoftAdapt",
+        "UncertaintyWeighting",
+    ),
+    "callbacks": ("GradNormCallback", "LossBalancingCallback"),
+    "comparison": ("compare",),
+    "diagnosis": ("diagnose",),
+    "door": ("total_loss",),
+    "gradients": ("JointBackward", "PerTaskBackward", "tap_losses"),
+    "layer_watch": ("LayerWatch",),
+    "measurement": ("Measurement",),
+    "mixin": ("MultiTaskMixin",),
+    "pointwise": ("GradientNormPoints", "PointWeighting", "ResidualAttentionPoints", "SelfAdaptivePoints", "UniformPoints"),
+    "session": ("BalancedStep", "BalancingSession", "Loop", "RankAgreement"),
+    "shared_layer": ("SharedLayerSpec",),
+}
+_ROOM_OF = {name: room for room, names in _NAMES_OF.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES_OF:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_NAMES_OF})
+
+
+load_with_lightning_cli()

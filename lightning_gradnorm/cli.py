@@ -1,4 +1,4 @@
-"""The ``lightning-gradnorm`` command."""
+"""The ``lightning-gradnorm`` command. Each subcommand imports what it needs: help comes at once, a report without torch."""
 
 import argparse
 import importlib.util
@@ -8,12 +8,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from lightning_gradnorm.callbacks import LossBalancingCallback
-from lightning_gradnorm.comparison import METHODS, compare
-from lightning_gradnorm.diagnosis import diagnose
-from lightning_gradnorm.report.figure import can_draw
-from lightning_gradnorm.report.run import draw, report_of
 
 USAGE = """usage: lightning-gradnorm COMMAND …
 
@@ -81,6 +75,9 @@ def _report(arguments: list[str]) -> None:
     parser.add_argument("folder", metavar="LOGDIR", help="a log folder, such as lightning_logs/version_0; also a URL")
     parser.add_argument("--out", help="folder for the figure; LOGDIR by default")
     options = parser.parse_args(arguments)
+    from lightning_gradnorm.report.figure import can_draw
+    from lightning_gradnorm.report.run import draw, report_of
+
     report, history = report_of(options.folder)
     for note in history.notes:
         print(note, file=sys.stderr)
@@ -102,11 +99,15 @@ def _diagnose(arguments: list[str]) -> None:
     parser.add_argument("--config", type=Path, required=True, help="a YAML as `fit` takes it: model and data count")
     parser.add_argument("--batches", type=int, default=20, help="optimiser steps; default %(default)s")
     options, rest = parser.parse_known_args(arguments)
+    from lightning_gradnorm.diagnosis import diagnose
+
     cli = _from_config(options, rest)
     print(diagnose(cli.model, cli.datamodule, options.batches, accelerator=cli.config["trainer"].get("accelerator", "auto")))
 
 
 def _compare(arguments: list[str]) -> None:
+    from lightning_gradnorm.comparison import METHODS, compare
+
     parser = argparse.ArgumentParser(
         prog="lightning-gradnorm compare",
         description="Train one module with several methods on the same seeds.",
@@ -129,6 +130,9 @@ def _compare(arguments: list[str]) -> None:
         measures[name] = way
 
     from lightning.pytorch.callbacks import Checkpoint
+
+    from lightning_gradnorm.callbacks import LossBalancingCallback
+    from lightning_gradnorm.report.figure import can_draw
 
     clis: list[Any] = []
 

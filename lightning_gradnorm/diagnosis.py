@@ -12,11 +12,11 @@ import torch
 
 from lightning_gradnorm.callbacks import GradNormCallback
 from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, trainer_class_of
-from lightning_gradnorm.losses import task_tag
 from lightning_gradnorm.regularisers import sounds_like_a_regulariser
 from lightning_gradnorm.report.table import plain_rows
 from lightning_gradnorm.report.tags import per_pair_names
 from lightning_gradnorm.session import NormOf
+from lightning_gradnorm.task_names import task_tag
 
 _EVEN = 3.0  # ratio of gradient norms up to which equal weights do
 _UNEVEN = 10.0  # from which on one task owns the shared layer

@@ -152,7 +152,7 @@ def test_report_tells_how_it_read_and_what_it_cannot_draw(folder, capsys, monkey
             writer.add_scalar("loss_weight/a", 1.0, step)
     (file,) = Path("log").iterdir()
     file.write_bytes(file.read_bytes()[:-3])
-    monkeypatch.setattr("lightning_gradnorm.cli.can_draw", lambda: False)
+    monkeypatch.setattr("lightning_gradnorm.report.figure.can_draw", lambda: False)
     main(["report", "log"])
     printed = capsys.readouterr()
     assert f"{file.name} ends in the middle of a record" in printed.err

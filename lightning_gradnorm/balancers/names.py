@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from lightning_gradnorm.balancers.checks import check_names
-from lightning_gradnorm.losses import check_task_names
 from lightning_gradnorm.measurement import Measurement
+from lightning_gradnorm.task_names import check_task_names
 
 
 class NamedTasks:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lightning_gradnorm.callbacks.epoch_means import EpochMeans, Gather, MeanLosses, batch_size_of
 from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, rank_zero_info, setting_of
-from lightning_gradnorm.losses import task_tag
 from lightning_gradnorm.measurement import stack_scalars
 from lightning_gradnorm.report.tags import UNWEIGHTED
+from lightning_gradnorm.task_names import task_tag
 
 _HOOK = "LossBalancing"
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_gradnorm.folders import Folder
-from lightning_gradnorm.losses import task_tag
 from lightning_gradnorm.report import figure
 from lightning_gradnorm.report.history import Curve, History, read_history
-from lightning_gradnorm.report.summary import TaskSummary
 from lightning_gradnorm.report.table import plain_table, print_table
+from lightning_gradnorm.report.task_summary import TaskSummary
+from lightning_gradnorm.task_names import task_tag
 from lightning_gradnorm.weights_file import FILE_NAME, read_file, write_weights
 
 

@@ -9,7 +9,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 
-from lightning_gradnorm.report.summary import TaskSummary
+from lightning_gradnorm.report.task_summary import TaskSummary
 
 COLUMNS = ("task", "w start", "w mean", "w end", "before", "after", "loss ratio")
 

@@ -21,12 +21,16 @@ names without ``_epoch``. For EarlyStopping, ModelCheckpoint and ReduceLROnPlate
 ``total_loss/unweighted`` in any case.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from lightning_gradnorm.task_names import task_tag
 
-from lightning_gradnorm.losses import task_tag
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTED, UNWEIGHTED = "total_loss/weighted", "total_loss/unweighted"
 

@@ -8,9 +8,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradnorm import GradNormCallback
-from lightning_gradnorm.losses import task_tag
 from lightning_gradnorm.report.history import History, read_history
 from lightning_gradnorm.report.tags import PER_TASK
+from lightning_gradnorm.task_names import task_tag
 from tests.helpers import SCALES, MemoryLogger, TrunkAndHeads, batches, quiet_trainer
 
 ODD_NAMES = ["größe", "two words", "∂u/∂t", "🙂", "_a", "a.b-c", "深度", "$x^2$", "100 %"]

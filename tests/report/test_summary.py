@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lightning_gradnorm import GradNorm
 from lightning_gradnorm.measurement import Measurement
-from lightning_gradnorm.report.summary import RunSummary, TaskSummary
+from lightning_gradnorm.report.summary import RunSummary
+from lightning_gradnorm.report.task_summary import TaskSummary
 
 TASKS = ("a", "b", "c", "größe 4")
 STD = 2

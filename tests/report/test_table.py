@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from lightning_gradnorm.report.summary import TaskSummary
 from lightning_gradnorm.report.table import COLUMNS, cells, plain_table, print_table
+from lightning_gradnorm.report.task_summary import TaskSummary
 
 NAN = math.nan
 DEPTH = TaskSummary("depth", 1.0, 0.75, 0.1, 0.5, 0.25, 0.5, 0.125)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_gradnorm.autograd_graph import Edge, task_graph
+from lightning_gradnorm.autograd_graph import Edge, TaskGraph, task_graph
 from lightning_gradnorm.factors import WeightFactors
 from lightning_gradnorm.vector_jacobian import VectorJacobianProduct, added, frames_of, in_graph_task, undone
 
@@ -187,13 +187,28 @@ def gradients_of(losses: Mapping[str, Tensor], tensors: Sequence[Tensor] | Seque
         losses: task name → scalar loss.
         tensors: leaves, or whatever else the gradients are wanted of; or the edges on which those arrive.
     """
-    found = []
+    found: list[list[Tensor | None]] = []
     for loss in losses.values():
-        arrivals = Arrivals(1, len(tensors), {}, {})
-        if loss.grad_fn is not None:
+        if loss.grad_fn is None:
+            found.append([None] * len(tensors))
+        else:
             graph = task_graph(loss.grad_fn, {loss.grad_fn: 0}, tensors)
-            arrivals = Arrivals(1, len(tensors), graph.targets, graph.edges)
-            arrivals.add(0, loss.grad_fn, loss.output_nr, torch.ones_like(loss))
-            Descent(list(graph.edges), graph.edges, graph.targets, arrivals).lower_all()
-        found.append(arrivals.gradients[0])
+            found += carried_down(loss, [torch.ones_like(loss)], graph, len(tensors))
     return found
+
+
+def carried_down(output: Tensor, cotangents: Sequence[Tensor], graph: TaskGraph, tensors: int) -> list[list[Tensor | None]]:
+    """What each cotangent of a tensor brings to each tensor of W, ``None`` where it brings nothing; no hook runs.
+
+    Args:
+        output: with a graph; of any shape.
+        cotangents: in its shape and dtype.
+        graph: that of ``output``, from it down to the tensors of W.
+        tensors: how many they are.
+    """
+    assert output.grad_fn is not None, "it has a graph"
+    arrivals = Arrivals(len(cotangents), tensors, graph.targets, graph.edges)
+    for number, cotangent in enumerate(cotangents):
+        arrivals.add(number, output.grad_fn, output.output_nr, cotangent)
+    Descent(list(graph.edges), graph.edges, graph.targets, arrivals).lower_all()
+    return arrivals.gradients

@@ -13,7 +13,9 @@ from lightning_gradnorm.task_names import check_task_names
 TaskLosses = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
-def check_losses(losses: TaskLosses, *, differentiable: bool, per_point: Container[str] = ()) -> dict[str, Tensor]:
+def check_losses(
+    losses: TaskLosses, *, differentiable: bool, per_point: Container[str] = (), residuals_for: str = ""
+) -> dict[str, Tensor]:
     """The loss dict, checked: plain names, plain scalar tensors, without the tasks that are absent.
 
     A task is absent where its loss is the number 0, or a zero that is detached though a backward will follow: a term that
@@ -24,6 +26,7 @@ def check_losses(losses: TaskLosses, *, differentiable: bool, per_point: Contain
         losses: task name → scalar loss; a mapping, or an iterable of pairs. One of shape (1,) is taken for a scalar.
         differentiable: whether a backward will follow, so that a detached loss is a mistake.
         per_point: the tasks whose loss is a vector, one entry per point.
+        residuals_for: the method, if it is one that needs every loss per point, of any shape but a scalar's.
 
     Raises:
         TypeError: if ``losses`` or a loss is of the wrong kind.
@@ -45,7 +48,8 @@ def check_losses(losses: TaskLosses, *, differentiable: bool, per_point: Contain
     named = [(plain_name(task), _plain_tensor(loss)) for task, loss in pairs]
     check_task_names(task for task, _ in named)
     present = [(task, loss) for task, loss in named if not _is_absent(loss, differentiable)]
-    return {task: _checked(task, loss, differentiable, task in per_point) for task, loss in present}
+    whole = {task: _of_shape(task, loss, task in per_point, residuals_for) for task, loss in present}
+    return {task: _checked(task, loss, differentiable) for task, loss in whole.items()}
 
 
 def _plain_tensor(loss: Tensor) -> Tensor:
@@ -65,22 +69,31 @@ def _is_absent(loss: object, differentiable: bool) -> bool:
     return detached and loss.shape in ((), (1,)) and loss.dtype != torch.bool and bool(loss == 0)
 
 
-def _checked(task: str, loss: Tensor, differentiable: bool, per_point: bool) -> Tensor:
+def _of_shape(task: str, loss: Tensor, per_point: bool, residuals_for: str) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(f"The loss of task {task!r} is a {type(loss).__name__}; every loss is a scalar tensor.")
-    if loss.shape == (1,) and not per_point:
-        loss = loss.reshape(())
+    if loss.shape == (1,) and not per_point and not residuals_for:
+        return loss.reshape(())
     if per_point and (loss.ndim != 1 or not len(loss)):
         raise ValueError(
             f"The loss of task {task!r} has shape {tuple(loss.shape)}, and its points are weighed one by one: give one loss "
             "per point, shape (N,), without .mean(); or leave the task out of the callback's points={…}."
         )
-    if loss.ndim and not per_point:
+    if residuals_for and not per_point and not (loss.ndim and loss.numel()):
+        raise ValueError(
+            f"The loss of task {task!r} has shape {tuple(loss.shape)}, and {residuals_for} looks at the residual of each "
+            "point: give its square for each of them, shape (N,), as residual.square() without .mean(). Their mean is the loss."
+        )
+    if loss.ndim and not per_point and not residuals_for:
         raise ValueError(
             f"The loss of task {task!r} has shape {tuple(loss.shape)}; every loss is a scalar (shape ()). Reduce it, for "
             "example with .mean(); or have its points weighed one by one, with a balancing callback's "
             f"points={{{task!r}: SelfAdaptivePoints()}}."
         )
+    return loss
+
+
+def _checked(task: str, loss: Tensor, differentiable: bool) -> Tensor:
     if not loss.is_floating_point():
         kind = "complex" if loss.is_complex() else "not a floating-point number"
         raise ValueError(

@@ -18,6 +18,8 @@ class Measurement(NamedTuple):
         gradient_maxima: max |∇_W L_i|, the largest entry in size, shape ``[T]``, or ``None``.
         gradient_means: mean |∇_W L_i| over the entries, shape ``[T]``, or ``None``.
         kpis: each task's key performance indicator (an accuracy, say), shape ``[T]``, or ``None``.
+        ntk_traces: the mean of ‖∇_W r‖² over the points of the task, whose loss is the mean of r², shape ``[T]``, or ``None``:
+            the trace of its tangent kernel over the number of points.
     """
 
     tasks: tuple[str, ...]
@@ -26,12 +28,18 @@ class Measurement(NamedTuple):
     gradient_maxima: Tensor | None = None
     gradient_means: Tensor | None = None
     kpis: Tensor | None = None
+    ntk_traces: Tensor | None = None
 
     def only(self, positions: Sequence[int]) -> "Measurement":
         """Of the tasks at these positions, as if the others were absent."""
         index = torch.tensor(positions, device=self.losses.device)
         others = {name: vector[index] for name, vector in self._asdict().items() if isinstance(vector, Tensor)}
         return self._replace(tasks=tuple(self.tasks[position] for position in positions), **others)
+
+
+def is_of_gradients(field: str) -> bool:
+    """Whether a field of a measurement is of the tasks' gradients on the shared layer, and 0 for a task that has none."""
+    return field.startswith(("gradient_", "ntk_"))
 
 
 def reading_is_free(tensor: Tensor) -> bool:

@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.measurement import Measurement, stack_scalars, widest_float
+from lightning_gradnorm.measurement import Measurement, is_of_gradients, stack_scalars, widest_float
 from lightning_gradnorm.task_gradients import TaskGradients, cosines
 
 AllReduceSum = Callable[[Tensor], Tensor]
+Numbers = Mapping[str, Mapping[str, Tensor]]  # field of a measurement → task name → scalar
 
 
 def _summed(held: Tensor | None, value: Tensor) -> Tensor:
@@ -28,15 +29,15 @@ class MeasurementWindow:
     Args:
         of_features: whether the gradients are of features, each micro-batch having its own, instead of parameters: their
             squared norms add up then.
-        with_kpis: whether every task comes with a key performance indicator.
+        besides: fields of a measurement that every task brings a number for, which is averaged as its loss is.
     """
 
-    def __init__(self, *, of_features: bool = False, with_kpis: bool = False) -> None:
-        self._of_features, self._with_kpis = of_features, with_kpis
-        self._noted: list[tuple[Mapping[str, Tensor], Tensor, Mapping[str, Tensor]]] = []  # micro-batches not added up yet
+    def __init__(self, *, of_features: bool = False, besides: Sequence[str] = ()) -> None:
+        self._of_features = of_features
+        self._noted: list[tuple[Mapping[str, Tensor], Tensor, Numbers]] = []  # micro-batches not added up yet
         self._applied: dict[str, Tensor] = {}
         self._losses: dict[str, Tensor] = {}
-        self._kpis: dict[str, Tensor] = {}
+        self._besides: dict[str, dict[str, Tensor]] = {field: {} for field in besides}
         self._counts: dict[str, int | Tensor] = {}
         self._only: TaskGradients | None = None  # while there is one micro-batch, its gradients as they came: no copy
         self._sums: dict[str, Tensor] = {}
@@ -66,23 +67,24 @@ class MeasurementWindow:
         self._add_up()
         return self._applied
 
-    def add_losses(self, losses: Mapping[str, Tensor], weights: Tensor, kpis: Mapping[str, Tensor] | None = None) -> None:
+    def add_losses(self, losses: Mapping[str, Tensor], weights: Tensor, besides: Numbers | None = None) -> None:
         """Take one micro-batch.
 
         Args:
             losses: task name → detached scalar loss.
             weights: those that its total applied, shape ``[T]``.
-            kpis: task name → scalar indicator, of all these tasks.
+            besides: field of a measurement → task name → scalar, of all these tasks.
         """
-        self._noted.append((losses, weights, kpis or {}))  # most steps are neither measured nor logged: no sum then
+        self._noted.append((losses, weights, besides or {}))  # most steps are neither measured nor logged: no sum then
 
     def _add_up(self) -> None:
-        for losses, weights, kpis in self._noted:
+        for losses, weights, besides in self._noted:
             for task, weight in zip(losses, weights.unbind(), strict=True):
                 wide = widest_float(losses[task].device)
                 self._losses[task] = _summed(self._losses.get(task), losses[task].to(wide))
-                if self._with_kpis and kpis:
-                    self._kpis[task] = _summed(self._kpis.get(task), kpis[task].to(wide))
+                for field, held in self._besides.items():
+                    if task in (numbers := besides.get(field, {})):
+                        held[task] = _summed(held.get(task), numbers[task].to(wide))
                 count = self._counts[task] = self._counts.get(task, 0) + 1
                 before = self._applied.get(task)
                 # This form of the mean is exact where all are the same.
@@ -119,7 +121,8 @@ class MeasurementWindow:
         self._add_up()
         self._spread_out()
         dtype = torch.promote_types(torch.float32, next(iter(self._sums.values())).dtype) if self._sums else torch.float32
-        scalars = 3 if self._with_kpis else 2
+        besides = [field for field in self._besides if entries or not is_of_gradients(field)]
+        scalars = 2 + len(besides)
         zero = torch.zeros(entries + scalars, dtype=dtype, device=device)
         rows = []
         for task in tasks:
@@ -127,15 +130,16 @@ class MeasurementWindow:
                 rows.append(zero)
                 continue
             gradient = [self._sums[task].to(device, dtype)] if entries else []
-            kpi = [self._kpis[task]] if self._with_kpis else []
-            own = torch.stack([value.to(device, dtype) for value in (*kpi, self._losses[task])])
+            numbers = [self._besides[field][task] for field in besides]
+            own = torch.stack([value.to(device, dtype) for value in (*numbers, self._losses[task])])
             rows.append(torch.cat([*gradient, own, zero.new_tensor([self._counts[task]])]))
         reduced = all_reduce(torch.cat(rows)).view(len(tasks), entries + scalars)
         here = set(self._losses)
         # What this rank had is present; of what it had not, it asks.
         present = [k for k, task in enumerate(tasks) if task in here or bool(reduced[k, -1] > 0)]
         self._losses = {tasks[k]: reduced[k, -2].to(widest_float(device)) for k in present}
-        self._kpis = {tasks[k]: reduced[k, -3].to(widest_float(device)) for k in present} if self._with_kpis else {}
+        for place, field in enumerate(besides, entries):
+            self._besides[field] = {tasks[k]: reduced[k, place].to(widest_float(device)) for k in present}
         self._counts = {tasks[k]: reduced[k, -1] for k in present}
         self._sums = {tasks[k]: reduced[k, :entries] for k in present} if entries else {}
         self._measured = bool(self._sums)
@@ -150,9 +154,13 @@ class MeasurementWindow:
         if not self._losses:
             return None
         losses = stack_scalars(_mean(loss, self._counts[task]) for task, loss in self._losses.items())
-        kpis = stack_scalars(_mean(kpi, self._counts[task]) for task, kpi in self._kpis.items()) if self._kpis else None
+        besides = {
+            field: stack_scalars(_mean(number, self._counts[task]) for task, number in held.items())
+            for field, held in self._besides.items()
+            if held
+        }
         maxima, means = self._magnitudes() if magnitudes and self._measured else (None, None)
-        return Measurement(self.tasks, losses, self._norms() if self._measured else None, maxima, means, kpis)
+        return Measurement(self.tasks, losses, self._norms() if self._measured else None, maxima, means, **besides)
 
     def _magnitudes(self) -> tuple[Tensor, Tensor]:
         """Largest |g| and mean |g| over the entries of each task's mean gradient, ``[T]`` each."""

@@ -94,9 +94,12 @@ class TrunkAndHeads(MultiTaskMixin, L.LightningModule):
         z = self.features(x)
         target = x[:, :2]
         return {
-            task: self.scales[task] * (head(z) - (k + 1) * target).pow(2).mean()
+            task: self.reduced(self.scales[task] * (head(z) - (k + 1) * target).pow(2))
             for k, (task, head) in enumerate(self.heads.items())
         }
+
+    def reduced(self, squares: Tensor) -> Tensor:
+        return squares.mean()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         losses = self.losses(batch[0])
@@ -104,6 +107,13 @@ class TrunkAndHeads(MultiTaskMixin, L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make_optimizer(self.parameters(), lr=self.lr)
+
+
+class PerPoint(TrunkAndHeads):
+    """The same with each task's squared residuals, whose mean is its loss."""
+
+    def reduced(self, squares: Tensor) -> Tensor:
+        return squares
 
 
 class MemoryLogger(Logger):

@@ -9,6 +9,7 @@ from lightning_gradnorm.balancers.fixed import EqualWeights, FixedWeights
 from lightning_gradnorm.balancers.geometric import GeometricLoss
 from lightning_gradnorm.balancers.gradnorm import GradNorm
 from lightning_gradnorm.balancers.loss_ratio import LossRatioBalancing
+from lightning_gradnorm.balancers.ntk import NTKWeighting
 from lightning_gradnorm.balancers.random_weights import RandomLossWeighting
 from lightning_gradnorm.balancers.relobralo import ReLoBRaLo
 from lightning_gradnorm.balancers.rule import RuleBalancer
@@ -26,6 +27,7 @@ __all__ = [
     "LearningRateAnnealing",
     "LossBalancer",
     "LossRatioBalancing",
+    "NTKWeighting",
     "RandomLossWeighting",
     "ReLoBRaLo",
     "RuleBalancer",

@@ -15,7 +15,7 @@ from lightning_gradnorm.balancers.names import NamedTasks
 from lightning_gradnorm.balancers.part import Part
 from lightning_gradnorm.balancers.schedule import is_measured
 from lightning_gradnorm.losses import weighted_sum
-from lightning_gradnorm.measurement import Measurement, reading_is_free, widest_float
+from lightning_gradnorm.measurement import Measurement, is_of_gradients, reading_is_free, widest_float
 from lightning_gradnorm.plain import plain_names
 
 _NORMS = (
@@ -28,6 +28,8 @@ _WAYS_TO = {  # field of a measurement → what is said where it is missing
     "gradient_means": _NORMS,
     "kpis": "each task's key performance indicator, and the measurement has none. Pass them with the losses: "
     "self.total_loss(losses, kpis={'task': accuracy, …}).",
+    "ntk_traces": "the trace of each task's tangent kernel, and the measurement has none. Use LossBalancingCallback or "
+    "BalancingSession, and give each task's loss per point: residual.square() without .mean().",
 }
 
 
@@ -109,7 +111,12 @@ class LossBalancer(NamedTasks, ABC):
     @property
     def needs_gradients(self) -> bool:
         """Whether the method needs anything of the tasks' gradients on the shared layer."""
-        return any(name.startswith("gradient_") for name in self.needs)
+        return any(map(is_of_gradients, self.needs))
+
+    @property
+    def needs_residuals(self) -> bool:
+        """Whether the method needs each task's loss as squared residuals, one for each point, whose mean it is."""
+        return "ntk_traces" in self.needs
 
     @property
     def needs_all_losses(self) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.measurement import Measurement, reading_is_free
+from lightning_gradnorm.measurement import Measurement, is_of_gradients, reading_is_free
 
 _OF_IDLE = {"grad_norm": 0.0}  # diagnostic → its entry for a task without a gradient; a target or a rate it does not have
 
@@ -13,7 +13,7 @@ _OF_IDLE = {"grad_norm": 0.0}  # diagnostic → its entry for a task without a g
 def mask_of(measurement: Measurement, needs: Iterable[str]) -> Tensor | None:
     """Which tasks have a gradient, boolean, shape ``[T]``; ``None`` where all have, or none of the needs is of gradients."""
     for name in needs:
-        if name.startswith("gradient_"):
+        if is_of_gradients(name):
             sizes: Tensor = getattr(measurement, name)
             return None if reading_is_free(sizes) and 0.0 not in sizes.tolist() else sizes != 0
     return None

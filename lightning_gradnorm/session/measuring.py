@@ -1,11 +1,13 @@
 """Which backward passes of a run are read, and what those of one optimiser step add up to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.gradients import UnreachedSharedLayerError
 from lightning_gradnorm.session.loop import Loop
+from lightning_gradnorm.session.noted import NotedLosses
 from lightning_gradnorm.session.ranks import RankAgreement
 from lightning_gradnorm.session.shared import SharedReading, hides_parameters
 from lightning_gradnorm.shared_layer import SharedLayer
@@ -19,28 +21,32 @@ class Measuring:
 
     Args:
         reading: finds W and reads the gradients on it.
-        with_kpis: whether every task comes with a key performance indicator.
+        balancer: the method, which says what it needs.
 
     Attributes:
         window: the sums of the step under way.
+        traces: task → that of its tangent kernel in the micro-batch whose backward comes next, if it is needed.
     """
 
-    def __init__(self, reading: SharedReading, *, with_kpis: bool) -> None:
-        self.reading, self._with_kpis = reading, with_kpis
+    def __init__(self, reading: SharedReading, balancer: LossBalancer) -> None:
+        self.reading, self._balancer = reading, balancer
+        self._besides = [field for field in ("kpis", "ntk_traces") if field in balancer.needs]
         self._reached: set[str] = set()  # the tasks whose gradient on W was read before
         self.new_window()
 
     def new_window(self) -> None:
         """Another optimiser step."""
-        self.window = MeasurementWindow(of_features=self.reading.norm_of == "features", with_kpis=self._with_kpis)
+        self.window = MeasurementWindow(of_features=self.reading.norm_of == "features", besides=self._besides)
+        self.traces: dict[str, Tensor] = {}
+        self._batches = 0
         self._layer_changed = False
 
-    def before_backward(self, root: Tensor, losses: Mapping[str, Tensor], loop: Loop, tell: Tell) -> bool:
+    def before_backward(self, root: Tensor, noted: NotedLosses, loop: Loop, tell: Tell) -> bool:
         """Get ready for the backward of ``root``.
 
         Args:
             root: scalar that ``backward()`` will be called on.
-            losses: the tapped losses that it was built from.
+            noted: the tapped losses that it was built from.
             loop: whose network it is.
             tell: takes what is to be warned of.
 
@@ -49,10 +55,13 @@ class Measuring:
 
         Raises:
             UnreachedSharedLayerError: if some of the tasks reach W and others do not.
+            CompiledSharedLayerError, HiddenUseError: if residuals are to be read in a graph that cannot be walked twice.
             ValueError: if there is no W.
         """
+        losses = noted.losses
         if not self._find_layer(losses, loop, tell) or self._layer_changed:
             return False
+        self._read_traces(noted.residuals, loop)
         try:
             there = self.reading.before_backward(root, losses)
         except UnreachedSharedLayerError as error:
@@ -73,6 +82,12 @@ class Measuring:
                 "until it is trained.",
             )
         return there
+
+    def _read_traces(self, residuals: Mapping[str, Tensor], loop: Loop) -> None:
+        """With other signs in each step, on each rank and in each micro-batch, and the same after a resume."""
+        rank = 0 if loop.ranks is None else loop.ranks.rank
+        self.traces = self.reading.ntk_traces(residuals, self._balancer.steps, rank, self._batches)
+        self._batches += 1
 
     def _find_layer(self, losses: Mapping[str, Tensor], loop: Loop, tell: Tell) -> bool:
         before = self.reading.layer
@@ -120,18 +135,17 @@ class Measuring:
             self._reached.update(gradients.tasks)
             self.window.add_gradients(gradients)
 
-    def reduce(self, window: MeasurementWindow, ranks: RankAgreement, known_tasks: Sequence[str], *, measures: bool) -> None:
+    def reduce(self, window: MeasurementWindow, ranks: RankAgreement, *, measures: bool) -> None:
         """The same measurement on every rank: one collective, which all ranks call whatever they have seen.
 
         Args:
             window: this rank's part of the step.
             ranks: what they agree on.
-            known_tasks: of the balancer.
             measures: whether the step's gradients on W are wanted.
         """
         layer = self.reading.layer
         if not ranks.tasks or (measures and not ranks.entries):
-            ranks.agree((*known_tasks, *window.tasks), () if layer is None else layer.names, window.entries)
+            ranks.agree((*self._balancer.known_tasks, *window.tasks), () if layer is None else layer.names, window.entries)
             if layer is None and ranks.layer and self.reading.norm_of == "parameters":
                 self.reading.adopt(ranks.layer, "as another rank found it; name another by shared_layer")
         ranks.check(window.tasks)

@@ -24,6 +24,7 @@ class NotedLosses:
         weights: those that the total applied, shape ``[T]``.
         kpis: task name → scalar, where the method needs them.
         points: task name → its points, where they are weighed one by one.
+        residuals: task name → the squared residuals of its points, with their graph, where they are to be read.
         is_total: whether it has all losses of a step, and not one term.
     """
 
@@ -32,6 +33,7 @@ class NotedLosses:
     weights: Tensor
     kpis: dict[str, Tensor]
     points: dict[str, NotedPoints]
+    residuals: dict[str, Tensor]
     is_total: bool = True
 
     @classmethod
@@ -54,6 +56,7 @@ class NotedLosses:
             torch.cat([one.weights for one in noted]),
             {task: kpi for one in noted for task, kpi in one.kpis.items()},
             {task: points for one in noted for task, points in one.points.items()},
+            {task: residuals for one in noted for task, residuals in one.residuals.items()},
         )
 
 
@@ -73,7 +76,7 @@ def note(
     Args:
         balancer: the method.
         points: task → how its points are weighed.
-        losses: task name → scalar loss; of a task of ``points``, one loss per point.
+        losses: task name → scalar loss; of a task of ``points``, and where the method needs residuals, one loss per point.
         network: what they were computed with.
         kpis: task name → key performance indicator.
         given_points: task name → what identifies its points.
@@ -84,11 +87,16 @@ def note(
     indicators = read_kpis(losses, kpis) if "kpis" in balancer.needs else {}
     weighed = {task: NotedPoints(losses[task].detach(), given_points.get(task)) for task in losses if task in points}
     terms = {
-        task: points[task].term(loss, given_points.get(task), network) if task in weighed else loss
+        task: points[task].term(loss, given_points.get(task), network)
+        if task in weighed
+        else loss.mean()
+        if loss.ndim
+        else loss
         for task, loss in losses.items()
     }
     terms = tap_losses(terms) if tapped else {task: term.clone() for task, term in terms.items()}
-    return NotedLosses(terms, tapped, balancer.weights_at(terms), indicators, weighed, is_total)
+    residuals = {task: loss.clone() for task, loss in losses.items()} if tapped and balancer.needs_residuals else {}
+    return NotedLosses(terms, tapped, balancer.weights_at(terms), indicators, weighed, residuals, is_total)
 
 
 def multiplied_twice(task: str) -> str:

@@ -36,6 +36,11 @@ class RankAgreement:
             return None
         return cls(next((parameter.device for parameter in network.parameters()), torch.device("cpu")))
 
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return torch.distributed.get_rank()
+
     def agree(self, tasks: Sequence[str], layer: Sequence[str], entries: int) -> None:
         """Exchange what each rank knows; a collective, called by all ranks.
 

@@ -108,7 +108,7 @@ class BalancingSession(Totals):
         self._hook = None
         self.words = Words(self.balancer, None, type(self).__name__)
         self._has_measured = False
-        self._measuring = Measuring(self.reading, with_kpis="kpis" in self.balancer.needs)
+        self._measuring = Measuring(self.reading, self.balancer)
         self._note_nothing()
         self._new_window()
 
@@ -176,8 +176,9 @@ class BalancingSession(Totals):
         self._balanced.update(noted.losses)
         self.words.take(noted.losses, measured=noted.tapped)
         losses = {task: loss.detach() for task, loss in noted.losses.items()}
-        if not noted.tapped or self._measuring.before_backward(root, noted.losses, loop, self.tell):
-            self._measuring.window.add_losses(losses, noted.weights, noted.kpis)
+        if not noted.tapped or self._measuring.before_backward(root, noted, loop, self.tell):
+            besides = {"kpis": noted.kpis, "ntk_traces": self._measuring.traces if noted.tapped else {}}
+            self._measuring.window.add_losses(losses, noted.weights, besides)
             for task, points in noted.points.items():
                 self._noted_points.setdefault(task, []).append(points)
         return losses
@@ -228,8 +229,7 @@ class BalancingSession(Totals):
         if ranks is None and not balanced:
             return None  # a step of something else
         if ranks is not None and (due or describe):
-            measures = due and self.balancer.needs_gradients
-            self._measuring.reduce(window, ranks, self.balancer.known_tasks, measures=measures)
+            self._measuring.reduce(window, ranks, measures=due and self.balancer.needs_gradients)
         magnitudes = due and "gradient_means" in self.balancer.needs
         measurement = window.measurement(magnitudes=magnitudes) if due or describe else None
         for task, weighting in self.points.items():

@@ -17,6 +17,7 @@ from lightning_gradnorm.shared_layer import (
     resolve_shared_layer,
     shared_features,
 )
+from lightning_gradnorm.traces import generator_of, ntk_trace, random_signs
 
 NormOf = Literal["parameters", "features"]
 
@@ -201,15 +202,36 @@ class SharedReading:
         Raises:
             UnreachedSharedLayerError: if a task's loss does not reach W.
         """
-        assert self.layer is not None, "find comes first"
-        tensors: list[Tensor] = [parameter for parameter in self.layer.parameters if parameter.requires_grad]
-        edges = None
-        if self.norm_of == "features":
-            tensors, edges = [tensor for tensor, _ in self._features], [edge for _, edge in self._features]
+        tensors, edges = self._wanted()
         if not tensors:
             return False
         self.engine.begin(root, losses, tensors, edges)
         return True
+
+    def ntk_traces(self, residuals: Mapping[str, Tensor], *seed: int) -> dict[str, Tensor]:
+        """Task → the trace of its tangent kernel on W over the number of its points, scalar; before the backward is prepared.
+
+        Args:
+            residuals: task name → the squared residuals of its points, with their graph.
+            seed: numbers of which the random signs are a function.
+
+        Raises:
+            CompiledSharedLayerError, HiddenUseError: if a graph cannot be walked twice.
+        """
+        if not residuals:
+            return {}
+        tensors, edges = self._wanted()
+        return {
+            task: ntk_trace(squares, tensors, random_signs((1, *squares.shape), generator_of(*seed, number)), edges)
+            for number, (task, squares) in enumerate(residuals.items())
+        }
+
+    def _wanted(self) -> tuple[list[Tensor], list[GradientEdge] | None]:
+        """The tensors of W that are trained, and the edges on which their gradients arrive if these are not their own."""
+        assert self.layer is not None, "find comes first"
+        if self.norm_of == "features":
+            return [tensor for tensor, _ in self._features], [edge for _, edge in self._features]
+        return [parameter for parameter in self.layer.parameters if parameter.requires_grad], None
 
 
 def hides_parameters(root: Tensor) -> bool:

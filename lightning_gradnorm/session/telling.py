@@ -54,6 +54,8 @@ def needs_total(balancer: LossBalancer, task_has_points: bool) -> str:
         return "the points of this task are weighed one by one"
     if "kpis" in balancer.needs:
         return f"{name} needs each task's key performance indicator beside its loss"
+    if balancer.needs_residuals:
+        return f"{name} needs the loss of each point"
     return f"the weights of {name} depend on all losses of a step" if balancer.needs_all_losses else ""
 
 

@@ -112,7 +112,7 @@ class Totals:
         """The loss to train on, scalar: Σ_i w_i L_i with the present weights; outside training Σ_i L_i.
 
         Args:
-            losses: task name → scalar loss, or one loss per point for a task of ``points``.
+            losses: task name → scalar loss, or one loss per point for a task of ``points``, and where the method needs it.
             kpis: task name → key performance indicator, for methods that need it.
             points: task name → what identifies the points of its losses.
             differentiable: whether a backward is to follow; by default where gradients are on and the network trains.
@@ -123,7 +123,7 @@ class Totals:
         """
         if differentiable is None:
             differentiable = torch.is_grad_enabled() and (self._loop is None or self._loop.network.training)
-        checked = check_losses(losses, differentiable=differentiable, per_point=self.points)
+        checked = check_losses(losses, differentiable=differentiable, per_point=self.points, residuals_for=self._residuals_for)
         loop = self._weighing
         if loop is None:
             # A term is the plain mean of its points here: they are not those that have masks.
@@ -147,7 +147,7 @@ class Totals:
             TypeError, ValueError, RuntimeError: as ``total`` does.
         """
         loop = self._weighing
-        checked = check_losses(losses, differentiable=loop is not None)
+        checked = check_losses(losses, differentiable=loop is not None, residuals_for=self._residuals_for if loop else "")
         if loop is None:
             self._see_evaluated(checked)
             return dict(losses)
@@ -227,6 +227,11 @@ class Totals:
     def _weighing(self) -> Loop | None:
         """The loop that is in a batch of training, if it is."""
         return self._loop if self._recording and torch.is_grad_enabled() else None
+
+    @property
+    def _residuals_for(self) -> str:
+        """The method, if it needs the losses per point."""
+        return type(self.balancer).__name__ if self.balancer.needs_residuals else ""
 
     @property
     def _measures(self) -> bool:

@@ -17,6 +17,7 @@ from lightning_gradnorm import (
     LossBalancer,
     LossRatioBalancing,
     Measurement,
+    NTKWeighting,
     RandomLossWeighting,
     ReLoBRaLo,
     SoftAdapt,
@@ -54,6 +55,7 @@ BALANCERS = {
     "AdaptiveNormalizedLoss": lambda **settings: AdaptiveNormalizedLoss(0.9, **settings),
     "LearningRateAnnealing": lambda **settings: LearningRateAnnealing("b", update_every=2, **settings),
     "LearningRateAnnealing norm": lambda **settings: LearningRateAnnealing(form="norm", update_every=1, **settings),
+    "NTKWeighting": lambda **settings: NTKWeighting(update_every=2, **settings),
     "RandomLossWeighting": RandomLossWeighting,
     "GeometricLoss": GeometricLoss,
     "ReLoBRaLo": lambda **settings: ReLoBRaLo(0.9, expected_rho=0.5, **settings),
@@ -72,7 +74,7 @@ FIRST = {
 UNBOUND = {
     *FIRST, "GradNorm", "GradNorm alpha", "GradNorm residuals", "GradNorm Adam", "GradNorm every 3rd, mean of 2",
     "GradNorm 0.1 defaults", "GradNorm 0.1 scale=gradient", "GradNorm 0.1 scale=reference", "DynamicTaskPrioritization",
-    "LearningRateAnnealing", "LearningRateAnnealing norm",
+    "LearningRateAnnealing", "LearningRateAnnealing norm", "NTKWeighting",
 }  # fmt: skip
 EPOCH = 5
 every_balancer = pytest.mark.parametrize("make", BALANCERS.values(), ids=BALANCERS)
@@ -85,7 +87,7 @@ def measurements(steps, tasks=TASKS, dtype=torch.float64):
     for _ in range(steps):
         draws = torch.rand(5, len(tasks), generator=generator, dtype=torch.float64)
         losses, norms, maxima, means = (scales * draw + 1e-3 for draw in draws[:4])
-        yield Measurement(tasks, *(vector.to(dtype) for vector in (losses, norms, maxima, means, draws[4])))
+        yield Measurement(tasks, *(vector.to(dtype) for vector in (losses, norms, maxima, means, draws[4], means.square())))
 
 
 def run(balancer, steps):
@@ -227,7 +229,7 @@ def test_declared_tasks_refuse_others(make):
     with pytest.raises(ValueError, match=r"Unknown task 'z'.*tasks=\['a', 'b', 'c'\].*Add the name"):
         balancer.total({"a": one, "z": one})
     with pytest.raises(ValueError, match="Unknown task 'z'"):
-        balancer.update(Measurement(("a", "z"), *(torch.ones(2) for _ in range(5))))
+        balancer.update(Measurement(("a", "z"), *(torch.ones(2) for _ in range(6))))
     assert same_state(balancer.state_dict(), before)
 
 

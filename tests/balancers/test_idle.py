@@ -7,14 +7,16 @@ import math
 import pytest
 import torch
 
-from lightning_gradnorm import GradNorm, LearningRateAnnealing, Measurement, RuleBalancer
+from lightning_gradnorm import GradNorm, LearningRateAnnealing, Measurement, NTKWeighting, RuleBalancer
 from lightning_gradnorm.balancers import arrays, base, idle, optimizer
+from lightning_gradnorm.measurement import is_of_gradients
 from tests.balancers.test_gradnorm_equations import vector
 from tests.helpers import of_version_0_1, same_state
 
 pytestmark = of_version_0_1
 
 TASKS = ("a", "b", "c")
+OF_GRADIENTS = [name for name in Measurement._fields if is_of_gradients(name)]
 METHODS = {
     f"{update}, {rule_of_scale}, alpha {alpha}": lambda update=update, rule_of_scale=rule_of_scale, alpha=alpha: GradNorm(
         alpha, update=update, scale=rule_of_scale, reference="b" if rule_of_scale == "reference" else None
@@ -32,13 +34,14 @@ METHODS = {
     "bounds, sum": lambda: GradNorm(1.5, scale="sum", min_weight=0.8, max_weight=1.1),
     "annealing": lambda: LearningRateAnnealing("b", update_every=1),
     "annealing, norms": lambda: LearningRateAnnealing(form="norm", update_every=1),
+    "NTK": lambda: NTKWeighting(update_every=1),
 }
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 
 
 def measured(losses, norms, tasks=TASKS):
     losses, norms = (torch.tensor(row, dtype=torch.float64) for row in (losses, norms))
-    return Measurement(tasks, losses, norms, 2 * norms, norms / 3)
+    return Measurement(tasks, losses, norms, 2 * norms, norms / 3, ntk_traces=norms.square())
 
 
 def random_steps(count, seed=0):
@@ -65,9 +68,9 @@ def test_it_is_as_if_it_were_absent(make, idle):
     for balancer in (ours, absent):
         balancer.update(measured([1.0, 2.0, 3.0], [3.0, 1.0, 2.0]))
     for step, measurement in enumerate(random_steps(20)):
-        norms = measured([1.0, 1.0, 1.0], [1.0, 2.0 + step, 5.0])[2:]
-        whole = measurement._replace(**dict(zip(Measurement._fields[2:5], norms[:3], strict=True)))
-        zeros = {name: getattr(whole, name).clone() for name in Measurement._fields[2:5]}
+        of_norms = measured([1.0, 1.0, 1.0], [1.0, 2.0 + step, 5.0])._asdict()
+        whole = measurement._replace(**{name: of_norms[name] for name in OF_GRADIENTS})
+        zeros = {name: getattr(whole, name).clone() for name in OF_GRADIENTS}
         for entries in zeros.values():
             entries[TASKS.index(idle)] = 0.0
         before = ours.weights[idle]
@@ -82,11 +85,12 @@ def test_it_is_as_if_it_were_absent(make, idle):
 @pytest.mark.parametrize("name", METHODS)
 def test_no_weight_runs_away(name):
     balancer, raised = METHODS[name](), 5.0 if name == "residuals" else 1.0
+    alike = 3.0 if name == "NTK" else 1.0  # what all weigh where all are alike
     for _ in range(300):
         balancer.update(measured([1.0, 1.0, 1.0], [1.0, 1.0, 0.0]))
     balancer.update(measured([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]))
-    assert balancer.weights["c"] == pytest.approx(1.0, rel=0.6)
-    assert all(0.3 < weight < 3 * raised for weight in balancer.weights.values()), balancer.weights
+    assert balancer.weights["c"] == pytest.approx(alike, rel=0.6)
+    assert all(0.3 < weight / alike < 3 * raised for weight in balancer.weights.values()), balancer.weights
 
 
 def waits(monkeypatch):
@@ -99,7 +103,7 @@ def waits(monkeypatch):
 @pytest.mark.parametrize("seed", range(2))
 def test_what_a_device_computes_without_being_asked_is_the_same(monkeypatch, make, seed):
     steps = list(random_steps(25, seed))
-    steps[5].gradient_norms[1] = steps[5].gradient_maxima[1] = torch.nan
+    steps[5].gradient_norms[1] = steps[5].gradient_maxima[1] = steps[5].ntk_traces[1] = torch.nan
     steps[9].losses[0] = torch.inf
     here, there, seen = make(), make(), []
     for step in steps:

@@ -18,6 +18,7 @@ from lightning_gradnorm import (
     LearningRateAnnealing,
     LossRatioBalancing,
     Measurement,
+    NTKWeighting,
     RandomLossWeighting,
     ReLoBRaLo,
     SoftAdapt,
@@ -233,6 +234,24 @@ def test_annealing_and_its_reference_go_together():
     with pytest.raises(ValueError, match="reference names 'z', which is no task: the tasks are 'a', 'b', 'c'"):
         balancer.update(of([1.0] * 3, gradient_maxima=[1.0] * 3, gradient_means=[1.0] * 3))
     assert balancer.tasks == ()
+
+
+# -- neural tangent kernel -------------------------------------------------------------------------------------------
+
+
+def test_a_terms_weight_is_the_traces_sum_over_its_own():
+    balancer = NTKWeighting(update_every=1)
+    balancer.update(of([1.0, 1.0, 1.0], ntk_traces=[8.0, 1.5, 0.5]))
+    assert list(balancer.weights.values()) == pytest.approx([10 / 8, 10 / 1.5, 20], **close)
+
+
+def test_traces_are_averaged_over_all_at_first_and_exponentially_later():
+    traces = np.random.default_rng(1).uniform(0.1, 1.0, (30, 3)) * np.array([0.01, 1.0, 100.0])
+    balancer, mean = NTKWeighting(decay=0.75, update_every=1), np.zeros(3)
+    for k, row in enumerate(traces):
+        balancer.update(of([1.0, 1.0, 1.0], ntk_traces=row))
+        mean = traces[: k + 1].mean(0) if k < 4 else 0.75 * mean + 0.25 * row
+        assert list(balancer.weights.values()) == pytest.approx(mean.sum() / mean, **close)
 
 
 # -- uncertainty -----------------------------------------------------------------------------------------------------

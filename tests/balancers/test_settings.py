@@ -24,6 +24,7 @@ from lightning_gradnorm import (
     LossBalancingCallback,
     LossRatioBalancing,
     Measurement,
+    NTKWeighting,
     PointWeighting,
     RandomLossWeighting,
     ReLoBRaLo,
@@ -51,6 +52,7 @@ SETTINGS = {
     DynamicTaskPrioritization: {"gamma": {"a": 2.0, "b": 0.5}, "smoothing": 0.5, "floor": 1e-3, "tasks": TASKS},
     AdaptiveNormalizedLoss: {"decay": 0.5, "floor": 1e-8, "tasks": TASKS},
     LearningRateAnnealing: {"reference": "b", "form": "max_mean", "decay": 0.5, "update_every": 1, "tasks": TASKS},
+    NTKWeighting: {"decay": 0.5, "update_every": 2, "tasks": TASKS},
     RandomLossWeighting: {"seed": 7, "tasks": TASKS},
     GeometricLoss: {"tasks": TASKS, "update_every": 1},
     ReLoBRaLo: {"alpha": 0.5, "temperature": 1e-1, "expected_rho": 0.5, "seed": 3, "tasks": TASKS},
@@ -114,7 +116,7 @@ def learn(method):
         return
     for _ in range(4):
         losses = torch.rand(3, dtype=torch.float64) + 0.1
-        method.update(Measurement(tuple(map(np.str_, TASKS)), losses, losses, losses, losses, losses / 2))
+        method.update(Measurement(tuple(map(np.str_, TASKS)), losses, losses, losses, losses, losses / 2, losses))
         method.end_epoch()
 
 

@@ -9,7 +9,13 @@ import torch.distributed
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from lightning_gradnorm import DynamicTaskPrioritization, GradNormCallback, LossBalancingCallback, SelfAdaptivePoints
+from lightning_gradnorm import (
+    DynamicTaskPrioritization,
+    GradNormCallback,
+    LossBalancingCallback,
+    NTKWeighting,
+    SelfAdaptivePoints,
+)
 from lightning_gradnorm.session import RankAgreement
 from tests.callbacks.two_processes import WORLD
 from tests.helpers import SCALES, TrunkAndHeads, quiet_trainer
@@ -113,6 +119,31 @@ class WatchOther(LossBalancingCallback):
 def run_other_methods(rank, path):
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
     torch.save(fit_module(OtherMethods("plain"), WatchOther(), path.parent, part_of(rank), strategy), path)
+
+
+class Residuals(Scenario):
+    """With each task's squared residuals."""
+
+    def reduced(self, squares):
+        return squares
+
+
+class WatchTraces(LossBalancingCallback):
+    """Remembers weights and averaged traces of every step."""
+
+    def __init__(self):
+        super().__init__(NTKWeighting(update_every=1), summary=False)
+        self.history = []
+
+    def on_train_batch_end(self, *args):
+        super().on_train_batch_end(*args)
+        self.history.append((self.weights, self.balancer.state_dict()["memory"]["trace"].tolist()))
+
+
+def run_residuals(rank, path):
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60), find_unused_parameters=True)
+    module = Residuals("absent on one rank")
+    torch.save(fit_module(module, WatchTraces(), path.parent, part_of(rank), strategy), path)
 
 
 class Watch(GradNormCallback):

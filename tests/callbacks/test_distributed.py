@@ -7,6 +7,7 @@ import torch
 
 from tests.callbacks import distributed_worker as worker
 from tests.callbacks.distributed_worker import CASES, SAME_AS_ONE_PROCESS, STEPS, Scenario, fit, global_batches
+from tests.callbacks.test_every_method import traces_by_hand
 from tests.callbacks.two_processes import on_two_processes
 from tests.helpers import SCALES
 
@@ -59,6 +60,22 @@ def test_indicators_and_masks_equal_those_of_one_process(tmp_path):
     assert one["history"] == other["history"]
     assert_same_run(one, alone)
     assert len({round(mask, 6) for mask in one["history"][-1][1]}) > 4
+
+
+@pytest.mark.feature("traces of tangent kernels under DDP", "supported", "signs of its own on each rank; one mean")
+def test_the_ranks_traces_are_averaged(tmp_path):
+    one, other = on_two_processes(worker.run_residuals, tmp_path, timeout=120)
+    assert one["history"] == other["history"] and torch.equal(one["parameters"], other["parameters"])
+    assert one["skipped"] == 0 and len(one["history"]) == STEPS
+    module, traces = worker.Residuals("plain"), []
+    for rank in range(2):
+        points = module.losses(worker.part_of(rank)[0])
+        if rank == 1:
+            del points["middle"]  # it is absent there
+        found = traces_by_hand(points, list(module.trunk[2].parameters()), 0, rank)
+        traces.append(dict(zip(points, found.tolist(), strict=True)))
+    expected = {task: (trace + traces[1].get(task, trace)) / 2 for task, trace in traces[0].items()}
+    assert dict(zip(SCALES, one["history"][0][1], strict=True)) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.feature('`strategy="ddp"`', "supported", "one collective per update, or step that is logged")

@@ -1,6 +1,7 @@
 """Every method behind the callback: one word changed, the same features."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -19,13 +20,15 @@ from lightning_gradnorm import (
     LossBalancingCallback,
     LossRatioBalancing,
     Measurement,
+    NTKWeighting,
     RandomLossWeighting,
     ReLoBRaLo,
     SoftAdapt,
     UncertaintyWeighting,
 )
+from lightning_gradnorm.traces import generator_of, random_signs
 from tests.callbacks.test_resume import PER_EPOCH, STEPS, assert_went_on, fit
-from tests.helpers import SCALES, MemoryLogger, Recorder, TrunkAndHeads, batches, quiet_trainer
+from tests.helpers import SCALES, MemoryLogger, PerPoint, Recorder, TrunkAndHeads, batches, quiet_trainer
 
 TASKS = tuple(SCALES)
 METHODS = {
@@ -38,12 +41,20 @@ METHODS = {
     "AMNL": AdaptiveNormalizedLoss,
     "annealing": lambda: LearningRateAnnealing("middle", update_every=2),
     "annealing, norms": lambda: LearningRateAnnealing(form="norm", update_every=3),
+    "NTK": lambda: NTKWeighting(update_every=2),
     "random": RandomLossWeighting,
     "geometric": GeometricLoss,
     "ReLoBRaLo": lambda: ReLoBRaLo(0.9, expected_rho=0.5),
     "SoftAdapt": lambda: SoftAdapt(1.0, variant="normalized"),
     "GradNorm": GradNorm,
 }
+
+
+def module_for(make, *settings):
+    """With losses as the method needs them."""
+    return (PerPoint if make().needs_residuals else TrunkAndHeads)(*settings)
+
+
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 
 
@@ -52,11 +63,12 @@ every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 def test_resumed_equals_uninterrupted(tmp_path, make):
     """Stopped in mid-epoch and at an epoch's end: histories of epochs and states of random numbers included."""
     whole_callback = LossBalancingCallback(make(), summary=False)
-    whole = fit(tmp_path, whole_callback)
+    module = partial(module_for, make)
+    whole = fit(tmp_path, whole_callback, make=module)
     assert len(whole.logged) == STEPS
     for stop in (1, PER_EPOCH - 1, PER_EPOCH, STEPS - 1):
         callback = LossBalancingCallback(make(), summary=False)
-        resumed = fit(tmp_path, callback, ckpt_path=tmp_path / f"step={stop}.ckpt")
+        resumed = fit(tmp_path, callback, ckpt_path=tmp_path / f"step={stop}.ckpt", make=module)
         assert_went_on(resumed, whole, stop)
         assert resumed.logged == whole.logged[stop:]
 
@@ -65,7 +77,7 @@ def test_resumed_equals_uninterrupted(tmp_path, make):
 def test_the_trainer_trains_as_a_loop_written_by_hand(tmp_path, make):
     """Total, backward, update, step: with gradients taken per task by autograd where the method needs them."""
     torch.manual_seed(3)
-    module = TrunkAndHeads()
+    module = module_for(make)
     by_hand, balancer = copy.deepcopy(module), make()
     seen = Recorder(callback := LossBalancingCallback(make(), summary=False))
     quiet_trainer(tmp_path, callbacks=[callback, seen], max_epochs=2).fit(module, batches(5))
@@ -73,8 +85,10 @@ def test_the_trainer_trains_as_a_loop_written_by_hand(tmp_path, make):
     step = 0
     for _ in range(2):
         for (x,) in batches(5):
-            losses = by_hand.losses(x)
+            points = by_hand.losses(x)
+            losses = {task: loss.mean() for task, loss in points.items()}
             rows = [torch.autograd.grad(loss, shared, retain_graph=True)[0].double() for loss in losses.values()]
+            traces = traces_by_hand(points, shared, step) if balancer.needs_residuals else None
             total = balancer.total(losses)
             optimizer.zero_grad()
             total.backward()
@@ -84,7 +98,7 @@ def test_the_trainer_trains_as_a_loop_written_by_hand(tmp_path, make):
                 torch.stack([reduce(row) for row in rows])
                 for reduce in (torch.linalg.vector_norm, lambda g: g.abs().max(), lambda g: g.abs().mean())
             )
-            measurement = Measurement(TASKS, stacked, norms, maxima, means, 1 / (1 + stacked))
+            measurement = Measurement(TASKS, stacked, norms, maxima, means, 1 / (1 + stacked), traces)
             balancer.update(measurement if balancer.due else None)
             assert seen.weights[step] == pytest.approx(balancer.weights, rel=1e-4)
             torch.testing.assert_close(
@@ -94,24 +108,37 @@ def test_the_trainer_trains_as_a_loop_written_by_hand(tmp_path, make):
         balancer.end_epoch()
 
 
-class Differentiating(TrunkAndHeads):
-    """Takes ∂total/∂L_i of each step by autograd."""
+def traces_by_hand(points, tensors, step, rank=0):
+    """With the signs that the session draws; ``[T]``."""
+    traces = []
+    for number, squares in enumerate(points.values()):
+        signs = random_signs(squares.shape, generator_of(step, rank, 0, number))
+        gradients = torch.autograd.grad((signs * squares.sqrt()).sum(), tensors, retain_graph=True)
+        traces.append(sum(gradient.double().square().sum() for gradient in gradients) / squares.numel())
+    return torch.stack(traces)
 
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.applied = []
+
+class Differentiating(PerPoint):
+    """Takes ∂total/∂L_i of each step by autograd: a point's share of it, summed."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.applied, self.per_point = [], method().needs_residuals
+
+    def reduced(self, squares):
+        return squares if self.per_point else squares.mean()
 
     def training_step(self, batch, batch_idx):
         losses = self.losses(batch[0])
         total = self.total_loss(losses, kpis=dict.fromkeys(losses, 0.5))
         gradients = torch.autograd.grad(total, list(losses.values()), retain_graph=True)
-        self.applied.append(dict(zip(losses, (g.item() for g in gradients), strict=True)))
+        self.applied.append(dict(zip(losses, (g.sum().item() for g in gradients), strict=True)))
         return total
 
 
 @every_method
 def test_what_is_logged_is_what_was_applied(tmp_path, make):
-    module, logger = Differentiating(), MemoryLogger()
+    module, logger = Differentiating(make), MemoryLogger()
     callback = LossBalancingCallback(make(), summary=False)
     quiet_trainer(tmp_path, callbacks=[callback], logger=logger, max_epochs=2).fit(module, batches(4))
     logged = [
@@ -124,7 +151,7 @@ def test_what_is_logged_is_what_was_applied(tmp_path, make):
 
 @every_method
 def test_accumulation_keeps_the_weights_and_updates_once(tmp_path, make):
-    module, callback = TrunkAndHeads(), LossBalancingCallback(make(), summary=False)
+    module, callback = module_for(make), LossBalancingCallback(make(), summary=False)
     seen = Recorder(callback)
     quiet_trainer(tmp_path, callbacks=[callback, seen], accumulate_grad_batches=2).fit(module, batches(4))
     assert callback.balancer.steps == 2

@@ -33,7 +33,7 @@ class StatefulLoader:
         self.position = state["position"]
 
 
-def fit(folder, callback, *, max_steps=STEPS, ckpt_path=None, weights_only=None, **trainer_settings):
+def fit(folder, callback, *, max_steps=STEPS, ckpt_path=None, weights_only=None, make=TrunkAndHeads, **trainer_settings):
     """Train with the callback, or with none, and save a checkpoint after every step; what every batch saw."""
     torch.manual_seed(7)
     seen, memory = Recorder(callback), MemoryLogger()
@@ -47,7 +47,7 @@ def fit(folder, callback, *, max_steps=STEPS, ckpt_path=None, weights_only=None,
         enable_checkpointing=True,
         **trainer_settings,
     )
-    trainer.fit(TrunkAndHeads(torch.optim.Adam), StatefulLoader(), ckpt_path=ckpt_path, weights_only=weights_only)
+    trainer.fit(make(torch.optim.Adam), StatefulLoader(), ckpt_path=ckpt_path, weights_only=weights_only)
     seen.logged = memory.logged
     return seen
 

@@ -67,6 +67,14 @@ def relative(u: Tensor, exact: Tensor) -> float:
     return ((u - exact).norm() / exact.norm()).item()
 
 
+def squares(*residuals: Tensor) -> Tensor:
+    """Squared residuals of which each point has several, ``[N]`` each, as entries of their own.
+
+    Their mean is that of the points' sums.
+    """
+    return len(residuals) * torch.cat(residuals).square()
+
+
 def grid(low: Sequence[float], high: Sequence[float], size: int) -> Tensor:
     """``size`` × ``size`` points over a rectangle, ``[size², 2]``, the first coordinate slowest."""
     return torch.cartesian_prod(*(torch.linspace(a, b, size) for a, b in zip(low, high, strict=True)))
@@ -113,7 +121,7 @@ class Helmholtz(Equation):
     def losses(self, inside: Tensor, sides: Tensor) -> dict[str, Tensor]:
         u, _, (u_xx, u_yy) = self.network.derivatives(inside, second=2)
         residual = u_xx + u_yy + u - (1 - 10 * math.pi**2) * self.solution(inside)
-        return {"pde": residual.square().mean(), "boundary": 4 * self.network(sides).square().mean()}
+        return {"pde": residual.square(), "boundary": 4 * self.network(sides).square()}
 
     def solution(self, x: Tensor) -> Tensor:
         return torch.sin(math.pi * x[:, 0]) * torch.sin(3 * math.pi * x[:, 1])
@@ -129,9 +137,9 @@ class KleinGordon(Equation):
         u, _, (u_tt, u_xx) = self.network.derivatives(inside, second=2)
         at_start, (speed, _), _ = self.network.derivatives(first)
         return {
-            "pde": (u_tt - u_xx + u**3 - self.forcing(inside)).square().mean(),
-            "initial": ((at_start - self.solution(first)).square() + speed.square()).mean(),
-            "boundary": 2 * (self.network(sides) - self.solution(sides)).square().mean(),
+            "pde": (u_tt - u_xx + u**3 - self.forcing(inside)).square(),
+            "initial": squares(at_start - self.solution(first), speed),
+            "boundary": 2 * (self.network(sides) - self.solution(sides)).square(),
         }
 
     def solution(self, x: Tensor) -> Tensor:

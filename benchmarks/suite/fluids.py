@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.suite import references
-from benchmarks.suite.equations import Equation, all_sides, grid, relative, uniform
+from benchmarks.suite.equations import Equation, all_sides, grid, relative, squares, uniform
 from benchmarks.suite.problem import Batch, generator
 
 Number = TypeVar("Number", Tensor, references.Array)
@@ -35,9 +35,9 @@ class AllenCahn(Equation):
         values, (_, slopes), _ = self.network.derivatives(sides)
         (left, right), (slope_left, slope_right) = values.chunk(2), slopes.chunk(2)
         return {
-            "pde": (u_t - self.diffusion * u_xx - 5 * u + 5 * u**3).square().mean(),
-            "initial": (self.network(first) - x**2 * torch.cos(math.pi * x)).square().mean(),
-            "boundary": ((left - right).square() + (slope_left - slope_right).square()).mean(),
+            "pde": (u_t - self.diffusion * u_xx - 5 * u + 5 * u**3).square(),
+            "initial": (self.network(first) - x**2 * torch.cos(math.pi * x)).square(),
+            "boundary": squares(left - right, slope_left - slope_right),
         }
 
     def errors(self) -> Sequence[float]:
@@ -55,9 +55,9 @@ class Burgers(Equation):
     def losses(self, inside: Tensor, first: Tensor, sides: Tensor) -> dict[str, Tensor]:
         u, (u_t, u_x), (u_xx,) = self.network.derivatives(inside, second=1)
         return {
-            "pde": (u_t + u * u_x - VISCOSITY * u_xx).square().mean(),
-            "initial": (self.network(first) + torch.sin(math.pi * first[:, 1])).square().mean(),
-            "boundary": 2 * self.network(sides).square().mean(),
+            "pde": (u_t + u * u_x - VISCOSITY * u_xx).square(),
+            "initial": (self.network(first) + torch.sin(math.pi * first[:, 1])).square(),
+            "boundary": 2 * self.network(sides).square(),
         }
 
     def solution(self, x: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ class BurgersInverse(Burgers):
         advection, diffusion = self.coefficients.unbind()
         known = super().losses(inside, first, sides)
         return known | {
-            "pde": (u_t + advection * u * u_x - diffusion * u_xx).square().mean(),
-            "data": (self.network(measured) - values).square().mean(),
+            "pde": (u_t + advection * u * u_x - diffusion * u_xx).square(),
+            "data": (self.network(measured) - values).square(),
         }
 
     def errors(self) -> Sequence[float]:
@@ -126,9 +126,9 @@ class Cavity(Equation):
         continuity = along_x[:, 0] + along_y[:, 1]
         moving = torch.stack([lid_speed(lid[:, 0]), 0 * lid[:, 0]], 1)
         return {
-            "pde": momentum.square().sum(1).mean() + continuity.square().mean(),
-            "walls": 3 * self.network(walls)[:, :2].square().sum(1).mean(),
-            "lid": (self.network(lid)[:, :2] - moving).square().sum(1).mean(),
+            "pde": squares(*momentum.unbind(1), continuity),
+            "walls": 3 * squares(*self.network(walls)[:, :2].unbind(1)),
+            "lid": squares(*(self.network(lid)[:, :2] - moving).unbind(1)),
         }
 
     def errors(self) -> Sequence[float]:

@@ -15,8 +15,11 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from benchmarks.suite.problem import Problem
 from lightning_gradnorm import LossBalancer, Measurement
+from lightning_gradnorm.traces import generator_of, random_signs, residual_cotangents
 
 NormsOn = Literal["shared", "matrices", "all"]
+Found = dict[NormsOn, dict[str, list[Tensor]]]  # where gradients are compared → statistic → ``[M]`` of each task so far
+Statistics = dict[str, Callable[[Tensor], Tensor]]  # name → of gradients ``[M, |W|]``, ``[M]``
 MARKS = (0.25, 0.5, 1.0)  # shares of the training at which errors are taken
 
 
@@ -73,13 +76,14 @@ class Stack:
     def advance(self) -> dict[str, Tensor]:
         """One step of all; task → the losses before it, one per member, detached."""
         batch = [torch.stack(parts)[self.stream_of] for parts in zip(*map(next, self.streams), strict=True)]
-        losses = self.losses(self.parameters, *batch)
+        points = self.losses(self.parameters, *batch)
+        losses = {task: loss.flatten(1).mean(1) if loss.ndim > 1 else loss for task, loss in points.items()}
         detached = torch.stack([losses[task].detach() for task in self.tasks], 1).double()
         for place, member in enumerate(self.members):
             if member.applied is None:
                 member.applied = member.balancer.weights_at(dict(zip(self.tasks, detached[place].unbind(), strict=True)))
         weights = torch.stack([member.applied for member in self.members], 1)
-        measured = self._measure(losses)
+        measured = self._measure(losses, points)
         total = torch.stack([(weight * losses[task]).sum() for task, weight in zip(self.tasks, weights.float(), strict=True)])
         gradients = torch.autograd.grad(total.sum(), list(self.parameters.values()), materialize_grads=True)
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
@@ -96,24 +100,32 @@ class Stack:
         self.step += 1
         return dict(zip(self.tasks, detached.unbind(1), strict=True))
 
-    def _measure(self, losses: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def _measure(self, losses: dict[str, Tensor], points: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Where gradients are compared → statistic of a measurement → ``[T, M]``, of what some member needs now."""
-        needs: dict[str, set[str]] = {}
+        needs: dict[NormsOn, set[str]] = {}
         for member in self.members:
             if member.balancer.due and member.balancer.needs_gradients:
                 needs.setdefault(member.norms_on, set()).update(member.balancer.needs)
-        wanted = list({id(one): one for norms_on in needs for one in self.compared[norms_on]}.values())
-        found: dict[str, dict[str, list[Tensor]]] = {
-            norms_on: {name: [] for name in names} for norms_on, names in needs.items()
-        }
-        for task in self.tasks if needs else ():
-            gradients = torch.autograd.grad(losses[task].sum(), wanted, retain_graph=True, materialize_grads=True)
-            by_id = {id(one): gradient.flatten(1) for one, gradient in zip(wanted, gradients, strict=True)}
-            for norms_on, statistics in found.items():
-                whole = torch.cat([by_id[id(one)] for one in self.compared[norms_on]], 1)
-                for name, vectors in statistics.items():
-                    vectors.append(STATISTICS[name](whole).double())
+        found: Found = {norms_on: {name: [] for name in names} for norms_on, names in needs.items()}
+        for number, task in enumerate(self.tasks if needs else ()):
+            self._take(OF_LOSSES, losses[task], found)
+            if any("ntk_traces" in statistics for statistics in found.values()):
+                signs = random_signs(points[task].shape[1:], generator_of(self.step, 0, 0, number))
+                self._take(OF_RESIDUALS, signed_sums(points[task], signs), found)
         return {norms_on: {name: torch.stack(v) for name, v in statistics.items()} for norms_on, statistics in found.items()}
+
+    def _take(self, statistics: Statistics, outputs: Tensor, found: Found) -> None:
+        """Add to what was found those statistics that are wanted of the gradients of ``outputs``, one per member."""
+        places = [norms_on for norms_on, vectors in found.items() if not statistics.keys().isdisjoint(vectors)]
+        wanted = list({id(one): one for norms_on in places for one in self.compared[norms_on]}.values())
+        if not wanted:
+            return
+        gradients = torch.autograd.grad(outputs.sum(), wanted, retain_graph=True, materialize_grads=True)
+        by_id = {id(one): gradient.flatten(1) for one, gradient in zip(wanted, gradients, strict=True)}
+        for norms_on in places:
+            whole = torch.cat([by_id[id(one)] for one in self.compared[norms_on]], 1)
+            for name in statistics.keys() & found[norms_on]:
+                found[norms_on][name].append(statistics[name](whole).double())
 
     @torch.no_grad()
     def note(self) -> None:
@@ -126,11 +138,18 @@ class Stack:
             member.weights.append(member.balancer.weights)
 
 
-STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+OF_LOSSES: Statistics = {
     "gradient_norms": lambda gradients: gradients.norm(dim=1),
     "gradient_maxima": lambda gradients: gradients.abs().amax(1),
     "gradient_means": lambda gradients: gradients.abs().mean(1),
 }
+OF_RESIDUALS: Statistics = {"ntk_traces": lambda gradients: gradients.square().sum(1)}
+
+
+def signed_sums(squares: Tensor, signs: Tensor) -> Tensor:
+    """Σ_j ε_j r_j / √N of each member's points, ``[M]``, given their r², ``[M, N]``, and signs ε, ``[N]``."""
+    count = squares.count_nonzero(1).clamp_min(1)
+    return (residual_cotangents(squares.detach(), signs) * squares).sum(1) / count.sqrt()
 
 
 def fresh(make: Callable[[int], Problem], seed: int) -> Problem:

@@ -23,9 +23,9 @@ class Periodic(Equation):
         u, (u_t, u_x), _ = self.network.derivatives(inside)
         left, right = self.network(sides).chunk(2)
         return {
-            "pde": self.residual(u, u_t, u_x).square().mean(),
-            "initial": (self.network(first) - self.solution(first)).square().mean(),
-            "boundary": (left - right).square().mean(),
+            "pde": self.residual(u, u_t, u_x).square(),
+            "initial": (self.network(first) - self.solution(first)).square(),
+            "boundary": (left - right).square(),
         }
 
 
@@ -69,9 +69,9 @@ class Transport(Equation):
         _, (u_t, u_x), _ = self.network.derivatives(inside)
         inflow = sides.chunk(2)[0]
         return {
-            "pde": (u_t + u_x).square().mean(),
-            "initial": (self.network(first) - self.solution(first)).square().mean(),
-            "inflow": (self.network(inflow) - self.solution(inflow)).square().mean(),
+            "pde": (u_t + u_x).square(),
+            "initial": (self.network(first) - self.solution(first)).square(),
+            "inflow": (self.network(inflow) - self.solution(inflow)).square(),
         }
 
     def solution(self, x: Tensor) -> Tensor:
@@ -89,10 +89,10 @@ class Wave(Equation):
         _, _, (u_tt, u_xx) = self.network.derivatives(inside, second=2)
         at_start, (speed, _), _ = self.network.derivatives(first)
         return {
-            "pde": (u_tt - u_xx).square().mean(),
-            "initial": (at_start - self.solution(first)).square().mean(),
-            "speed": speed.square().mean(),
-            "boundary": 2 * self.network(sides).square().mean(),
+            "pde": (u_tt - u_xx).square(),
+            "initial": (at_start - self.solution(first)).square(),
+            "speed": speed.square(),
+            "boundary": 2 * self.network(sides).square(),
         }
 
     def solution(self, x: Tensor) -> Tensor:
@@ -115,8 +115,8 @@ class Elliptic(Equation):
         x = inside[:, 0]
         residual = (1 + x**2) * (u_xx + u_yy) + 2 * x * u_x - self.forcing(inside)
         return {
-            "pde": residual.square().mean(),
-            "boundary": (self.network(sides) - self.solution(sides)).square().mean(),
+            "pde": residual.square(),
+            "boundary": (self.network(sides) - self.solution(sides)).square(),
         }
 
     def solution(self, x: Tensor) -> Tensor:
@@ -145,9 +145,9 @@ class Heat(Equation):
     def losses(self, inside: Tensor, first: Tensor, sides: Tensor) -> dict[str, Tensor]:
         _, (u_t, _), (u_xx,) = self.network.derivatives(inside, second=1)
         return {
-            "pde": (u_t - self.diffusion * u_xx).square().mean(),
-            "initial": (self.network(first) - self.solution(first)).square().mean(),
-            "boundary": 2 * self.network(sides).square().mean(),
+            "pde": (u_t - self.diffusion * u_xx).square(),
+            "initial": (self.network(first) - self.solution(first)).square(),
+            "boundary": 2 * self.network(sides).square(),
         }
 
     def solution(self, x: Tensor) -> Tensor:

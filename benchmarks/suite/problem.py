@@ -52,7 +52,7 @@ class Problem(nn.Module):
         raise NotImplementedError
 
     def losses(self, *batch: Tensor) -> dict[str, Tensor]:
-        """Task → scalar loss; no more than ``torch.func.vmap`` can stack."""
+        """Task → loss, scalar, or one per point, of which the mean counts; no more than ``torch.func.vmap`` can stack."""
         raise NotImplementedError
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ def ntk_trace(squares: Tensor, tensors: Sequence[Tensor], signs: Tensor, edges: 
         raise HiddenUseError("Between the residuals and the shared layer lies")
     detached = squares.detach()
     sent = residual_cotangents(detached, signs).unbind()
+    rows: list[list[Tensor | None]]
     if has_shards(graph.edges):
         with undone():
             rows = [list(torch.autograd.grad(squares, wanted, one, retain_graph=True, allow_unused=True)) for one in sent]

@@ -110,7 +110,10 @@ class TrunkAndHeads(MultiTaskMixin, L.LightningModule):
 
 
 class PerPoint(TrunkAndHeads):
-    """The same with each task's squared residuals, whose mean is its loss."""
+    """The same with each task's squared residuals, whose mean is its loss, in small steps: weights may be large."""
+
+    def __init__(self, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, lr: float = 1e-4) -> None:
+        super().__init__(optimizer, lr)
 
     def reduced(self, squares: Tensor) -> Tensor:
         return squares

@@ -64,6 +64,25 @@ def test_the_weights_are_the_traces_sum_over_ones_own(monkeypatch, layer):
     assert list(session.balancer.weights.values()) == pytest.approx((traces.sum() / traces).tolist(), rel=1e-12)
 
 
+def test_all_that_is_trained_is_the_layer_unless_it_is_named(monkeypatch):
+    exactly(monkeypatch)
+    net = network()
+    net.coefficient = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    net[0].bias.requires_grad_(False)
+    session = BalancingSession(NTKWeighting(), net)
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    with_coefficient = {task: net.coefficient * r if task == "pde" else r for task, r in terms(net, points()).items()}
+    expected = [point_by_point(r, trained).item() for r in with_coefficient.values()]
+    measured = step(session, net, {task: r.square() for task, r in with_coefficient.items()}).measurement
+    assert measured.ntk_traces.tolist() == pytest.approx(expected, rel=1e-12)
+    assert "coefficient" in session.shared.names and "0.bias" not in session.shared.names
+    assert "all that is trained, as the method has it; name less by shared_layer" in str(session.shared)
+    with pytest.raises(
+        ValueError, match=r"norm_of='features' reads the gradient at the shared layer's output, and .* names no"
+    ):
+        step(BalancingSession(NTKWeighting(), net, norm_of="features"), net, squares(net, points()))
+
+
 def test_a_terms_points_may_be_weighed_and_the_trace_is_of_its_own_residuals(monkeypatch):
     exactly(monkeypatch)
     net, masks = network(), SelfAdaptivePoints(POINTS, lr=0.3)

@@ -63,10 +63,12 @@ class LossBalancer(NamedTasks, ABC):
             a task that did not take part, except for its norm of 0.
         frozen: while true, ``update`` measures and computes its diagnostics, and every weight stays as it is.
         needs: the fields of ``Measurement``, beside the losses, that the method cannot do without.
+        of_all_parameters: whether all that is trained is the shared layer for it, where the user names none.
     """
 
     needs: tuple[str, ...] = ()
     needs_positive_losses: bool = False
+    of_all_parameters: bool = False
     _remembers: tuple[tuple[str, float], ...] = ()  # name of a ``[T]`` vector of state → its entry for a new task
     _parts: Mapping[str, Part] = MappingProxyType({})  # name in the state → part; set before this constructor runs
 

@@ -29,8 +29,10 @@ class NTKWeighting(RuleBalancer):
 
     The traces are estimated, in each measured step from one draw of random signs, by one vector-Jacobian product per term
     (``lightning_gradnorm.traces``), and averaged: over all measurements at first, from 1 / (1 − β) on exponentially. jaxpi
-    averages weights instead, of exact traces every 1000 steps. The paper has all parameters as W: let ``shared_layer()`` return
-    them for that. At the first step weights are one.
+    averages weights instead, of exact traces every 1000 steps. At the first step weights are one.
+
+    As in the paper, W is all that is trained, unless ``shared_layer()`` names less: unknown coefficients of an equation too,
+    which its residual depends on.
 
     Residuals have to reach W through a graph that can be walked twice: regions compiled by ``torch.compile`` above W, and
     reentrant checkpoints, are refused. The weights are 1 at least and not bound to a sum.
@@ -45,6 +47,7 @@ class NTKWeighting(RuleBalancer):
     """
 
     needs = ("ntk_traces",)
+    of_all_parameters = True
     _remembers = (("trace", 0.0), ("measured", 0.0))
 
     def __init__(self, *, decay: float = 0.99, update_every: int = 10, tasks: Iterable[str] | None = None) -> None:

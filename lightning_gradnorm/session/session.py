@@ -79,7 +79,7 @@ class BalancingSession(Totals):
         losses_of: str | None = None,
     ) -> None:
         self.balancer, self.points, self.handed_out = balancer, dict(points or {}), set()
-        self.reading = SharedReading(engine, norm_of, balancer.needs)
+        self.reading = SharedReading(engine, norm_of, balancer)
         self._close()
         if network is not None:
             self.open(Loop(network, lambda: shared_layer, losses_of=losses_of, ranks=RankAgreement.of(network)))

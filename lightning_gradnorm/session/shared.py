@@ -1,12 +1,14 @@
 """The shared layer of a run: found, kept, and read around each backward."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.balancers.checks import check_choice
 from lightning_gradnorm.reading import Engine, Reading
 from lightning_gradnorm.shared_layer import (
@@ -28,11 +30,11 @@ class SharedReading:
     Args:
         engine: ``"joint"``, ``"per_task"``, or ``"auto"``.
         norm_of: ``"parameters"`` of the shared layer, or its ``"features"``: the layer's output.
-        needs: what the balancer needs of a measurement.
+        balancer: the method, which says what it needs.
 
     Attributes:
         layer: the shared layer, once it is known.
-        is_given: whether the user has named it.
+        is_given: whether the user has named it, or the method takes all.
         engine: reads the tasks' gradients on it.
         known_names: names of W's parameters, also those of the run that a state is from.
     """
@@ -44,14 +46,15 @@ class SharedReading:
     is_given: bool
     _fitting: set[str]  # the tasks that W is known to fit
 
-    def __init__(self, engine: Engine, norm_of: NormOf, needs: Sequence[str] = ()) -> None:
+    def __init__(self, engine: Engine, norm_of: NormOf, balancer: LossBalancer) -> None:
         check_choice("norm_of", norm_of, get_args(NormOf))
-        if "gradient_means" in needs and norm_of == "features":
+        if "gradient_means" in balancer.needs and norm_of == "features":
             raise ValueError(
                 "norm_of='features' has norms only, and this method needs the sizes of single entries of the parameters' "
                 "gradients. Take norm_of='parameters', or a form of the method that needs norms."
             )
         self.engine, self.norm_of = Reading(engine), norm_of
+        self._takes_all = balancer.of_all_parameters and norm_of == "parameters"
         self.known_names: list[str] = []
         self.layer: SharedLayer | None = None
         self.close()
@@ -59,6 +62,7 @@ class SharedReading:
     def __getstate__(self) -> dict[str, Any]:
         return {
             "norm_of": self.norm_of,
+            "takes_all": self._takes_all,
             "known_names": list(self.known_names),
             "engine": self.engine.engine,
             "engine_used": self.engine.engine_used,
@@ -66,6 +70,7 @@ class SharedReading:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.norm_of, self.known_names, self.layer = state["norm_of"], state["known_names"], None
+        self._takes_all = state["takes_all"]
         self.engine = Reading(state["engine"])
         self.engine.engine_used = state["engine_used"]
         self.close()
@@ -130,8 +135,8 @@ class SharedReading:
     def find(self, losses: Mapping[str, Tensor]) -> bool:
         """Whether W is known for these tasks.
 
-        As the user gives it; or as a state says it was; or as the graphs of the first batches show it, and again where a new
-        task does not reach what was found.
+        As the user gives it; or all that is trained, for a method that wants it so; or as a state says it was; or as the
+        graphs of the first batches show it, and again where a new task does not reach what was found.
 
         Raises:
             TypeError, ValueError: where there is none that will do; the message says the way out.
@@ -139,11 +144,14 @@ class SharedReading:
         assert self._network is not None, "open comes first"
         if self.layer is None and self._search is None:
             spec = self._given()
-            self.is_given = spec is not None
+            self.is_given = spec is not None or self._takes_all
             if self.norm_of == "features":
                 self.layer = shared_features(spec, self._network, self._giver)
             elif spec is not None:
                 self.layer = resolve_shared_layer(spec, self._network, self._giver)
+            elif self._takes_all:
+                whole = resolve_shared_layer(self._network, self._network)
+                self.layer = replace(whole, reason="all that is trained, as the method has it; name less by shared_layer")
         if self.is_given:
             return True
         if self.layer is None and self._search is None and self._are_known():

@@ -88,7 +88,7 @@ def test_the_trainer_trains_as_a_loop_written_by_hand(tmp_path, make):
             points = by_hand.losses(x)
             losses = {task: loss.mean() for task, loss in points.items()}
             rows = [torch.autograd.grad(loss, shared, retain_graph=True)[0].double() for loss in losses.values()]
-            traces = traces_by_hand(points, shared, step) if balancer.needs_residuals else None
+            traces = traces_by_hand(points, list(by_hand.parameters()), step) if balancer.needs_residuals else None
             total = balancer.total(losses)
             optimizer.zero_grad()
             total.backward()
@@ -113,13 +113,13 @@ def traces_by_hand(points, tensors, step, rank=0):
     traces = []
     for number, squares in enumerate(points.values()):
         signs = random_signs(squares.shape, generator_of(step, rank, 0, number))
-        gradients = torch.autograd.grad((signs * squares.sqrt()).sum(), tensors, retain_graph=True)
-        traces.append(sum(gradient.double().square().sum() for gradient in gradients) / squares.numel())
+        gradients = torch.autograd.grad((signs * squares.sqrt()).sum(), tensors, retain_graph=True, allow_unused=True)
+        traces.append(sum(g.double().square().sum() for g in gradients if g is not None) / squares.numel())
     return torch.stack(traces)
 
 
-class Differentiating(PerPoint):
-    """Takes ∂total/∂L_i of each step by autograd: a point's share of it, summed."""
+class Differentiating(TrunkAndHeads):
+    """Takes ∂total/∂L_i of each step by autograd: the sum of what its points have."""
 
     def __init__(self, method):
         super().__init__()

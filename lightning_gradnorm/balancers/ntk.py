@@ -59,7 +59,8 @@ class NTKWeighting(RuleBalancer):
 
     def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert measurement.ntk_traces is not None, "the contract has checked it"
-        measured = state["measured"] + 1
+        traces, measured = measurement.ntk_traces.to(state["trace"]), state["measured"] + 1
         share = (1 / measured).clamp_min(1 - self.decay)
-        mean = state["trace"] + share * (measurement.ntk_traces.to(state["trace"]) - state["trace"])
-        return {"weights": sum_over_trace(mean), "trace": mean, "measured": measured}
+        mean = state["trace"] + share * (traces - state["trace"])
+        takes_part = traces > 0  # the others have no gradient, and nothing of what is theirs here is taken up
+        return {"weights": sum_over_trace(mean.where(takes_part, 0.0)), "trace": mean, "measured": measured}

@@ -92,7 +92,7 @@ class MultiTaskMixin:
 
         Args:
             losses: task name → scalar loss. Names appear in the loggers' tags. A task named in the callback's ``points`` has
-                one loss per point instead, shape ``[N]``.
+                one loss per point instead, shape ``[N]``; with ``NTKWeighting`` every task has.
             kpis: task name → key performance indicator between 0 and 1, for methods that prioritise by it: a number, a scalar
                 tensor, a torchmetrics ``Metric`` or a callable without arguments; not looked at by other methods.
             points: task name → what identifies the points of its per-point losses: their indices ``[N]`` among fixed

@@ -28,8 +28,8 @@ _WAYS_TO = {  # field of a measurement → what is said where it is missing
     "gradient_means": _NORMS,
     "kpis": "each task's key performance indicator, and the measurement has none. Pass them with the losses: "
     "self.total_loss(losses, kpis={'task': accuracy, …}).",
-    "ntk_traces": "each task's residuals, for the trace of their tangent kernel, and the measurement has none. Use LossBalancingCallback or "
-    "BalancingSession, and give each task's loss per point: residual.square() without .mean().",
+    "ntk_traces": "each task's residuals, for the trace of their tangent kernel, and the measurement has none. Use "
+    "LossBalancingCallback or BalancingSession, and give each task's loss per point: residual.square() without .mean().",
 }
 
 

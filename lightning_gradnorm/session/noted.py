@@ -86,12 +86,9 @@ def note(
     kpis, given_points = plain_keys(kpis), plain_keys(given_points)
     indicators = read_kpis(losses, kpis) if "kpis" in balancer.needs else {}
     weighed = {task: NotedPoints(losses[task].detach(), given_points.get(task)) for task in losses if task in points}
+    terms = {task: loss.mean() if loss.ndim else loss for task, loss in losses.items() if task not in weighed}
     terms = {
-        task: points[task].term(loss, given_points.get(task), network)
-        if task in weighed
-        else loss.mean()
-        if loss.ndim
-        else loss
+        task: terms[task] if task in terms else points[task].term(loss, given_points.get(task), network)
         for task, loss in losses.items()
     }
     terms = tap_losses(terms) if tapped else {task: term.clone() for task, term in terms.items()}

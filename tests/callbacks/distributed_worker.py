@@ -132,7 +132,7 @@ class WatchTraces(LossBalancingCallback):
     """Remembers weights and averaged traces of every step."""
 
     def __init__(self):
-        super().__init__(NTKWeighting(update_every=1), summary=False)
+        super().__init__(NTKWeighting(update_every=2), summary=False)
         self.history = []
 
     def on_train_batch_end(self, *args):

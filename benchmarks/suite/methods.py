@@ -34,7 +34,7 @@ METHODS: dict[str, dict[Kind, Spec]] = {
     "hand 100": everywhere({"class": "FixedWeights", "weights": "$raised*100"}),
     "1/trivial loss": {"data": {"class": "FixedWeights", "weights": "$trivial"}},
     "GradNorm": everywhere({"class": "GradNorm"}),
-    "NTK": {"equation": {"class": "NTKWeighting"}},
+    "NTK": {"equation": {"class": "NTKWeighting", "norms_on": "all"}},
     "GradNorm, residuals": {"equation": {"class": "GradNorm", "residuals": "$residuals"}},
 }
 REFERENCES = ("plain", "annealing", "hand 10", "hand 100")  # "hand 1" is the plain sum

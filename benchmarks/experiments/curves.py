@@ -20,6 +20,7 @@ COLOURS = {
     "GradNorm 0.1, from the mean": SKY,
     "GradNorm 0.1, five settings": SKY,
     "GradNorm, in a stack": BLUE,
+    "GradNorm 0.1, five settings, in a stack": SKY,
     "annealing": GREEN,
     "self-adaptive": GREY,
     "uncertainty": GREEN,

@@ -50,6 +50,7 @@ class Experiment:
         problems: name → what is compared on it.
         fit: makes one fit; gives the record without ``made``.
         steps, quick_steps: optimiser steps of a fit.
+        lengths: problem → its share of those steps, where that is not all of them.
         seeds: how many.
         after: method → the method whose record it starts from.
         needs_data: the folder under ``--data`` that it reads, if any.
@@ -68,6 +69,11 @@ class Experiment:
     needs_data: str | None = None
     draw: Callable[[Records, Path], None] | None = None
     points: int = 50
+    lengths: Mapping[str, float] = field(default_factory=dict)
+
+    def steps_on(self, problem: str, steps: int) -> int:
+        """Of a fit on this problem, where the longest problem's has so many."""
+        return max(round(steps * self.lengths.get(problem, 1)), 1)
 
     def comparison(self, records: Records, problem: str, baseline: str | None = None) -> Comparison | None:
         """The methods on one problem; ``None`` if there is nothing to compare yet.
@@ -164,26 +170,27 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> Reco
     out.mkdir(parents=True, exist_ok=True)
     records, made = Records(out / "records.jsonl"), how_made(experiment, arguments)
     wanted = [
-        (problem, method, seed)
+        (problem, method, seed, steps)
         for seed in options.seeds
         for problem in options.problems
+        for steps in [experiment.steps_on(problem, options.steps)]
         for method in experiment.problems[problem].made
-        if method in options.methods and records.find(problem, method, seed, options.steps) is None
+        if method in options.methods and records.find(problem, method, seed, steps) is None
     ]
-    progress = Progress(options.steps * len(wanted))
+    progress = Progress(sum(steps for *_, steps in wanted))
     with quiet_lightning():
-        for problem, method, seed in wanted:
+        for problem, method, seed, steps in wanted:
             progress.name(f"{problem}, seed {seed}, {method}")
             first = experiment.after.get(method)
-            before = records.find(problem, first, seed, options.steps) if first else None
+            before = records.find(problem, first, seed, steps) if first else None
             if first and before is None:
                 raise SystemExit(f"{method!r} starts from the weights of {first!r}: add it to --methods.")
             case = Case(
                 problem,
                 method,
                 seed,
-                options.steps,
-                max(options.steps // experiment.points, 1),
+                steps,
+                max(steps // experiment.points, 1),
                 progress,
                 options.data,
                 before,

@@ -14,6 +14,7 @@ from benchmarks.suite.registry import DATA, EQUATIONS, PROBLEMS
 from benchmarks.suite.summary import Summary
 from benchmarks.suite.taylor import TanhNetwork
 from lightning_gradnorm.session import BalancingSession
+from tests.exact import Exact, smooth_burgers
 
 STEPS = 20
 FILES = data_files.NEEDS_FILES
@@ -82,6 +83,8 @@ def test_the_networks_derivatives_are_those_of_autograd():
         slopes = torch.autograd.grad(values[:, output].sum(), x, create_graph=True)[0]
         torch.testing.assert_close(once[:, :, output].T, slopes)
         torch.testing.assert_close(twice[0, :, output], torch.autograd.grad(slopes[:, 1].sum(), x, retain_graph=True)[0][:, 1])
+    for mine, slow in zip(network.third(x), Exact(network).third(x), strict=True):
+        torch.testing.assert_close(mine, slow)
 
 
 # -- the problems --------------------------------------------------------------------------------------------------------
@@ -112,34 +115,6 @@ def test_the_exact_solution_has_no_losses(make, monkeypatch):
     monkeypatch.setattr(problem, "network", exact)
     losses = {task: loss.mean().item() for task, loss in problem.losses(*batch).items()}
     assert all(losses[task] < 1e-6 * max(size[task], 1) for task in problem.tasks), losses
-
-
-class Exact(torch.nn.Module):
-    """Stands for the network, and gives a known function and its derivatives."""
-
-    def __init__(self, solution):
-        super().__init__()
-        self.solution = solution
-
-    def forward(self, x):
-        return self.solution(x)
-
-    def derivatives(self, x, second=0):
-        u = self.solution(x)
-        once = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
-        d = x.shape[1]
-        wanted = range(d - second, d)
-        twice = [torch.autograd.grad(once[:, i].sum(), x, create_graph=True)[0][:, i] for i in wanted]
-        return u, once.T, torch.stack(twice) if twice else once.T[:0]
-
-
-def smooth_burgers(points):
-    """``references.burgers`` once more, in torch, so that it has derivatives."""
-    nodes, weights = references.np.polynomial.hermite.hermgauss(100)
-    t, x = (column.unsqueeze(1) for column in points.unbind(1))
-    origin = x - torch.sqrt(4 * fluids.VISCOSITY * t + 1e-300) * torch.from_numpy(nodes)
-    kernel = torch.log(torch.from_numpy(weights)) - torch.cos(math.pi * origin) / (2 * math.pi * fluids.VISCOSITY)
-    return -(torch.sin(math.pi * origin) * kernel.softmax(1)).sum(1)
 
 
 def test_the_spectral_reference_solves_its_equation():

@@ -59,3 +59,35 @@ class TanhNetwork(nn.Module):
             twice = slope * z[d + 1 :] - 2 * a * once[d - second :] * z[d + 1 - second : d + 1]
         z = (torch.cat([a.unsqueeze(0), once, twice]) @ last.weight.T).squeeze(-1)
         return z[0] + (last.bias if last.out_features > 1 else last.bias[0]), z[1 : d + 1], z[d + 1 :]
+
+    def third(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Values and derivatives on a plane as far as the slopes of the Laplacian, as a stream function needs them.
+
+        Args:
+            x: points, ``[N, 2]``.
+
+        Returns:
+            u ``[N]``; ∂u/∂x, ∂u/∂y ``[2, N]``; ∂²u/∂x², ∂²u/∂x∂y, ∂²u/∂y² ``[3, N]``; ∂Δu/∂x, ∂Δu/∂y ``[2, N]``; with
+            ``outputs`` behind if there are several.
+        """
+        first_layer, *hidden, last = self.layers
+        slopes = (first_layer.weight * self.scale).T.unsqueeze(1)
+        through = tanh_jet(first_layer((x - self.middle) * self.scale), slopes, 0 * slopes[[0, 0, 1]], 0 * slopes)
+        for layer in hidden:
+            z = through @ layer.weight.T
+            through = tanh_jet(z[0] + layer.bias, z[1:3], z[3:6], z[6:])
+        z = (through @ last.weight.T).squeeze(-1)
+        return z[0] + (last.bias if last.out_features > 1 else last.bias[0]), z[1:3], z[3:6], z[6:]
+
+
+def tanh_jet(z: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+    """tanh z and its derivatives on a plane, from those of z: what ``TanhNetwork.third`` carries, ``[8, N, width]``."""
+    a = torch.tanh(z)
+    once = 1 - a * a
+    twice = -2 * a * once
+    thrice = (6 * a * a - 2) * once
+    (x, y), (xx, xy, yy) = first, second
+    both = (xx + yy) * first + 2 * torch.stack([xx * x + xy * y, xy * x + yy * y])
+    slopes = once * third + twice * both + thrice * (x * x + y * y) * first
+    bent = once * second + twice * torch.stack([x * x, x * y, y * y])
+    return torch.cat([a.unsqueeze(0), once * first, bent, slopes.expand(2, *a.shape)])

@@ -32,6 +32,9 @@ COLOURS = {
     "hand-scaled, from the mean": BLACK,
     "GradNorm, from the mean": BLUE,
     "fixed 1/125²": BLACK,
+    "plain": ORANGE,
+    "gradient-weighted": GREEN,
+    "DB-PINN": VERMILION,
 }
 
 

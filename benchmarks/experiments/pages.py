@@ -26,7 +26,7 @@ from lightning_gradnorm.report.table import markdown_rows
 ROOT = Path(__file__).parents[2]
 DOCS, RESULTS, README = ROOT / "docs", ROOT / "benchmarks" / "results", ROOT / "README.md"
 PART = re.compile(r"(<!-- made from docs/(parts/[\w-]+\.jinja) -->).*?(<!-- until here -->)", re.DOTALL)
-NAMES = ("toy", "helmholtz", "klein_gordon", "cmapss", "rescue", "tox21", "no_harm")
+NAMES = ("toy", "helmholtz", "klein_gordon", "cmapss", "rescue", "tox21", "no_harm", "db_pinn")
 
 
 def experiment(name: str) -> Experiment:
@@ -133,14 +133,14 @@ class Results:
                     rows.append([problem, method, *(f"{100 * (ratio - 1):+.1f} %" for ratio in ratios)])
         return markdown_rows(["", "", *measures], rows)
 
-    def seed_by_seed(self, problem: str, measure: str, digits: int = 3) -> str:
-        """Every fit's value: a row per method, a column per seed."""
+    def seed_by_seed(self, problem: str, measure: str, digits: int = 3, factor: float = 1) -> str:
+        """Every fit's value, times a factor: a row per method, a column per seed."""
         found = self.found(problem)
         order = [method for method in self.experiment.problems[problem].methods if method in found]
         columns = ["", *(f"seed {fit.seed}" for fit in found[order[0]]), "mean ± std"]
         rows = []
         for method in order:
-            values = [fit.measures[measure] for fit in found[method]]
+            values = [factor * fit.measures[measure] for fit in found[method]]
             rows.append([method, *(f"{value:.{digits}g}" for value in values), mean_std(values)])
         return markdown_rows(columns, rows)
 

@@ -50,6 +50,7 @@ HELMHOLTZ = Case(
 CASES = {
     "C-MAPSS": TURBOFANS,
     "C-MAPSS, every 10th step": TURBOFANS._replace(settings={"update_every": 10}),
+    "C-MAPSS, neither measured nor logged": TURBOFANS._replace(settings={"update_every": 100_000}),
     "pairs of digits": DIGITS,
     "Helmholtz": HELMHOLTZ,
     "Helmholtz, every 10th step": HELMHOLTZ._replace(settings=HELMHOLTZ.settings | {"update_every": 10}),

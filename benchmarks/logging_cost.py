@@ -43,7 +43,7 @@ class Plain(Digits):
 class Silent(BalancingLog):
     """Writes nothing."""
 
-    def is_written(self, trainer: L.Trainer) -> bool:
+    def is_written(self, trainer: L.Trainer, number: int) -> bool:
         return False
 
 

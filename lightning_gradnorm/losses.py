@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -108,6 +108,31 @@ def _checked(task: str, loss: Tensor, differentiable: bool) -> Tensor:
     return loss
 
 
+class StackedLosses(Mapping[str, Tensor]):
+    """Task → detached scalar, held as one vector until a single loss is asked for.
+
+    Args:
+        tasks: their names.
+        vector: L_i, shape ``[T]``.
+    """
+
+    def __init__(self, tasks: Iterable[str], vector: Tensor) -> None:
+        self._tasks, self.vector = tuple(tasks), vector
+
+    def __getitem__(self, task: str) -> Tensor:
+        return self._scalars[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    @functools.cached_property
+    def _scalars(self) -> dict[str, Tensor]:
+        return dict(zip(self._tasks, self.vector.unbind(), strict=True))
+
+
 def plain_sum(losses: Mapping[str, Tensor]) -> Tensor:
     """Σ_i L_i, scalar: what is trained without a balancer. Of no losses, a zero whose backward changes nothing."""
     if not losses:
@@ -123,9 +148,13 @@ def weighted_sum(weights: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
 
 def weighted_terms(weights: Tensor, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Task → w_i L_i, scalar; the weights, shape ``[T]``, in the order of the losses."""
-    first = next(iter(losses.values()))
-    weights = weights.to(first.device, torch.promote_types(first.dtype, torch.float32))
+    weights = beside(next(iter(losses.values())), weights)
     return {task: weight * loss for (task, loss), weight in zip(losses.items(), weights.unbind(), strict=True)}
+
+
+def beside(loss: Tensor, weights: Tensor) -> Tensor:
+    """The weights on the loss's device, in its precision, or in float32 where that is less."""
+    return weights.to(loss.device, torch.promote_types(loss.dtype, torch.float32))
 
 
 def unweighted_total(losses: Tensor) -> Tensor:

@@ -37,9 +37,14 @@ def check_task_names(tasks: Iterable[str]) -> None:
         TypeError: if a name is not a string.
         ValueError: if a name cannot be a tag, or two tasks would share one.
     """
+    _check(tuple(map(plain_name, tasks)))
+
+
+@functools.lru_cache(maxsize=64)  # the same in nearly every step
+def _check(tasks: tuple[str, ...]) -> None:
     by_tag: dict[str, str] = {}
     for task in tasks:
-        tag = task_tag(task)
+        tag = _tag(task)
         if tag in by_tag:
             same = "twice" if by_tag[tag] == task else f"and {by_tag[tag]!r} (both are {tag!r} in a logger's tag)"
             raise ValueError(f"Two tasks with one name: {task!r} {same}. Give every task a name of its own.")

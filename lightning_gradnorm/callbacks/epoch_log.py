@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightning_gradnorm.callbacks.epoch_means import EpochMeans, Gather, MeanLosses, batch_size_of
 from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, rank_zero_info, setting_of
-from lightning_gradnorm.measurement import stack_scalars
 from lightning_gradnorm.report.tags import UNWEIGHTED
 from lightning_gradnorm.task_names import task_tag
 
@@ -152,10 +151,7 @@ def _add(means: EpochMeans, totals: Iterable[Mapping[str, Tensor]], batch: Any) 
         else:
             joined[-1] = {**joined[-1], **losses}
     for losses in joined:
-        scalars = list(losses.values())
-        on_one_device = all(scalar.device == scalars[0].device for scalar in scalars)
-        vector = torch.stack(scalars) if on_one_device else stack_scalars(scalars)
-        means.add(tuple(losses), vector, batch_size_of(batch))
+        means.add(losses, batch_size_of(batch))
 
 
 def _tagged(means: MeanLosses, total: str, per_task: str, suffix: str = "") -> dict[str, float]:

@@ -1,15 +1,17 @@
 """Mean losses of an epoch, in training and in evaluation: added up on the device, read once at the end."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.measurement import widest_float
+from lightning_gradnorm.losses import StackedLosses
+from lightning_gradnorm.measurement import stack_scalars, widest_float
 
 Gather = Callable[[Any], list[Any]]
+_AT_A_TIME = 32  # batches
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class MeanLosses:
 class EpochMeans:
     """Adds up batches, each by its size: what ``self.log(…, on_epoch=True)`` would make of the same losses.
 
-    A batch costs one addition of a ``[T]`` vector and no synchronisation.
+    Batches are added up some at a time: most of them cost no operation on the device, and none waits for it.
 
     Attributes:
         epoch: that the sums are of; ``None`` before the first.
@@ -38,9 +40,10 @@ class EpochMeans:
         self.epoch: int | None = None
         # by the tasks that a batch has, so that nothing is looked up on the device: Σ size · L_i, Σ size
         self._sums: dict[tuple[str, ...], tuple[Tensor, float]] = {}
+        self._waiting: list[tuple[tuple[str, ...], Tensor, int]] = []  # tasks, L_i, size of batches to be added
 
     def __bool__(self) -> bool:
-        return bool(self._sums)
+        return bool(self._sums or self._waiting)
 
     def begin(self, epoch: int) -> None:
         """An epoch begins, or goes on after a resume in its middle."""
@@ -51,21 +54,30 @@ class EpochMeans:
     def reset(self) -> None:
         """Forget all batches."""
         self._sums.clear()
+        self._waiting.clear()
         self.epoch = None
 
-    def add(self, tasks: Sequence[str], losses: Tensor, batch_size: int = 1) -> None:
+    def add(self, losses: Mapping[str, Tensor], batch_size: int = 1) -> None:
         """Take one batch.
 
         Args:
-            tasks: those that it has.
-            losses: L_i, unweighted and detached, shape ``[T]``.
+            losses: of the tasks that it has, task → L_i, unweighted and detached, scalar.
             batch_size: what it counts in the means.
         """
-        key = tuple(tasks)
-        sums, size = self._sums.get(key, (None, 0.0))
-        if sums is None:
-            sums = torch.zeros(len(key), dtype=widest_float(losses.device), device=losses.device)
-        self._sums[key] = sums.to(losses.device).add_(losses, alpha=batch_size), size + batch_size
+        vector = losses.vector if isinstance(losses, StackedLosses) else stack_scalars(losses.values())
+        self._waiting.append((tuple(losses), vector, batch_size))
+        if len(self._waiting) >= _AT_A_TIME:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        batches: dict[tuple[tuple[str, ...], int, torch.device], list[Tensor]] = {}
+        for tasks, losses, size in self._waiting:
+            batches.setdefault((tasks, size, losses.device), []).append(losses)
+        self._waiting.clear()
+        for (tasks, size, device), rows in batches.items():
+            added = torch.stack(rows).sum(0, dtype=widest_float(device))
+            sums, before = self._sums.get(tasks, (torch.zeros_like(added), 0.0))
+            self._sums[tasks] = sums.to(device).add_(added, alpha=size), before + size * len(rows)
 
     def means(self, gather: Gather | None = None) -> MeanLosses | None:
         """The means so far, over all ranks; ``None`` where no rank has had a batch. Waits for the device.
@@ -73,6 +85,7 @@ class EpochMeans:
         Args:
             gather: gives what every rank hands it; called once by each rank, whatever it has seen.
         """
+        self._add_up()
         here = [(key, sums.tolist(), size) for key, (sums, size) in self._sums.items()]
         total, batches = 0.0, 0.0
         sums_of: dict[str, float] = {}
@@ -88,11 +101,13 @@ class EpochMeans:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers, strings, lists and dicts."""
+        self._add_up()
         groups = [{"tasks": list(key), "sums": sums.clone(), "size": size} for key, (sums, size) in self._sums.items()]
         return {"epoch": self.epoch if groups else None, "groups": groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state from ``state_dict``."""
+        self._waiting.clear()
         self.epoch = state["epoch"]
         self._sums = {tuple(group["tasks"]): (group["sums"].clone(), group["size"]) for group in state["groups"]}
 

@@ -126,6 +126,7 @@ class TrainerHooks(KeptState):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epochs.start_epoch(trainer)
+        self._log.start_epoch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epochs.log_epoch(trainer, pl_module)
@@ -138,6 +139,7 @@ class TrainerHooks(KeptState):
     # -- one batch -------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._log.begin_batch(trainer)
         self._watch.begin_batch(trainer, pl_module)
         self._session.begin_batch()
         self._open_door()
@@ -166,12 +168,14 @@ class TrainerHooks(KeptState):
             )
         self._session.end_batch()
         self._epochs.end_batch(batch)
-        self._watch.end_batch(trainer, pl_module)
-        if trainer.global_step == self._last_global_step:
+        number = trainer.global_step
+        self._watch.end_batch(number, pl_module)
+        self._log.end_batch(trainer)
+        if number == self._last_global_step:
             return  # in the middle of an accumulation window
-        self._last_global_step = trainer.global_step
-        wanted = self._log.is_wanted(trainer)
-        lbfgs = any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers)
+        self._last_global_step = number
+        wanted = self._log.is_wanted(trainer, number)
+        lbfgs = bool(self._session.points) and any(isinstance(o, torch.optim.LBFGS) for o in trainer.optimizers)
         step = self._session.step(describe=wanted, freeze_points=lbfgs)
         self._reporting.count_step()
         if step is None:
@@ -181,7 +185,7 @@ class TrainerHooks(KeptState):
             self._reporting.add(step.applied, step.measurement, trainer.current_epoch, step.interval)
         if wanted:
             self._log.write(trainer, pl_module, step)
-        if wanted and self._log.is_looked_at(trainer):
+        if wanted and self._log.is_looked_at(trainer, number):
             found = self._log.last.of(step.measurement.tasks)
             self._reporting.keep(step.applied, step.measurement, found)
             self._session.tell_counts()

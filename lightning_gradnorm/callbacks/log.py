@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_gradnorm.callbacks.last_update import LastUpdate
 from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, rank_zero_only, setting_of
+from lightning_gradnorm.callbacks.step_values import StepValues
 from lightning_gradnorm.report.tags import UNWEIGHTED, custom_scalars_layout, per_pair, per_task, totals
 from lightning_gradnorm.session import BalancedStep
 
@@ -32,6 +33,7 @@ class BalancingLog:
         # Lightning repeats in a later step of the epoch what an earlier one logged; so do we, across epochs and checkpoints.
         self.start_anew()
         self._is_monitored = False
+        self._values = StepValues()
 
     def start_anew(self) -> None:
         """Nothing is known of the run to come."""
@@ -45,22 +47,37 @@ class BalancingLog:
         savers = (c for c in setting_of(trainer, "callbacks") if _saves_in_mid_epoch(c))
         self._is_monitored = any(reader.monitor == UNWEIGHTED for reader in (*schedulers, *savers))
 
-    def is_wanted(self, trainer: Trainer) -> bool:
-        """Whether the step's losses go to anyone: they are written, looked at, or monitored."""
-        return self.is_looked_at(trainer) or (self._is_monitored and not trainer.barebones)
+    def start_epoch(self) -> None:
+        """An epoch of training begins, or goes on."""
+        self._values.start_epoch()
 
-    def is_looked_at(self, trainer: Trainer) -> bool:
+    def begin_batch(self, trainer: Trainer) -> None:
+        """A batch of training begins."""
+        self._values.put_aside(trainer)
+
+    def end_batch(self, trainer: Trainer) -> None:
+        """A batch of training is over, and ``write`` may follow."""
+        self._values.bring_back(trainer)
+
+    def is_wanted(self, trainer: Trainer, number: int) -> bool:
+        """Whether the losses of the step of this number, from 1, go to anyone: they are written, looked at, or monitored."""
+        return self.is_looked_at(trainer, number) or (self._is_monitored and not trainer.barebones)
+
+    def is_looked_at(self, trainer: Trainer, number: int) -> bool:
         """Whether this step is kept for the figure and gives reason for concern: also where nothing is written."""
-        return self.is_written(trainer) or not (trainer.barebones or trainer.global_step % _LOOK_EVERY)
+        return self.is_written(trainer, number) or not (trainer.barebones or number % _LOOK_EVERY)
 
-    def is_written(self, trainer: Trainer) -> bool:
+    def is_written(self, trainer: Trainer, number: int) -> bool:
         """Whether what is logged on this step goes anywhere; logging costs more than measuring."""
         if trainer.barebones:
             return False
-        if self._progress_bar or len(trainer.optimizers) != 1:  # with several, global_step counts them all
+        if self._writes_all(trainer):
             return True
         every = setting_of(trainer, "log_every_n_steps")
-        return bool(every) and trainer.global_step % every == 0
+        return bool(every) and number % every == 0
+
+    def _writes_all(self, trainer: Trainer) -> bool:
+        return self._progress_bar or len(trainer.optimizers) != 1  # with several, global_step counts them all
 
     def take(self, trainer: Trainer, step: BalancedStep, diagnostics: Mapping[str, Tensor]) -> None:
         """Take one measured step: it is shown until the next, on whichever steps are written.
@@ -76,7 +93,7 @@ class BalancingLog:
         pairs = len(tasks) * (len(tasks) - 1) // 2
         if not (self._cosines or (self._cosines is None and pairs <= _MOST_PAIRS)) or trainer.barebones:
             return
-        if step.interval >= _RARE or self.is_written(trainer):
+        if step.interval >= _RARE or self.is_written(trainer, trainer.global_step):
             cosines = step.window.cosines()
             self._pairs = {} if cosines is None else per_pair("grad_cosine", tasks, cosines)
 
@@ -89,7 +106,7 @@ class BalancingLog:
             step: what it was.
         """
         tasks, losses, applied = step.measurement.tasks, step.measurement.losses, step.applied
-        if not self.is_written(trainer):
+        if not self.is_written(trainer, trainer.global_step):
             if self._is_monitored:
                 pl_module.log(UNWEIGHTED, losses.sum(), on_step=True, on_epoch=False)
             return
@@ -99,6 +116,8 @@ class BalancingLog:
             values |= per_task(tag, tasks, vector)
         self.shown |= values | self._pairs
         pl_module.log_dict(dict(self.shown), on_step=True, on_epoch=False)
+        if not self._writes_all(trainer):
+            self._values.logged(tag for tag in self.shown if tag != UNWEIGHTED)  # which may be monitored
         if self._progress_bar:
             short = {f"w/{tag.partition('/')[2]}": weight for tag, weight in weights.items()}
             pl_module.log_dict(dict(short), logger=False, prog_bar=True)

@@ -35,13 +35,17 @@ class LoopWatch:
         """A loss of this fit goes backward."""
         self._backward = True
 
-    def end_batch(self, trainer: Trainer, module: Any) -> None:
+    def end_batch(self, number: int, module: Any) -> None:
         """A batch is over.
+
+        Args:
+            number: the Trainer's ``global_step`` by now.
+            module: that is trained.
 
         Raises:
             RuntimeError: where the first step of an automatic loop is over, and no total was asked for.
         """
-        stepped = trainer.global_step != self._first_step
+        stepped = number != self._first_step
         self._steps += stepped
         if self._session.totals:
             if self._versions is not None and not stepped and self._backward and _versions(module) != self._versions:

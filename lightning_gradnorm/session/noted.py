@@ -1,27 +1,30 @@
 """What a total leaves behind for the backward and the step that follow."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import functools
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.gradients import tap_losses
+from lightning_gradnorm.losses import StackedLosses, beside, weighted_terms
 from lightning_gradnorm.plain import plain_keys
 from lightning_gradnorm.pointwise import NotedPoints, PointWeighting
 from lightning_gradnorm.session.kpis import read_kpis
 
 
-@dataclass(frozen=True)
-class NotedLosses:
+class NotedLosses(NamedTuple):
     """What one total left behind for the backward that follows.
 
     Attributes:
-        losses: task name → the tapped loss, with its graph; a copy of it where no gradients are to be read.
+        losses: task name → the loss, with its graph; tapped where gradients are to be read.
         tapped: whether they are tapped.
         weights: those that the total applied, shape ``[T]``.
+        roots: copies of the losses, with their graph, that the total is made of: one each, or all in one ``[T]`` vector.
+        values: task name → the loss as it was, detached scalar, whatever happens to it in place.
         kpis: task name → scalar, where the method needs them.
         points: task name → its points, where they are weighed one by one.
         residuals: task name → the squared residuals of its points, with their graph, where they are to be read.
@@ -31,6 +34,8 @@ class NotedLosses:
     losses: dict[str, Tensor]
     tapped: bool
     weights: Tensor
+    roots: Sequence[Tensor]
+    values: Mapping[str, Tensor]
     kpis: dict[str, Tensor]
     points: dict[str, NotedPoints]
     residuals: dict[str, Tensor]
@@ -54,10 +59,28 @@ class NotedLosses:
             {task: loss for one in noted for task, loss in one.losses.items()},
             noted[0].tapped,
             torch.cat([one.weights for one in noted]),
+            [root for one in noted for root in one.roots],
+            {task: value for one in noted for task, value in one.values.items()},
             {task: kpi for one in noted for task, kpi in one.kpis.items()},
             {task: points for one in noted for task, points in one.points.items()},
             {task: residuals for one in noted for task, residuals in one.residuals.items()},
         )
+
+    def is_met_by(self, nodes: Container[Node | None]) -> bool:
+        """Whether one of its roots is among these nodes of a graph, or has none of its own."""
+        return any(root.is_leaf or root.grad_fn in nodes for root in self.roots)
+
+    def terms(self) -> dict[str, Tensor]:
+        """Task → w_i L_i, scalar."""
+        return weighted_terms(self.weights, dict(zip(self.losses, self.roots, strict=True)))
+
+    def total(self) -> Tensor:
+        """Σ_i w_i L_i, scalar."""
+        if len(self.roots) < len(self.losses):
+            (losses,) = self.roots
+            weights = beside(losses, self.weights)
+            return torch.dot(weights, losses.to(weights.dtype))
+        return functools.reduce(torch.add, self.terms().values())
 
 
 def note(
@@ -70,6 +93,7 @@ def note(
     *,
     tapped: bool,
     is_total: bool,
+    as_one: bool,
 ) -> NotedLosses:
     """Checked losses, weighed with the present weights.
 
@@ -82,18 +106,39 @@ def note(
         given_points: task name → what identifies its points.
         tapped: whether the tasks' gradients are to be read.
         is_total: whether they are all losses of a step.
+        as_one: whether nothing but their total is wanted.
     """
-    kpis, given_points = plain_keys(kpis), plain_keys(given_points)
-    indicators = read_kpis(losses, kpis) if "kpis" in balancer.needs else {}
-    weighed = {task: NotedPoints(losses[task].detach(), given_points.get(task)) for task in losses if task in points}
-    terms = {task: loss.mean() if loss.ndim else loss for task, loss in losses.items() if task not in weighed}
+    indicators = read_kpis(losses, plain_keys(kpis)) if "kpis" in balancer.needs else {}
+    weighed: dict[str, NotedPoints] = {}
+    if points:
+        given_points = plain_keys(given_points)
+        weighed = {task: NotedPoints(losses[task].detach(), given_points.get(task)) for task in losses if task in points}
     terms = {
-        task: terms[task] if task in terms else points[task].term(loss, given_points.get(task), network)
+        task: loss
+        if not loss.ndim
+        else points[task].term(loss, given_points.get(task), network)
+        if task in weighed
+        else loss.mean()
         for task, loss in losses.items()
     }
-    terms = tap_losses(terms) if tapped else {task: term.clone() for task, term in terms.items()}
+    terms = tap_losses(terms) if tapped else terms
+    scalars = list(terms.values())
+    weights = balancer.weights_at(terms)
+    values: Mapping[str, Tensor]
+    if as_one and not tapped and _are_alike(scalars):  # few operations, however many tasks there are
+        roots = [torch.stack(scalars)]
+        values = StackedLosses(terms, roots[0].detach())
+    else:
+        roots = scalars if tapped else [scalar.clone() for scalar in scalars]
+        values = {task: root.detach() for task, root in zip(terms, roots, strict=True)}
     residuals = {task: loss.clone() for task, loss in losses.items()} if tapped and balancer.needs_residuals else {}
-    return NotedLosses(terms, tapped, balancer.weights_at(terms), indicators, weighed, residuals, is_total)
+    return NotedLosses(terms, tapped, weights, roots, values, indicators, weighed, residuals, is_total)
+
+
+def _are_alike(scalars: Sequence[Tensor]) -> bool:
+    """Whether they are plain tensors of one kind, more than one, that can be one vector."""
+    kinds = {(type(scalar), scalar.dtype, scalar.device) for scalar in scalars}
+    return len(scalars) > 1 and len(kinds) == 1 and type(scalars[0]) is Tensor
 
 
 def multiplied_twice(task: str) -> str:

@@ -151,7 +151,7 @@ class BalancingSession(Totals):
 
     # -- around the backward ---------------------------------------------------------------------------------------
 
-    def before_backward(self, root: Tensor) -> dict[str, Tensor]:
+    def before_backward(self, root: Tensor) -> Mapping[str, Tensor]:
         """Get ready to read the backward of ``root``: a total, scaled or with further terms as the case may be.
 
         Returns:
@@ -163,8 +163,8 @@ class BalancingSession(Totals):
             ValueError: if there is no W.
         """
         loop, self._in_backward = self._loop, True
-        met = nodes_met(root, {loss.grad_fn for noted in self.noted for loss in noted.losses.values()})
-        built = [noted for noted in self.noted if any(loss.is_leaf or loss.grad_fn in met for loss in noted.losses.values())]
+        met = nodes_met(root, {loss.grad_fn for noted in self.noted for loss in noted.roots})
+        built = [noted for noted in self.noted if noted.is_met_by(met)]
         if loop is None or not built:
             if self.noted and loop is not None and loop.one_total:
                 self.tell("unused", unused())
@@ -175,7 +175,7 @@ class BalancingSession(Totals):
             return {}
         self._balanced.update(noted.losses)
         self.words.take(noted.losses, measured=noted.tapped)
-        losses = {task: loss.detach() for task, loss in noted.losses.items()}
+        losses = noted.values
         if not noted.tapped or self._measuring.before_backward(root, noted, loop, self.tell):
             besides = {"kpis": noted.kpis, "ntk_traces": self._measuring.traces if noted.tapped else {}}
             self._measuring.window.add_losses(losses, noted.weights, besides)

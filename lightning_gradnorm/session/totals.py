@@ -1,6 +1,5 @@
 """Where losses come in: weighed and noted in training, as they are outside."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.door import Door
-from lightning_gradnorm.losses import TaskLosses, check_losses, plain_sum, weighted_terms
+from lightning_gradnorm.losses import TaskLosses, check_losses, plain_sum
 from lightning_gradnorm.plain import plain_name
 from lightning_gradnorm.pointwise import PointWeighting
 from lightning_gradnorm.session.link import TotalLink
@@ -135,7 +134,7 @@ class Totals:
         if not checked:  # all tasks are absent: a batch without labels trains nothing
             self.totals += 1
             return plain_sum(checked)
-        return functools.reduce(torch.add, self._weigh(loop, checked, kpis or {}, points or {}).values())
+        return self._note(loop, checked, kpis or {}, points or {}, as_one=True).total()
 
     def terms(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Task → w_i L_i, for a library that adds up by itself; outside training, and of absent tasks, the losses as they are.
@@ -153,7 +152,7 @@ class Totals:
             return dict(losses)
         if any(not noted.losses.keys().isdisjoint(checked) for noted in self.noted):
             raise RuntimeError(returned_twice(checked))
-        weighed = self._weigh(loop, checked) if checked else {}
+        weighed = self._note(loop, checked).terms() if checked else {}
         return {task: _shaped(weighed[task], loss) if task in weighed else loss for task, loss in losses.items()}
 
     def term(self, task: str, loss: Tensor) -> Tensor:
@@ -170,8 +169,8 @@ class Totals:
             return loss
         if any(task in noted.losses for noted in self.noted):
             raise RuntimeError(multiplied_twice(task))
-        weighed = self._weigh(loop, check_losses({task: loss}, differentiable=True), is_total=False)
-        return _shaped(weighed[task], loss)
+        noted = self._note(loop, check_losses({task: loss}, differentiable=True), is_total=False)
+        return _shaped(noted.terms()[task], loss)
 
     def weight(self, task: str, factor: float = 1.0) -> TermWeight:
         """A stand-in for the number by which a library multiplies one of its losses; see ``TermWeight``.
@@ -195,7 +194,7 @@ class Totals:
         self.handed_out.add(task)
         return weight
 
-    def _weigh(
+    def _note(
         self,
         loop: Loop,
         losses: Mapping[str, Tensor],
@@ -203,7 +202,8 @@ class Totals:
         points: Mapping[str, Tensor] | None = None,
         *,
         is_total: bool = True,
-    ) -> dict[str, Tensor]:
+        as_one: bool = False,
+    ) -> NotedLosses:
         noted = note(
             self.balancer,
             self.points,
@@ -213,11 +213,12 @@ class Totals:
             points or {},
             tapped=self._measures,
             is_total=is_total,
+            as_one=as_one,
         )
         if not self._in_backward:
             self.totals += 1
             self.noted.append(noted)
-        return weighted_terms(noted.weights, noted.losses)
+        return noted
 
     def _see_evaluated(self, losses: Mapping[str, Tensor]) -> None:
         if losses and self.on_evaluation is not None:

@@ -20,7 +20,7 @@ BATCH = st.tuples(
 
 def take(means, batches):
     for tasks, losses, size in batches:
-        means.add(tasks, torch.tensor(losses[: len(tasks)]), size)
+        means.add({task: torch.tensor(loss) for task, loss in zip(tasks, losses, strict=False)}, size)
 
 
 def by_hand(batches):
@@ -70,12 +70,12 @@ def test_an_empty_epoch_has_no_means_and_a_new_one_starts_anew():
     assert means.means() is None
     assert not means
     means.begin(0)
-    means.add(("a",), torch.tensor([1.0]))
+    means.add({"a": torch.tensor(1.0)})
     means.begin(0)
     assert means.means().tasks == {"a": 1.0}
     means.begin(1)
     assert means.means() is None
-    means.add(("a",), torch.tensor([2.0]))
+    means.add({"a": torch.tensor(2.0)})
     means.reset()
     means.begin(1)
     assert means.means() is None
@@ -83,9 +83,9 @@ def test_an_empty_epoch_has_no_means_and_a_new_one_starts_anew():
 
 def test_a_state_is_a_copy():
     means = EpochMeans()
-    means.add(("a",), torch.tensor([1.0]))
+    means.add({"a": torch.tensor(1.0)})
     state = means.state_dict()
-    means.add(("a",), torch.tensor([3.0]))
+    means.add({"a": torch.tensor(3.0)})
     other = EpochMeans()
     other.load_state_dict(state)
     assert (means.means().total, other.means().total) == (2.0, 1.0)
@@ -94,7 +94,7 @@ def test_a_state_is_a_copy():
 def test_sums_are_as_wide_as_they_can_be():
     means = EpochMeans()
     for _ in range(1000):
-        means.add(("a",), torch.tensor([0.1], dtype=torch.bfloat16))
+        means.add({"a": torch.tensor(0.1, dtype=torch.bfloat16)})
     assert means.means().total == pytest.approx(torch.tensor(0.1, dtype=torch.bfloat16).item(), rel=1e-12)
 
 

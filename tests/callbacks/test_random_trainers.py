@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, reject, settings
 
+from lightning_gradnorm.losses import plain_sum
+from lightning_gradnorm.session.noted import NotedLosses
 from lightning_gradnorm.task_gradients import TaskGradients
 from tests.random_programs.training import TOLERANCES, Training, by_hand, through_the_trainer, trainings
 
@@ -85,5 +87,5 @@ def test_a_trainer_that_weighs_otherwise_is_noticed(training, what, monkeypatch)
         monkeypatch.setattr(TaskGradients, "norms", lambda self: right(self) * (1 + 9 * torch.arange(len(self.tasks))))
         monkeypatch.setattr(TaskGradients, "flat", lambda self: flat(self) * (1 + 9 * torch.arange(len(self.tasks)))[:, None])
     else:
-        monkeypatch.setattr("lightning_gradnorm.session.totals.weighted_terms", lambda weights, losses: dict(losses))
+        monkeypatch.setattr(NotedLosses, "total", lambda noted: plain_sum(noted.losses))
     assert differences(training)[1]

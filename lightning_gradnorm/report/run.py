@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lightning_gradnorm.folders import Folder
 from lightning_gradnorm.report import figure
+from lightning_gradnorm.report.extremes import extremes
 from lightning_gradnorm.report.history import Curve, History, read_history
 from lightning_gradnorm.report.table import plain_table, print_table
 from lightning_gradnorm.report.task_summary import TaskSummary
@@ -54,6 +55,17 @@ class RunReport(NamedTuple):
         return f"{self.heading} (w: weight; before, after: share of the gradient norms on the shared layer)"
 
     @property
+    def _shown(self) -> Sequence[TaskSummary]:
+        """All rows, or of very many those with the smallest and the largest weights."""
+        names = set(extremes({row.task: row.final for row in self.rows}))
+        return [row for row in self.rows if row.task in names]
+
+    @property
+    def _left_out(self) -> str:
+        others = len(self.rows) - len(self._shown)
+        return f"Left out: {others} tasks whose weights end between these; {FILE_NAME} has all." if others else ""
+
+    @property
     def verdict(self) -> str:
         """Whether fixed weights would do, in a sentence."""
         wandering = {row.task: row.std_after_warmup / row.mean_after_warmup for row in self.rows if row.mean_after_warmup > 0}
@@ -70,13 +82,13 @@ class RunReport(NamedTuple):
         )
 
     def __str__(self) -> str:
-        return "\n".join(filter(None, (plain_table(self.rows, self.title), self.verdict)))
+        return "\n".join(filter(None, (plain_table(self._shown, self.title), self._left_out, self.verdict)))
 
     def print(self) -> None:
         """The table and the verdict to the console, drawn by rich where it is installed."""
-        print_table(self.rows, self.title)
-        if self.verdict:
-            print(self.verdict)
+        print_table(self._shown, self.title)
+        for line in filter(None, (self._left_out, self.verdict)):
+            print(line)
 
     def write(self, folder: str | Path) -> str | Path:
         """Write ``loss_weights.yaml`` into a folder, also behind a URL; ``report_of`` reads it. Returns its path."""

@@ -67,6 +67,21 @@ def test_every_task_is_drawn_and_named(drawn, tasks):
             assert (line.get_color(), line.get_linestyle()) == (named.get_color(), named.get_linestyle())
 
 
+def test_of_very_many_tasks_those_at_the_ends_are_named_and_the_others_grey(drawn):
+    figure = drawn(history(200, value=lambda task, step: 1 + (37 * task % 200) + step, steps=5))
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert named == [f"task {i}" for i in range(200) if not 30 <= 37 * i % 200 < 170] + ["140 others, between these"]
+    assert [len(curves(axes)) for axes in figure.axes] == [60, 120, 60, 60]
+    for axes in figure.axes:
+        (others,) = (drawn for drawn in axes.collections if len(drawn.get_segments()))
+        assert len(others.get_segments()) == 140
+        lowest, highest = axes.get_ylim()
+        assert lowest < 1 and highest > 204, "all can be seen"
+    legend, panels, whole = boxes(figure)
+    assert not any(panel.overlaps(legend) for panel in panels)
+    assert legend.x1 <= whole.x1
+
+
 @pytest.mark.parametrize("tasks", [1, 3, 20, 60])
 def test_nothing_covers_anything(drawn, tasks):
     long = "a name that nobody would want to read on a figure, of task {}".format

@@ -114,6 +114,16 @@ def test_numbers_that_can_be_done_in_the_head(monkeypatch):
     assert report.verdict.startswith("After the first 1 logged steps the weight of 'b' varied by 50% of its mean")
 
 
+def test_the_table_of_very_many_tasks_has_the_smallest_and_the_largest_weights(monkeypatch, capsys):
+    weights = {f"task {i}": [1.0, math.nan if i == 7 else 1.0 + i] for i in range(100)}
+    report, rows = from_curves(monkeypatch, loss_weight=weights)
+    assert len(rows) == 100
+    report.print()
+    for text in (str(report), capsys.readouterr().out):
+        assert [i for i in range(100) if f"task {i} " in text] == [*range(31), *range(71, 100)]
+        assert "Left out: 40 tasks whose weights end between these; loss_weights.yaml has all." in text
+
+
 def test_a_run_that_diverged_or_measured_no_norms_has_a_report(monkeypatch):
     weights = {"a": [1.0, math.inf], "b": [1.0, math.nan], "c": [0.0, 0.0], "d": [1.0, 1.0]}
     report, rows = from_curves(monkeypatch, loss_weight=weights, grad_norm={"c": [0.0, 0.0], "d": [math.nan] * 2})

@@ -29,6 +29,7 @@ class TaskGraph:
         leaving: a node that is a task's own → the edges on which that task's gradient leaves what is its own: into W, or into
             a merged node. Only nodes that have such edges.
         met: numbers of the tasks whose tapped loss the root was built from.
+        seen: all nodes that were looked at, children before parents.
     """
 
     targets: dict[tuple[Node, int], int]
@@ -36,6 +37,7 @@ class TaskGraph:
     owners: dict[Node, int]
     leaving: dict[Node, list[Edge]]
     met: set[int]
+    seen: list[Node]
 
     def compiled(self, *, merged_only: bool) -> bool:
         """Whether a node that leads to W is the whole backward of a ``torch.compile``d region.
@@ -81,7 +83,9 @@ def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | Gradie
     lowest = next(iter(nodes_of_w)) if len(nodes_of_w) == 1 and not leaves else None
     edges: dict[Node, list[Node]] = {}
     seen: dict[Node, _Ways | None] = {}
+    order: list[Node] = []
     for node, ways in children_first([root], seen, lowest):
+        order.append(node)
         if not ways:
             if leaves and (number := leaves.get(id(getattr(node, "variable", None)))) is not None:
                 targets[node, 0] = number
@@ -99,7 +103,7 @@ def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | Gradie
             out = [edge for edge in out if edge[1:] in targets or owners.get(edge[1], owner) != owner]
             if out:
                 leaving[node] = out
-    return TaskGraph(targets, edges, owners, leaving, {task for tap, task in taps.items() if tap in seen})
+    return TaskGraph(targets, edges, owners, leaving, {task for tap, task in taps.items() if tap in seen}, order)
 
 
 def children_first(

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradnorm.audit import Audit
 from lightning_gradnorm.balancers.checks import check_choice
@@ -37,6 +37,7 @@ class _Tolerance(NamedTuple):
 # Relative difference of the norms; what is rounding, of the largest norm; and of all that arrives at W.
 _AGREE = {torch.float32: _Tolerance(1e-3, 1e-4, 1e-5), torch.float64: _Tolerance(1e-3, 1e-4, 1e-13)}
 _AGREE_IN_HALF = _Tolerance(5e-2, 1e-2, 1e-2)  # where a part of the way is in half precision
+_DEEP = 10_000  # nodes of a graph
 _MOST_CHECKS = 8  # shapes may differ from batch to batch
 
 
@@ -68,6 +69,7 @@ class Reading:
         self._second: PerTaskBackward | None = None
         self._audit: Audit | None = None
         self._whole: list[Tensor | None] = []  # the gradient of the total, the slow way
+        self._outlives: list[Node] = []  # the last deep graph's nodes, which Python holds until that graph is gone
 
     @property
     def engine_to_use(self) -> str:
@@ -85,6 +87,10 @@ class Reading:
         self.discard()
         reader = self._type(root, losses, tensors, edges)
         self._reader = reader
+        # PyTorch 2.13 frees a graph that Python has looked at by recursion, and 40,000 nodes in a row overflow the stack. Not
+        # if Python holds the nodes until all else is gone, as it is by the next reading, and lets go of parents first.
+        seen = reader.graph.seen if isinstance(reader, JointBackward) else []
+        self._outlives = seen if len(seen) > _DEEP else []
         kind = (tuple(losses), tuple((tuple(t.shape), t.dtype, id(t) if t.is_leaf else 0) for t in tensors), reader.shapes)
         proves = isinstance(reader, JointBackward) and not has_shards(reader.graph.edges)
         if proves and kind not in self._proved and len(self._proved) < _MOST_CHECKS:

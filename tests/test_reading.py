@@ -1,5 +1,8 @@
 """The reading proves its right to run: a second, slow reading where tasks, layer or shapes are new."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -260,3 +263,31 @@ def test_nothing_begun_is_nothing_read():
     reading.begin(sum(losses.values()), losses, [net[0].weight])
     reading.discard()
     assert reading.finish() is None
+
+
+DEEP = """
+import torch
+from lightning_gradnorm import BalancingSession, GradNorm
+
+cell, heads = torch.nn.Linear(1, 1), torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(2))
+network = torch.nn.ModuleList([cell, heads])
+session = BalancingSession(GradNorm(), network, shared_layer=cell)
+for _ in range(2):
+    z = torch.ones(1, 1)
+    for _ in range(20_000):
+        z = cell(z).tanh()
+    with session.batch():
+        total = session.total({name: head(z).sum() for name, head in zip("ab", heads)})
+        session.before_backward(total)
+        total.backward()
+        session.after_backward()
+    session.step()
+    del z, total
+print(session.balancer.steps, "steps")
+"""
+
+
+@pytest.mark.slow
+def test_a_graph_of_twenty_thousand_layers_is_read_and_freed():
+    done = subprocess.run([sys.executable, "-c", DEEP], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "2 steps\n"), done.stderr[-2000:]

@@ -19,6 +19,7 @@ import jinja2
 
 from benchmarks.experiments.command import Experiment, write_report
 from benchmarks.experiments.records import Record, Records
+from benchmarks.experiments.scaling import Scaling
 from benchmarks.suite.recorded import Recorded
 from lightning_gradnorm.report.comparison import ARROWS, Comparison, mean_std
 from lightning_gradnorm.report.table import markdown_rows
@@ -210,7 +211,7 @@ def rendered(template: str, names: Mapping[str, object]) -> str:
 
 def pages() -> dict[Path, str]:
     """Every page that is made, or has a part that is, and what it says now."""
-    names = {name: Results(name) for name in NAMES} | {"suite": Recorded()}
+    names = {name: Results(name) for name in NAMES} | {"suite": Recorded(), "scale": Scaling()}
     texts = {template.with_suffix(""): rendered(template.name, names) for template in sorted(DOCS.glob("*.md.jinja"))}
     readme = README.read_text(encoding="utf-8")
     return texts | {README: PART.sub(lambda found: found[1] + rendered(found[2], names) + found[3], readme)}

@@ -123,17 +123,15 @@ class MeasurementWindow:
         dtype = torch.promote_types(torch.float32, next(iter(self._sums.values())).dtype) if self._sums else torch.float32
         besides = [field for field in self._besides if entries or not is_of_gradients(field)]
         scalars = 2 + len(besides)
-        zero = torch.zeros(entries + scalars, dtype=dtype, device=device)
-        rows = []
-        for task in tasks:
-            if task not in self._losses:
-                rows.append(zero)
-                continue
-            gradient = [self._sums[task].to(device, dtype)] if entries else []
-            numbers = [self._besides[field][task] for field in besides]
-            own = torch.stack([value.to(device, dtype) for value in (*numbers, self._losses[task])])
-            rows.append(torch.cat([*gradient, own, zero.new_tensor([self._counts[task]])]))
-        reduced = all_reduce(torch.cat(rows)).view(len(tasks), entries + scalars)
+        packed = torch.zeros(len(tasks), entries + scalars, dtype=dtype, device=device)
+        for row, task in zip(packed, tasks, strict=True):
+            if task in self._losses:
+                if entries:
+                    row[:entries] = self._sums.pop(task)
+                numbers = [*(self._besides[field][task] for field in besides), self._losses[task]]
+                row[entries:-1] = torch.stack([value.to(device, dtype) for value in numbers])
+                row[-1] = self._counts[task]
+        reduced = all_reduce(packed.view(-1)).view(len(tasks), entries + scalars)
         here = set(self._losses)
         # What this rank had is present; of what it had not, it asks.
         present = [k for k, task in enumerate(tasks) if task in here or bool(reduced[k, -1] > 0)]

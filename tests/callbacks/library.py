@@ -18,7 +18,7 @@ class Library(L.LightningModule):
         inner = TrunkAndHeads(**settings)
         self.trunk, self.heads, self.scales = inner.trunk, inner.heads, inner.scales
 
-    features, losses = TrunkAndHeads.features, TrunkAndHeads.losses
+    features, losses, reduced = TrunkAndHeads.features, TrunkAndHeads.losses, TrunkAndHeads.reduced
 
     def total(self, batch):
         losses = self.losses(batch[0])

@@ -32,7 +32,7 @@ class Foreign(L.LightningModule):
         inner = TrunkAndHeads()
         self.trunk, self.heads, self.scales, self.criterion = inner.trunk, inner.heads, inner.scales, Criterion()
 
-    features, losses = TrunkAndHeads.features, TrunkAndHeads.losses
+    features, losses, reduced = TrunkAndHeads.features, TrunkAndHeads.losses, TrunkAndHeads.reduced
 
     def training_step(self, batch, batch_idx):
         return self.criterion(self.losses(batch[0]))

@@ -25,7 +25,7 @@ class Detector(nn.Module):
         inner = TrunkAndHeads()
         self.trunk, self.heads, self.scales, self.extra = inner.trunk, inner.heads, inner.scales, extra
 
-    features, losses = TrunkAndHeads.features, TrunkAndHeads.losses
+    features, losses, reduced = TrunkAndHeads.features, TrunkAndHeads.losses, TrunkAndHeads.reduced
 
     def forward(self, x):
         if not self.training:

@@ -1,6 +1,6 @@
 """lightning-gradnorm: balance the losses of multi-task models and physics-informed networks in PyTorch Lightning."""
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradnorm.short_names import load_with_lightning_cli
@@ -120,7 +120,7 @@ _ROOM_OF = {name: room for room, names in _NAMES_OF.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMES_OF:
+    if name not in _ROOM_OF and not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -93,4 +93,5 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 def test_rooms_are_attributes_and_classes_are_pickled_by_where_they_are():
     assert lightning_gradnorm.balancers.GradNorm is lightning_gradnorm.GradNorm
+    assert lightning_gradnorm.report.__name__ == "lightning_gradnorm.report", "also one that no name of the package is from"
     assert pickle.loads(pickle.dumps(lightning_gradnorm.GradNorm)) is lightning_gradnorm.GradNorm

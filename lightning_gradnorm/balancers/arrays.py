@@ -65,9 +65,8 @@ def where(condition: Vector, chosen: Vector, other: Vector) -> Vector:
 
 def like(vector: Vector, values: list[float] | list[bool]) -> Vector:
     """These numbers, where the vector is."""
-    if isinstance(vector, Tensor):
-        return torch.tensor(values, dtype=None if isinstance(values[0], bool) else vector.dtype, device=vector.device)
-    return np.array(values)
+    dtype: Any = None if isinstance(values[0], bool) else vector.dtype
+    return torch.tensor(values, dtype=dtype, device=vector.device) if isinstance(vector, Tensor) else np.array(values, dtype)
 
 
 def placed(vector: Vector, positions: Vector, values: Vector) -> Vector:

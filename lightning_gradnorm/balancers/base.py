@@ -251,10 +251,11 @@ class LossBalancer(NamedTasks, ABC):
         self.tasks = tasks
         self.steps = int(state["steps"])
         self.skipped_updates = state["skipped_updates"].clone()
-        self._weights = state["weights"].clone()
+        wide = widest_float(state["weights"].device)  # a device may have had less
+        self._weights = state["weights"].to(wide, copy=True)
         idle = state.get("idle_steps")  # not in the states of 0.1
         self.idle_steps = torch.zeros_like(self._weights, dtype=torch.int64) if idle is None else idle.clone()
-        self._memory = {name: state["memory"][name].clone() for name, _ in self._remembers}
+        self._memory = {name: state["memory"][name].to(wide, copy=True) for name, _ in self._remembers}
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
 

@@ -284,7 +284,7 @@ class GradNorm(LossBalancer):
 
     def _vector(self, measured: Tensor | None) -> Vector:
         assert measured is not None, "the contract has checked it"
-        return on_host(measured.to(self._weights))
+        return on_host(measured.to(self._weights, copy=True))  # what is remembered of it is not the caller's
 
 
 def _bounds(least: float, greatest: float | None) -> tuple[float, float]:

@@ -10,9 +10,14 @@ from lightning_gradnorm.balancers.rule import RuleBalancer
 from lightning_gradnorm.measurement import Measurement
 
 
-def sum_over_trace(traces: Tensor) -> Tensor:
-    """λ_i = Σ_j tr K_j / tr K_i, shape ``[T]``: Algorithm 1 of the paper; all terms then fall at one rate, on average."""
-    return traces.sum() / traces
+def sum_over_trace(traces: Tensor, others: Tensor | float = 0.0) -> Tensor:
+    """λ_i = Σ_j tr K_j / tr K_i, shape ``[T]``: Algorithm 1 of the paper; all terms then fall at one rate, on average.
+
+    Args:
+        traces: tr K_i, shape ``[T]``.
+        others: what further terms add to the sum, scalar.
+    """
+    return (traces.sum() + others) / traces
 
 
 class NTKWeighting(RuleBalancer):
@@ -30,6 +35,8 @@ class NTKWeighting(RuleBalancer):
     The traces are estimated, in each measured step from one draw of random signs, by one vector-Jacobian product per term
     (``lightning_gradnorm.traces``), and averaged: over all measurements at first, from 1 / (1 − β) on exponentially. jaxpi
     averages weights instead, of exact traces every 1000 steps. At the first step weights are one.
+
+    A term that is absent from a step counts in the sum with its last trace.
 
     As in the paper, W is all that is trained, unless ``shared_layer()`` names less: unknown coefficients of an equation too,
     which its residual depends on.
@@ -62,5 +69,6 @@ class NTKWeighting(RuleBalancer):
         traces, measured = measurement.ntk_traces.to(state["trace"]), state["measured"] + 1
         share = (1 / measured).clamp_min(1 - self.decay)
         mean = state["trace"] + share * (traces - state["trace"])
-        takes_part = traces > 0  # the others have no gradient, and nothing of what is theirs here is taken up
-        return {"weights": sum_over_trace(mean.where(takes_part, 0.0)), "trace": mean, "measured": measured}
+        mean = mean.where(traces > 0, state["trace"])  # the others have no gradient here: they count as absent ones do
+        absent = self._memory["trace"].sum() - state["trace"].sum()
+        return {"weights": sum_over_trace(mean, absent), "trace": mean, "measured": measured}

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_gradnorm.balancers.arrays import Vector, as_tensor, on_host
 from lightning_gradnorm.balancers.plain_step import plain_step
-from lightning_gradnorm.measurement import reading_is_free
+from lightning_gradnorm.measurement import reading_is_free, widest_float
 
 OptimizerFactory = Callable[..., Optimizer]
 
@@ -58,7 +58,7 @@ class VectorOptimizer:
             The new values at ``positions``, shape ``[P]``.
         """
         if not isinstance(values, Tensor):
-            if accept is None and positions is None and values.shape == self._vector.shape:
+            if accept is None and positions is None and values.shape == self._vector.shape and self._vector.is_cpu:
                 stepped = plain_step(self._optimizer, self._vector, values, gradient)
                 if stepped is not None:
                     return stepped
@@ -123,7 +123,8 @@ class VectorOptimizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a memory from ``state_dict``; one of another kind is left, with a warning, and starts anew."""
-        self._build(state["vector"])
+        vector = state["vector"]
+        self._build(vector.to(widest_float(vector.device)))
         remembered = {name for entries in state["state"].values() for name, value in entries.items() if value is not None}
         was = state.get("optimizer")  # not in the states of 0.1
         wanted = self._names_of_memory() if remembered else set()

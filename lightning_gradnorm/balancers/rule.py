@@ -6,17 +6,18 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.balancers.arrays import Vector, as_tensor, isfinite, on_host, surely_all
+from lightning_gradnorm.balancers.arrays import Vector, as_tensor, isfinite, on_host, quiet, surely_all
 from lightning_gradnorm.balancers.base import LossBalancer
 from lightning_gradnorm.balancers.gradnorm_equations import where_active
-from lightning_gradnorm.measurement import Measurement
+from lightning_gradnorm.measurement import Measurement, widest_float
 
 
 def _finite(vectors: Iterable[Tensor], active: Tensor | None) -> Vector:
     """Whether there is no NaN and no infinity in any of the entries that take part; a sum carries what it meets."""
     finite: Vector = True
-    for vector in vectors:
-        finite = finite & isfinite(on_host(where_active(vector, active)).sum())
+    with quiet():
+        for vector in vectors:
+            finite = finite & isfinite(on_host(where_active(vector, active).to(widest_float(vector.device))).sum())
     return finite
 
 
@@ -50,7 +51,8 @@ class RuleBalancer(LossBalancer):
         if not isinstance(usable, Tensor) and not usable:
             self.skipped_updates += 1
             return
-        after = self._next(measurement._replace(losses=measurement.losses.to(self._weights)), before)
+        losses = measurement.losses.to(self._weights, copy=True)  # what is remembered of it is not the caller's
+        after = self._next(measurement._replace(losses=losses), before)
         usable = usable & _finite(after.values(), active)
         certain = active is None and surely_all(usable)
         if not certain:

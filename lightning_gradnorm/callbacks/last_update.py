@@ -25,6 +25,10 @@ class LastUpdate:
             self._older |= self._by_task()
         self._tasks, self._newest = tasks, diagnostics
 
+    def has(self, task: str) -> bool:
+        """Whether an update has had the task."""
+        return task in self._tasks or task in self._older
+
     def of(self, tasks: Sequence[str]) -> Mapping[str, Tensor]:
         """Tag → shape ``[len(tasks)]``; NaN for a task of which no update has computed it."""
         if tuple(tasks) == self._tasks or not self._newest:

@@ -112,8 +112,9 @@ class BalancingLog:
             return
         weights = per_task("loss_weight", tasks, applied)
         values = weights | per_task("task_loss", tasks, losses) | dict(totals(applied.to(losses), losses))
-        for tag, vector in self.last.of(tasks).items():
-            values |= per_task(tag, tasks, vector)
+        known = [task for task in tasks if self.last.has(task)]
+        for tag, vector in self.last.of(known).items():
+            values |= per_task(tag, known, vector)
         self.shown |= values | self._pairs
         pl_module.log_dict(dict(self.shown), on_step=True, on_epoch=False)
         if not self._writes_all(trainer):
@@ -128,6 +129,7 @@ class BalancingLog:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from ``state_dict``."""
+        self.start_anew()
         self.shown = dict(state)
 
 

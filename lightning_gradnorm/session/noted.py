@@ -136,9 +136,10 @@ def note(
 
 
 def _are_alike(scalars: Sequence[Tensor]) -> bool:
-    """Whether they are plain tensors of one kind, more than one, that can be one vector."""
+    """Whether they are plain tensors of one kind, more than one, that can be one vector; autocast stacks no other half's."""
     kinds = {(type(scalar), scalar.dtype, scalar.device) for scalar in scalars}
-    return len(scalars) > 1 and len(kinds) == 1 and type(scalars[0]) is Tensor
+    is_one_kind = len(scalars) > 1 and len(kinds) == 1
+    return is_one_kind and type(scalars[0]) is Tensor and scalars[0].dtype in (torch.float32, torch.float64)
 
 
 def multiplied_twice(task: str) -> str:

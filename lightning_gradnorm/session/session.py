@@ -89,6 +89,11 @@ class BalancingSession(Totals):
     def open(self, loop: Loop) -> None:
         """Begin a run: W is looked for, the ranks agree, warnings speak again; what was learnt stays."""
         self.close()
+        if loop.losses_of is not None and self.balancer.needs_residuals:
+            raise ValueError(
+                f"losses_of={loop.losses_of!r} takes a scalar for each loss, and {type(self.balancer).__name__} needs the loss "
+                "of each point. Hand them over where they are made: total_loss({'task': residual.square(), …})."
+            )
         if loop.losses_of is not None:
             self._hook = weigh_losses_of(loop.losses_of, loop.network, self.terms)
         self._loop, self.words = loop, Words(self.balancer, loop, type(self).__name__)

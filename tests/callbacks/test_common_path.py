@@ -182,3 +182,13 @@ def test_between_the_steps_that_are_written_the_trainer_has_nothing_of_ours_to_g
     callbacks = [GradNormCallback(summary=False), Looks()]
     quiet_trainer(tmp_path, callbacks=callbacks, log_every_n_steps=4).fit(TrunkAndHeads(), batches(12))
     assert seen == [0] * 12
+
+
+def test_losses_of_the_half_type_that_autocast_has_not(tmp_path):
+    class Halves(TrunkAndHeads):
+        def training_step(self, batch, batch_idx):
+            return self.total_loss({task: loss.half() for task, loss in self.losses(batch[0]).items()})
+
+    callback = GradNormCallback(update_every=4, summary=False)
+    quiet_trainer(tmp_path, callbacks=[callback], precision="bf16-mixed").fit(Halves(), batches(6))
+    assert callback.balancer.steps == 6

@@ -109,7 +109,9 @@ class MeasurementWindow:
         for task, gradient in zip(gradients.tasks, rows, strict=True):
             self._sums[task] = _summed(self._sums.get(task), gradient)
 
-    def reduce(self, all_reduce: AllReduceSum, tasks: Sequence[str], entries: int, device: torch.device) -> None:
+    def reduce(
+        self, all_reduce: AllReduceSum, tasks: Sequence[str], entries: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         """Take in what the other ranks measured, with one collective, whatever this one has seen.
 
         Args:
@@ -117,10 +119,10 @@ class MeasurementWindow:
             tasks: all tasks, in the order that the ranks have agreed on.
             entries: |W|, or 0 where no gradients are measured.
             device: where the collective works.
+            dtype: in which; the same on every rank, also on one that has nothing to send.
         """
         self._add_up()
         self._spread_out()
-        dtype = torch.promote_types(torch.float32, next(iter(self._sums.values())).dtype) if self._sums else torch.float32
         besides = [field for field in self._besides if entries or not is_of_gradients(field)]
         scalars = 2 + len(besides)
         packed = torch.zeros(len(tasks), entries + scalars, dtype=dtype, device=device)

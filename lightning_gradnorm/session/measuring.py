@@ -1,11 +1,14 @@
 """Which backward passes of a run are read, and what those of one optimiser step add up to."""
 
+import functools
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.gradients import UnreachedSharedLayerError
+from lightning_gradnorm.measurement import widest_float
 from lightning_gradnorm.session.loop import Loop
 from lightning_gradnorm.session.noted import NotedLosses
 from lightning_gradnorm.session.ranks import RankAgreement
@@ -150,4 +153,12 @@ class Measuring:
                 self.reading.adopt(ranks.layer, "as another rank found it; name another by shared_layer")
         ranks.check(window.tasks)
         if ranks.tasks and (ranks.entries or not measures):
-            window.reduce(ranks.all_reduce, ranks.tasks, ranks.entries if measures else 0, ranks.device)
+            entries = ranks.entries if measures else 0
+            window.reduce(ranks.all_reduce, ranks.tasks, entries, ranks.device, self._dtype_of(ranks.device))
+
+    def _dtype_of(self, device: torch.device) -> torch.dtype:
+        """What the gradients on W come in, or their squared norms, at least float32."""
+        if self.reading.norm_of == "features":
+            return widest_float(device)
+        parameters = () if self.reading.layer is None else self.reading.layer.parameters
+        return functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)

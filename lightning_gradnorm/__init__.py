@@ -86,24 +86,6 @@ __all__ = [
 
 # What is asked for is loaded then, with torch and Lightning as it needs them: the command's help and its report need neither.
 _NAMES_OF = {
-    "balancers": (
-        "AdaptiveNormalizedLoss",
-        "DynamicTaskPrioritization",
-        "DynamicWeightAverage",
-        "EqualWeights",
-        "FixedWeights",
-        "GeometricLoss",
-        "GradNorm",
-        "LearningRateAnnealing",
-        "LossBalancer",
-        "LossRatioBalancing",
-        "NTKWeighting",
-        "RandomLossWeighting",
-        "ReLoBRaLo",
-        "RuleBalancer",
-        "SoftAdapt",
-        "UncertaintyWeighting",
-    ),
     "callbacks": ("GradNormCallback", "LossBalancingCallback"),
     "comparison": ("compare",),
     "diagnosis": ("diagnose",),
@@ -116,20 +98,21 @@ _NAMES_OF = {
     "session": ("BalancedStep", "BalancingSession", "Loop", "RankAgreement"),
     "shared_layer": ("SharedLayerSpec",),
 }
-_ROOM_OF = {name: room for room, names in _NAMES_OF.items() for name in names}
+# All the others are methods.
+_ROOM_OF = dict.fromkeys(__all__, "balancers") | {name: room for room, names in _NAMES_OF.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF and not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+    if name in _ROOM_OF:
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")
-    if name not in _ROOM_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
-    return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_NAMES_OF})
+    return sorted({*globals(), *__all__, *_ROOM_OF.values()})
 
 
 load_with_lightning_cli()

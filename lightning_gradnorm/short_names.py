@@ -22,7 +22,7 @@ class _LooksForLightningCLI(MetaPathFinder):
 
 
 def _load() -> None:
-    import lightning_gradnorm.callbacks  # noqa: F401
+    import lightning_gradnorm.callbacks  # noqa: F401 (to be loaded is all that is wanted of it)
 
 
 def load_with_lightning_cli() -> None:

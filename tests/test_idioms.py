@@ -258,8 +258,8 @@ def decoder_with_auxiliary_losses(stacked, heads):
     """As DETR: the heads on every decoder layer's output, the losses of the layers as so many tasks."""
 
     def build():
-        layer = lambda: nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True)  # noqa: E731
-        net = network(stem=nn.Linear(6, 8), layers=nn.ModuleList(layer() for _ in range(3)))
+        layers = [nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(3)]
+        net = network(stem=nn.Linear(6, 8), layers=nn.ModuleList(layers))
         net["heads"] = nn.ModuleDict({name: nn.Linear(8, 2) for name in heads})
         memory, h, outputs = net["stem"](torch.randn(2, 5, 6)), torch.randn(2, 4, 8), []
         for part in net["layers"]:

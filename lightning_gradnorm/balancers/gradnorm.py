@@ -232,11 +232,9 @@ class GradNorm(LossBalancer):
             self._learn_from(measurement, positions)
 
     def _learn_from(self, measurement: Measurement, positions: Tensor | None) -> None:
-        norms, losses, weights = (
-            self._vector(measurement.gradient_norms),
-            self._vector(measurement.losses),
-            on_host(self._weights),
-        )
+        assert measurement.gradient_norms is not None, "the contract has checked it"
+        norms = self._vector(measurement.gradient_norms.clone())  # they are remembered, and must not be the caller's
+        losses, weights = self._vector(measurement.losses), on_host(self._weights)
         mask = self._mask(measurement)
         initial = self._vector(self._initial_losses.observe(measurement, mask))
         active = with_gradient = None if mask is None else on_host(mask)
@@ -282,9 +280,8 @@ class GradNorm(LossBalancer):
             changes.pop(SEEN, None)  # weights that stay as they are have averaged nothing
         self._memory |= {name: as_tensor(vector) for name, vector in changes.items()}
 
-    def _vector(self, measured: Tensor | None) -> Vector:
-        assert measured is not None, "the contract has checked it"
-        return on_host(measured.to(self._weights, copy=True))  # what is remembered of it is not the caller's
+    def _vector(self, measured: Tensor) -> Vector:
+        return on_host(measured.to(self._weights))
 
 
 def _bounds(least: float, greatest: float | None) -> tuple[float, float]:

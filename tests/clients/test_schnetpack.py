@@ -1,6 +1,6 @@
 """SchNetPack: energies and forces of an ``AtomisticTask`` as it is, under the Trainer of ``pytorch_lightning``."""
 
-# ruff: noqa: E402
+# ruff: noqa: E402 (a name has to be put back before SchNetPack is imported)
 
 import pytest
 from torch.utils.data import dataloader

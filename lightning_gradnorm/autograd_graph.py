@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -14,7 +15,27 @@ MERGED = -2  # several: the engine sums their gradients before the node runs
 _COMPILED = "CompiledFunctionBackward"
 _REENTRANT = "CheckpointFunctionBackward"
 
-Edge = tuple[int, Node, int]  # output of the parent, child node, input of the child
+_TURNS = "TBackward0"
+
+
+class Edge(NamedTuple):
+    """A way on which a task's gradient leaves what is its own.
+
+    Attributes:
+        output: of the node that it leaves.
+        child: the node that it comes to.
+        number: that node's input.
+        k: the number of the tensor of W that it is the gradient of; ``None`` where it has to be carried on.
+        turned: whether it is the gradient transposed.
+    """
+
+    output: int
+    child: Node
+    number: int
+    k: int | None
+    turned: bool = False
+
+
 _Ways = tuple[tuple[Node | None, int], ...]  # of a node's outputs: child and the child's input
 
 
@@ -23,21 +44,38 @@ class TaskGraph:
     """The part of a backward graph that leads from the tasks' losses to W.
 
     Attributes:
+        root: where the backward begins.
         targets: (node, its input) → the number of the tensor of W whose gradient arrives there; of those in the graph.
-        edges: node → its children that lead to W; nodes in order, children before parents.
-        owners: node → the task whose loss alone reaches it, ``REST`` or ``MERGED``; of those in ``edges`` and their children.
+        owners: node → the task whose loss alone reaches it, ``REST`` or ``MERGED``; of all nodes that were met.
+        merged: node that is ``MERGED`` → its children that lead to W; nodes in order, children before parents.
         leaving: a node that is a task's own → the edges on which that task's gradient leaves what is its own: into W, or into
-            a merged node. Only nodes that have such edges.
+            a merged node that leads there. Only nodes that have such edges.
         met: numbers of the tasks whose tapped loss the root was built from.
-        seen: all nodes that were looked at, children before parents.
+        lowest: a node below which nothing leads to W, if it is known.
     """
 
+    root: Node
     targets: dict[tuple[Node, int], int]
-    edges: dict[Node, list[Node]]
     owners: dict[Node, int]
+    merged: dict[Node, list[Node]]
     leaving: dict[Node, list[Edge]]
     met: set[int]
-    seen: list[Node]
+    lowest: Node | None
+
+    @functools.cached_property
+    def edges(self) -> dict[Node, list[Node]]:
+        """Node → its children that lead to W; nodes in order, children before parents. A walk: most have no need of it."""
+        return _leading([self.root], self.targets, self.lowest)
+
+    @property
+    def seen(self) -> list[Node]:
+        """All nodes that were looked at, children before parents. A walk."""
+        return [node for node, _ in children_first([self.root], {}, self.lowest)]
+
+    @property
+    def reaching(self) -> set[int]:
+        """Numbers of the tasks whose loss leads to W."""
+        return {self.owners[node] for node in self.leaving}
 
     def compiled(self, *, merged_only: bool) -> bool:
         """Whether a node that leads to W is the whole backward of a ``torch.compile``d region.
@@ -52,16 +90,16 @@ class TaskGraph:
 
     @functools.cached_property
     def _kinds(self) -> set[str]:
-        return {cls.__name__ for cls in set(map(type, self.edges))}
+        return {cls.__name__ for cls in set(map(type, self.owners))}
 
     def _leads_through(self, kind: str, *, merged_only: bool) -> bool:
         if kind not in self._kinds:
             return False
-        return any(type(node).__name__ == kind and (not merged_only or self.owners[node] == MERGED) for node in self.edges)
+        return any(type(node).__name__ == kind for node in (self.merged if merged_only else self.edges))
 
 
 def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | GradientEdge]) -> TaskGraph:
-    """Walk the graph once.
+    """Walk the graph: once where tasks meet at W alone, and once more below the nodes where they meet above it.
 
     Args:
         root: node of the tensor that ``backward()`` will be called on.
@@ -77,33 +115,86 @@ def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | Gradie
             leaves[id(wanted)] = k
         else:
             targets[wanted.grad_fn, wanted.output_nr] = k
-    nodes_of_w = {node for node, _ in targets}
     # Nothing below the only node of W leads to it. (The nodes' sequence numbers say no more about what leads where: threads
     # count on their own, and so a graph made by a backward on a GPU has other numbers than the forward's.)
+    nodes_of_w = {node for node, _ in targets}
     lowest = next(iter(nodes_of_w)) if len(nodes_of_w) == 1 and not leaves else None
+    owners: dict[Node, int] = {**taps, root: taps.get(root, REST)}
+    met = {taps[root]} if root in taps else set()
+    leaving: dict[Node, list[Edge]] = {}
+    again = set[Node]()  # a task's own nodes with more than one way to them
+    meet_above = False
+    stack = [(root, () if root is lowest else root.next_functions)]
+    while stack:
+        node, ways = stack.pop()
+        owner = owners[node]
+        for i, (child, nr) in enumerate(ways):
+            if child is None:
+                continue
+            held = owners.get(child)
+            if held is None:
+                owners[child] = owner
+                below = () if child is lowest else child.next_functions
+                if below:
+                    stack.append((child, below))
+                elif leaves and (number := leaves.get(id(getattr(child, "variable", None)))) is not None:
+                    targets[child, 0] = number
+                    nodes_of_w.add(child)
+            elif held == owner:
+                again.add(child)
+            elif held != MERGED:
+                below = () if child is lowest else child.next_functions
+                if child in taps:
+                    meet_above |= owner != REST  # one loss made of another
+                    if held in met:
+                        continue
+                    met.add(held)
+                else:
+                    owners[child] = MERGED
+                    meet_above |= bool(below)
+                stack.append((child, below))  # what lies below is merged too, or the task's own
+            if child in nodes_of_w and owner >= 0 and (child, nr) in targets:
+                leaving.setdefault(node, []).append(Edge(i, child, nr, targets[child, nr]))
+    merged: dict[Node, list[Node]] = {}
+    if meet_above:
+        merged = _leading([node for node, owner in owners.items() if owner == MERGED], targets, lowest)
+        leaving = {}
+        for node, owner in owners.items():
+            for i, (child, nr) in enumerate(node.next_functions) if owner >= 0 else ():
+                if child is not None and (child in merged or child in taps or (child, nr) in targets):
+                    number_of_w = None if child in merged else targets.get((child, nr))
+                    leaving.setdefault(node, []).append(Edge(i, child, nr, number_of_w))
+    _leave_above_transposes(leaving, owners, again)
+    return TaskGraph(root, targets, owners, merged, leaving, met, lowest)
+
+
+def _leave_above_transposes(leaving: dict[Node, list[Edge]], owners: Mapping[Node, int], again: Container[Node]) -> None:
+    """Have one node of a Linear's read both of its gradients, where the weight's is transposed on its way and used by others.
+
+    Seen above the transpose, the gradient is another tensor than the one that arrives at the weight. So autograd does not see
+    it held, and would take its memory for ``.grad``, were it not added to another task's.
+    """
+    turns = {
+        node: out[0]
+        for node, out in leaving.items()
+        if type(node).__name__ == _TURNS and node not in again and owners[out[0].child] == MERGED and out[0].k is not None
+    }
+    for node in [node for node in leaving if node not in turns] if turns else ():
+        for i, (child, nr) in enumerate(node.next_functions):
+            if child in turns:
+                leaving[node].append(Edge(i, child, nr, turns[child].k, turned=True))
+                del leaving[child]
+
+
+def _leading(roots: Iterable[Node], targets: Mapping[tuple[Node, int], int], lowest: Node | None) -> dict[Node, list[Node]]:
+    """Node → its children that lead to W, of the roots and all below them; children before parents."""
+    nodes_of_w = {node for node, _ in targets}
     edges: dict[Node, list[Node]] = {}
-    seen: dict[Node, _Ways | None] = {}
-    order: list[Node] = []
-    for node, ways in children_first([root], seen, lowest):
-        order.append(node)
-        if not ways:
-            if leaves and (number := leaves.get(id(getattr(node, "variable", None)))) is not None:
-                targets[node, 0] = number
-                nodes_of_w.add(node)
-            continue
+    for node, ways in children_first(roots, {}, lowest):
         leading = [child for child, nr in ways if child in edges or (child in nodes_of_w and (child, nr) in targets)]
         if leading:
             edges[node] = leading
-    owners = _owners(edges, taps)
-    leaving: dict[Node, list[Edge]] = {}
-    for node, below in edges.items():
-        owner = owners[node]
-        if owner >= 0 and any(child in nodes_of_w or owners[child] != owner for child in below):
-            out = [(i, child, nr) for i, (child, nr) in enumerate(node.next_functions) if child is not None]
-            out = [edge for edge in out if edge[1:] in targets or owners.get(edge[1], owner) != owner]
-            if out:
-                leaving[node] = out
-    return TaskGraph(targets, edges, owners, leaving, {task for tap, task in taps.items() if tap in seen}, order)
+    return edges
 
 
 def children_first(
@@ -132,17 +223,6 @@ def children_first(
             if below is not None:  # not done before
                 seen[node] = None
                 yield node, below
-
-
-def _owners(edges: dict[Node, list[Node]], taps: Mapping[Node, int]) -> dict[Node, int]:
-    owners: dict[Node, int] = {}
-    for node in reversed(edges):
-        owner = taps[node] if node in taps else owners.get(node, REST)
-        owners[node] = owner
-        for child in edges[node]:
-            if owners.setdefault(child, owner) != owner:
-                owners[child] = MERGED
-    return owners
 
 
 def nodes_met(root: Tensor, nodes: Container[Node | None]) -> set[Node]:

@@ -161,7 +161,7 @@ class Pace:
         held: Iterable[Node],
     ) -> None:
         self._descent, self._edges = descent, edges
-        self.calls = {child for ways in leaving.values() for _, child, _ in ways if child in edges}
+        self.calls = {edge.child for out in leaving.values() for edge in out if edge.child in edges}
         self.calls.update(held)
         self._awaited = Counter(child for node in nodes for child in edges[node])
         self._awaited.update(self.calls)

@@ -120,7 +120,7 @@ def _joined(rows: list[Tensor]) -> Tensor:
 
 def find_factors(
     nodes: Iterable[Node],
-    leaving: Mapping[Node, Iterable[tuple[int, Node, int]]],
+    leaving: Mapping[Node, Iterable[tuple[int, Node, int, int | None, bool]]],
     targets: Mapping[tuple[Node, int], int],
     wanted: Sequence[Any],
     tasks: int,
@@ -131,7 +131,7 @@ def find_factors(
 
     Args:
         nodes: those where several tasks have met.
-        leaving: a task's own node → the edges on which its gradient leaves what is its own.
+        leaving: a task's own node → the edges on which its gradient leaves what is its own (see ``autograd_graph.Edge``).
         targets: (node, its input) → number of the tensor of W.
         wanted: the tensors of W.
         tasks: how many.
@@ -146,7 +146,8 @@ def find_factors(
     candidates = {product.number for product in products.values()}
     above: dict[Node, list[Node]] = {node: [] for node in products}
     edges = [(node, child, nr) for node in nodes if node not in between for child, nr in _others(node, products)]
-    edges += [(node, child, nr) for node, ways in leaving.items() for _, child, nr in ways]
+    edges += [(node, child, nr) for node, out in leaving.items() for _, child, nr, *_ in out]
+    candidates.difference_update(k for out in leaving.values() for _, _, _, k, _ in out)
     for parent, child, number in edges:
         candidates.discard(targets.get((child, number), between.get(child, -1)))  # something else brings a gradient there
         if child in above:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradnorm.autograd_graph import MERGED, REST, TaskGraph, task_graph
+from lightning_gradnorm.autograd_graph import MERGED, REST, Edge, TaskGraph, task_graph
 from lightning_gradnorm.descent import Arrivals, Descent, Pace
 from lightning_gradnorm.factors import WeightFactors, find_factors
 from lightning_gradnorm.gradient_reader import (
@@ -213,8 +213,8 @@ class JointBackward(GradientReader):
     @property
     def shapes(self) -> tuple[Any, ...]:
         """What tells one kind of graph from another, while the backward is to come: nodes, and the shape where tasks meet."""
-        merged = next((node for node in reversed(self.graph.edges) if self.graph.owners[node] == MERGED), None)
-        return len(self.graph.edges), () if merged is None else shape_of(merged)
+        merged = next(reversed(self.graph.merged), None)
+        return len(self.graph.owners), () if merged is None else shape_of(merged)
 
     @property
     def graph(self) -> TaskGraph:
@@ -238,23 +238,26 @@ class JointBackward(GradientReader):
         self._check(graph, losses)
         self.is_merged = all(graph.owners.get(node, REST) == MERGED for node, _ in graph.targets)
         self._awaited, self._graph = len(graph.leaving), graph
-        self._arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.edges)
-        merged = [node for node in graph.edges if graph.owners[node] == MERGED]
-        by_node: Mapping[Node, tuple[int, WeightFactors]] = {}
-        frames = frames_of(merged)
-        if self._keeps_factors and not frames:  # a frame's operands can be had once
-            by_node, self._factors = find_factors(merged, graph.leaving, graph.targets, self._wanted, len(self.tasks))
-        descent = Descent(merged, graph.edges, graph.targets, self._arrivals, by_node, frames)
+        self._arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.merged)
         for node, leaving in graph.leaving.items():
-            # Where it leaves to: a tensor of W, or a node that carries it on.
-            ways = [(i, child, nr, None if child in graph.edges else graph.targets[child, nr]) for i, child, nr in leaving]
-            self._handles.append(node.register_hook(self._read(graph.owners[node], ways)))
+            self._handles.append(node.register_hook(self._read(graph.owners[node], leaving)))
+        if graph.merged:
+            self._carry_on(graph)
         if graph.has_reentrant_checkpoint():  # then count how often W takes in a gradient: once is all that we can see
             leaves: list[Any] = [tensor for tensor in self.parameters if tensor.is_leaf]
             self._handles += [leaf.register_post_accumulate_grad_hook(self._count) for leaf in leaves]
-        pace = Pace(descent, merged, graph.edges, graph.leaving, frames if self._may_hurry() else merged)
-        self._handles += [node.register_prehook(_engine_at(pace, node)) for node in pace.calls]
         self._handles += [node.register_prehook(self._read_cotangent(task)) for node, task in taps.items()]
+
+    def _carry_on(self, graph: TaskGraph) -> None:
+        """From where tasks meet above W."""
+        by_node: Mapping[Node, tuple[int, WeightFactors]] = {}
+        frames = frames_of(graph.merged)
+        if self._keeps_factors and not frames:  # a frame's operands can be had once
+            by_node, self._factors = find_factors(graph.merged, graph.leaving, graph.targets, self._wanted, len(self.tasks))
+        merged = list(graph.merged)
+        descent = Descent(merged, graph.merged, graph.targets, self._arrivals, by_node, frames)
+        pace = Pace(descent, merged, graph.merged, graph.leaving, frames if self._may_hurry() else merged)
+        self._handles += [node.register_prehook(_engine_at(pace, node)) for node in pace.calls]
 
     def _may_hurry(self) -> bool:
         """Whether nodes may run before the engine comes: not beside a device's streams, or hooks that gather shards."""
@@ -277,21 +280,32 @@ class JointBackward(GradientReader):
 
         return prehook
 
-    def _read(self, task: int, ways: list[tuple[int, Node, int, int | None]]) -> Callable[..., None]:
+    def _read(self, task: int, leaving: list[Edge]) -> Callable[..., None]:
         add, add_at_target = self._arrivals.add, self._arrivals.add_at_target
 
         def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
             self._awaited -= 1
-            for output, child, number, k in ways:
+            for output, child, number, k, turned in leaving:
                 gradient = grad_inputs[output]
                 if gradient is None:
                     continue
                 if k is None:
                     add(task, child, number, gradient)
                 else:
-                    add_at_target(task, k, gradient)
+                    add_at_target(task, k, gradient.t() if turned else gradient)
+            if not self._awaited:
+                self._own_what_was_turned()
 
         return hook
+
+    def _own_what_was_turned(self) -> None:
+        """A gradient seen above its transpose, to which no other task's is added, will have its memory taken for ``.grad``."""
+        rows = self._arrivals.gradients
+        for k in {edge.k for out in self.graph.leaving.values() for edge in out if edge.turned and edge.k is not None}:
+            held = [(row, gradient) for row in rows if (gradient := row[k]) is not None]
+            if len(held) == 1:
+                row, gradient = held[0]
+                row[k] = gradient.clone()
 
 
 def _check_reached(graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
@@ -301,7 +315,8 @@ def _check_reached(graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
             f"The total was not built from the tapped loss of {', '.join(f'task {task!r}' for task in missing)}. "
             "Build it from the losses that tap_losses() returned."
         )
-    unreached = [task for task, loss in losses.items() if loss.grad_fn not in graph.edges]
+    reaching = graph.reaching
+    unreached = [task for i, (task, loss) in enumerate(losses.items()) if i not in reaching and loss.grad_fn not in graph.edges]
     if unreached:
         raise UnreachedSharedLayerError(unreached)
 

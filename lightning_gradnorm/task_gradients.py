@@ -1,6 +1,6 @@
 """What a backward brought for each task on the shared parameters: gradients, and what is made of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,8 +32,11 @@ class TaskGradients:
     def norms(self) -> Tensor:
         """n_i = ‖∇_W L_i‖₂ of the unweighted losses, shape ``[T]``, summed in float64 where the device has it."""
         device = self.cotangents.device
-        norms = [_norm([g for g in row if g is not None]) for row in self.gradients]
-        found = torch.stack([self.cotangents.new_zeros(()) if norm is None else norm.to(device) for norm in norms])
+        rows = [[_plain(g) for g in row if g is not None] for row in self.gradients]
+        found = _norms_together(rows)
+        if found is None:
+            norms = [_norm(row) for row in rows]
+            found = torch.stack([self.cotangents.new_zeros(()) if norm is None else norm.to(device) for norm in norms])
         if self.factors:
             parts = [found, *(factors.squares().to(device).sqrt() for factors in self.factors.values())]
             found = torch.linalg.vector_norm(torch.stack(parts), dim=0)
@@ -92,14 +95,33 @@ def _plain(gradient: Tensor) -> Tensor:
 _FEW = 1 << 16  # elements
 
 
-def _norm(gradients: list[Tensor]) -> Tensor | None:
+def _norms_together(rows: Sequence[Sequence[Tensor]]) -> Tensor | None:
+    """Euclidean norm of each row of gradients as one vector, ``[T]``; ``None`` where they are not of one kind, or not small.
+
+    Many small norms cost more than one copy.
+    """
+    every = [g for row in rows for g in row]
+    lengths = [sum([g.numel() for g in row]) for row in rows]
+    if len({(g.device, g.dtype) for g in every}) != 1 or max(lengths) > _FEW or len(every) == len(rows):
+        return None
+    flat, wide = torch.cat([_as_it_lies(g).flatten() for g in every]), widest_float(every[0].device)
+    if len(set(lengths)) == 1:
+        together: Tensor = torch.linalg.vector_norm(flat.view(len(rows), -1), dim=1, dtype=wide)
+        return together
+    return torch.stack([torch.linalg.vector_norm(row, dtype=wide) for row in torch.split(flat, lengths)])
+
+
+def _as_it_lies(gradient: Tensor) -> Tensor:
+    """With dimensions in the order of memory, which matters to no norm."""
+    if gradient.is_contiguous():
+        return gradient
+    return gradient.permute(sorted(range(gradient.ndim), key=gradient.stride, reverse=True))
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor | None:
     """Euclidean norm of all the gradients as one vector, scalar, as wide as the device allows; ``None`` if there are none."""
     if not gradients:
         return None
-    gradients = [_plain(g) for g in gradients]
-    kinds = {(g.device, g.dtype) for g in gradients}
-    if len(gradients) > 1 and len(kinds) == 1 and sum(g.numel() for g in gradients) <= _FEW:
-        gradients = [torch.cat([g.flatten() for g in gradients])]  # many small norms cost more than one copy
     norms = [_norm_of_one(g).to(gradients[0].device) for g in gradients]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
@@ -108,8 +130,8 @@ def _norm_of_one(gradient: Tensor) -> Tensor:
     wide = widest_float(gradient.device)
     if gradient.device.type == "cpu" and gradient.dtype == torch.float32 and gradient.ndim > 1 and gradient.numel() > _FEW:
         # A float64 norm makes a float64 copy on the CPU. The rows, as they lie in memory, are short enough for float32.
-        as_it_lies = gradient.permute(sorted(range(gradient.ndim), key=gradient.stride, reverse=True))
-        norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(as_it_lies.flatten(1), dim=1), dtype=wide)
+        rows = _as_it_lies(gradient).flatten(1)
+        norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1), dtype=wide)
         if 1e-12 < norm < 1e18:  # nothing in it over- or underflowed
             return norm
     whole: Tensor = torch.linalg.vector_norm(gradient, dtype=wide)

@@ -116,6 +116,44 @@ def test_what_was_read_does_not_change_with_the_parameters_grad(graph):
     torch.testing.assert_close(reader.gradients().flat(), expected, rtol=1e-10, atol=1e-13)
 
 
+class _GivesNothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def test_what_was_read_does_not_change_where_the_other_task_brings_nothing():
+    """Then what one task brings to a weight is its .grad, with no sum between."""
+    layer, x = nn.Linear(3, 3), torch.randn(4, 3)
+
+    def losses():
+        return {"a": layer(x).square().mean(), "b": _GivesNothing.apply(layer(x)).sum() + layer.bias.sum()}
+
+    expected = oracle(losses(), list(layer.parameters()))
+    taps = tap_losses(losses())
+    root = weighted(taps, torch.ones(2))
+    reader = JointBackward(root, taps, layer.parameters())
+    root.backward()
+    for parameter in layer.parameters():
+        parameter.grad.fill_(7.0)
+    torch.testing.assert_close(reader.gradients().flat(), expected)
+
+
+def test_a_linear_of_each_tasks_own_forward_is_read_by_one_hook():
+    layer, x = nn.Linear(3, 3), torch.randn(2, 4, 3)
+    losses = {"a": layer(x[0]).square().mean(), "b": layer(x[1]).square().mean()}
+    expected, taps = oracle(losses, list(layer.parameters())), tap_losses(losses)
+    root = weighted(taps, torch.ones(2))
+    reader = JointBackward(root, taps, layer.parameters())
+    assert [type(node).__name__ for node in reader.graph.leaving] == ["AddmmBackward0"] * 2
+    root.backward()
+    torch.testing.assert_close(reader.gradients().flat(), expected)
+
+
 @pytest.mark.parametrize("shape", [(300, 400), (70_000,), (2, 3, 200, 100), (1, 1)])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_norms_of_large_float32_gradients(shape, size):

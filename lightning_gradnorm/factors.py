@@ -85,10 +85,11 @@ class WeightFactors:
         """
         if self.is_empty:
             return torch.zeros(self._tasks, dtype=widest_float(self._weight.device), device=self._weight.device)
-        gram = Gram(*self._rows(torch.float32))
+        inputs, deltas = self._rows(torch.float32)
+        gram = _gram_of(inputs, deltas)
         squares = gram.squares()
-        if can_wait(squares.device) and not gram.trusts(squares):
-            squares = Gram(*self._rows(torch.float64)).squares()
+        if can_wait(squares.device) and not gram.trusts(squares, deltas):
+            squares = _gram_of(*self._rows(torch.float64)).squares()
         return squares.clamp_min(0)
 
     @torch.no_grad()
@@ -109,6 +110,13 @@ class WeightFactors:
         stacked = torch.stack(deltas)
         carried = (inputs @ inputs.mT) @ stacked
         return stacked.flatten(1) @ carried.flatten(1).mT
+
+
+def _gram_of(inputs: Tensor, deltas: Iterable[Tensor]) -> Gram:
+    gram = Gram(inputs)
+    for delta in deltas:
+        gram.take(delta)
+    return gram
 
 
 def _joined(rows: list[Tensor]) -> Tensor:
@@ -234,7 +242,7 @@ def _gram_is_less(nodes: Sequence[Any], weight: Tensor, tasks: int) -> bool:
         outputs = shape_of(first)[-1]
         inputs = weight.numel() // max(outputs, 1)
         rows = sum(rows_of(node) for node in nodes)
-    return rows * (inputs + tasks * outputs * part_of_square(rows)) < tasks * inputs * outputs
+    return rows * (inputs + tasks * outputs) * part_of_square(rows) < tasks * inputs * outputs
 
 
 def _unfolded(node: Any) -> Tensor:

@@ -397,20 +397,22 @@ def test_inputs_that_lie_on_a_line_are_trusted_without_another_try():
     torch.manual_seed(0)
     rows, outputs = 1024, 512
     x = torch.randn(rows, 1) * torch.randn(1, 600)
-    gram = Gram(x.float(), [torch.randn(rows, outputs).float()])
+    gram, delta = Gram(x.float()), torch.randn(rows, outputs).float()
+    gram.take(delta)
     squares = gram.squares()
-    cheap = 4 * 1.2e-7 * gram._gram.norm() * gram._lengths[0] ** 2
-    assert cheap > 1e-4 * squares[0]
-    assert gram.trusts(squares)
-    exact = (gram._deltas[0].double().T @ x).square().sum()
+    assert gram._size * delta.norm() ** 2 > 1e-4 * squares[0]
+    assert gram.trusts(squares, [delta])
+    exact = (delta.double().T @ x).square().sum()
     torch.testing.assert_close(squares[0], exact, rtol=1e-4, atol=0)
 
 
 def test_a_task_that_brings_nothing_needs_no_other_try():
-    gram = Gram(torch.randn(4, 6).float(), [torch.randn(4, 5).float(), torch.zeros(4, 5).float()])
+    gram, deltas = Gram(torch.randn(4, 6).float()), [torch.randn(4, 5).float(), torch.zeros(4, 5).float()]
+    for delta in deltas:
+        gram.take(delta)
     squares = gram.squares()
     assert squares[1] == 0
-    assert gram.trusts(squares)
+    assert gram.trusts(squares, deltas)
 
 
 @pytest.mark.parametrize("size", [1e-22, 1e-20, 1.0, 1e19])
@@ -461,9 +463,8 @@ def test_symmetry_saves_a_part_where_rows_are_many_enough():
     rows, inputs, outputs = 128, 512, 256
     layer, x = nn.Linear(inputs, outputs), torch.randn(rows, inputs)
     found = read(layer.parameters(), lambda: tasks(layer(x), TASKS))
-    assert flops(found.norms) == 2 * rows * rows * inputs + TASKS * 2 * rows * rows * outputs * 5 // 8 + common(
-        rows, inputs, outputs
-    )
+    triangles = 2 * rows * rows * (inputs + TASKS * outputs) * 5 // 8
+    assert flops(found.norms) == triangles + common(rows, inputs, outputs)
 
 
 def test_many_rows_take_one_product_per_task():

@@ -61,7 +61,7 @@ class GradNormMethod(Method):
             return
         losses = tap_losses(losses)
         total = self.gradnorm.total(losses)
-        reader = self.reader(total, losses, self.workload.shared)
+        reader = self.reader(total, losses, self.workload.shared, keep=False)
         total.backward()
         self.gradnorm.update(reader.measurement())
 
@@ -95,8 +95,8 @@ class FeatureNorms(GradNormMethod):
         owner = next(m for m in workload.network.modules() if any(p is workload.shared[0] for p in m.parameters(recurse=False)))
         owner.register_forward_hook(lambda module, inputs, output: self.features.append(output))
 
-    def reader(self, root: Tensor, losses: Losses, parameters: list[Tensor]) -> GradientReader:
-        reader = JointBackward(root, losses, self.features)
+    def reader(self, root: Tensor, losses: Losses, parameters: list[Tensor], *, keep: bool) -> GradientReader:
+        reader = JointBackward(root, losses, self.features, keep=keep)
         self.features = []
         return reader
 

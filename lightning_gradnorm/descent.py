@@ -7,7 +7,7 @@ so there each task gets a run of its own.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,9 +47,12 @@ class Arrivals:
         held, value = self.gradients[task][k], gradient.detach() if gradient.requires_grad else gradient
         self.gradients[task][k] = value if held is None else added(held, value)
 
-    def take(self, node: Node) -> list[tuple[int, dict[int, Tensor]]]:
-        """(task, input → cotangent) of what has arrived at the node, and forget it."""
-        return list(self._at.pop(node, {}).items())
+    def take(self, node: Node, task: int | None = None) -> list[tuple[int, dict[int, Tensor]]]:
+        """(task, input → cotangent) of what has arrived at the node, of all tasks or of one, and forget it."""
+        if task is None:
+            return list(self._at.pop(node, {}).items())
+        held = self._at.get(node, {}).pop(task, None)
+        return [] if held is None else [(task, held)]
 
     def let_go(self) -> None:
         """Let go of the graph, and of all that has not been carried on."""
@@ -81,12 +84,13 @@ class Descent:
         self._nodes, self._edges, self._targets, self._arrivals = nodes, edges, targets, arrivals
         self._factors = factors or {}
         self._frames = frames_of(nodes) if frames is None else frames
+        self._products: dict[Node, VectorJacobianProduct] = {}
         self._ways: dict[int, list[Node]] = {}  # frame → the nodes that lead to one of its own, parents before children
 
     @torch.no_grad()
-    def lower(self, node: Node) -> None:
-        """Carry on what has arrived at the node; all that will arrive there is there."""
-        arrived = self._arrivals.take(node)
+    def lower(self, node: Node, of: int | None = None) -> None:
+        """Carry on what has arrived at the node, of all tasks or of one; all that will arrive there is there."""
+        arrived = self._arrivals.take(node, of)
         if not arrived or node not in self._edges:
             return
         if node in self._frames:
@@ -94,11 +98,11 @@ class Descent:
                 with undone():  # each task sees what the ordinary backward will see: a spectral norm moves on as it is run
                     in_graph_task(self._through_frame, node, *arrived.pop())
             return
-        if node in self._factors:
-            self._factors[node][1].add(node, {task: held[0] for task, held in arrived})
         product = self._product(node)
         while arrived:
             task, held = arrived.pop()
+            if node in self._factors:
+                self._factors[node][1].add(node, task, held[0])
             for child, number, gradient in product(held):
                 self._arrivals.add(task, child, number, gradient)
 
@@ -109,6 +113,11 @@ class Descent:
 
     def _product(self, node: Node) -> VectorJacobianProduct:
         """From the inputs of a node to those of its children that lead to W."""
+        if node not in self._products:
+            self._products[node] = self._new_product(node)
+        return self._products[node]
+
+    def _new_product(self, node: Node) -> VectorJacobianProduct:
         below = self._edges[node]
         wanted = [child is not None and (child in below or (child, nr) in self._targets) for child, nr in node.next_functions]
         if node in self._factors:
@@ -137,44 +146,78 @@ class Descent:
 
 
 class Pace:
-    """Lowers each node as soon as all that its tasks bring is there: at the latest when the engine comes to the node.
+    """Lowers each task's cotangent as soon as all that it brings to a node is there, and says when its gradient is whole.
 
-    What one node has sent down is still at hand when the next takes it up, and the engine need call only at some of the nodes.
+    So what one node has sent down is still at hand when the next takes it up, and no task's waits for the others'.
 
     Args:
         descent: of these nodes.
-        nodes: where several tasks have met; children before parents.
-        edges: node → its children that lead to W.
+        edges: node where several tasks have met → its children that lead to W.
         leaving: a task's own node → the edges on which its gradient leaves what is its own.
+        owners: a task's own node → the task.
         held: those of the nodes that must not be lowered before the engine comes to them.
-
-    Attributes:
-        calls: the nodes at which ``engine_at`` has to be called, as the engine comes to them.
+        whole: called with task and number of a tensor of W, once all that the task brings there is there.
+        ends: node → the number of the tensor of W of which ``whole`` tells, and whose gradient arrives there and nowhere else.
     """
 
     def __init__(
         self,
         descent: Descent,
-        nodes: Sequence[Node],
         edges: Mapping[Node, Sequence[Node]],
         leaving: Mapping[Node, Iterable[Edge]],
-        held: Iterable[Node],
+        owners: Mapping[Node, int],
+        held: Container[Node],
+        whole: Callable[[int, int], None],
+        ends: Mapping[Node, int],
     ) -> None:
-        self._descent, self._edges = descent, edges
-        self.calls = {edge.child for out in leaving.values() for edge in out if edge.child in edges}
-        self.calls.update(held)
-        self._awaited = Counter(child for node in nodes for child in edges[node])
-        self._awaited.update(self.calls)
+        self._descent, self._edges, self._whole, self._ends = descent, edges, whole, ends
+        self._awaited = Counter[tuple[int, Node | int]]()
+        self._tasks_at: dict[Node, list[int]] = {}  # of the nodes that are held
+        entries: dict[int, list[Node]] = {}
+        for node, out in leaving.items():
+            for _, child, _, k, _ in out:
+                if child in edges:
+                    entries.setdefault(owners[node], []).append(child)
+                elif k is not None and k in ends.values():
+                    self._awaited[owners[node], k] += 1
+        for task, come in entries.items():
+            self._expect(task, come, held)
+
+    def _expect(self, task: int, come: list[Node], held: Container[Node]) -> None:
+        reached = set[Node]()
+        while come:
+            node = come.pop()
+            self._awaited[task, self._ends.get(node, node)] += 1
+            if node in self._edges and node not in reached:
+                reached.add(node)
+                come += self._edges[node]
+                if node in held:
+                    self._awaited[task, node] += 1
+                    self._tasks_at.setdefault(node, []).append(task)
+
+    @property
+    def calls(self) -> Iterable[Node]:
+        """The nodes at which ``engine_at`` has to be called, as the engine comes to them."""
+        return self._tasks_at
 
     def engine_at(self, node: Node) -> None:
         """The engine has come to the node: lower what waited for nothing else."""
-        come = [node]
+        for task in self._tasks_at[node]:
+            self.came(task, node)
+
+    def came(self, task: int, to: Node | int) -> None:
+        """One of a task's own nodes has sent what it sends to a node, or to a tensor of W."""
+        come = [to]
         while come:
-            node = come.pop()
-            self._awaited[node] -= 1
-            if not self._awaited[node] and node in self._edges:
-                self._descent.lower(node)
-                come += self._edges[node]
+            to = come.pop()
+            self._awaited[task, to] -= 1
+            if self._awaited[task, to]:
+                continue
+            if isinstance(to, int):
+                self._whole(task, to)
+            elif to in self._edges:
+                self._descent.lower(to, task)
+                come += [self._ends.get(child, child) for child in self._edges[to]]
 
 
 def gradients_of(losses: Mapping[str, Tensor], tensors: Sequence[Tensor] | Sequence[GradientEdge]) -> list[list[Tensor | None]]:

@@ -37,33 +37,61 @@ class WeightFactors:
         turned: whether the gradient on the weight is Δᵀ X (as of a Linear, and of convolutions) instead of Xᵀ Δ.
         sums_to_zero: whether the rows of each product's Δ_i sum to 0, as behind a normalisation over the batch. In floating
             point they do so but for rounding, which a large common part of the inputs would make much of.
+        products: how many products the weight is used in.
+        keep: whether the Δ_i are kept; else each is let go of once it has its part in ``squares``, where that can be.
     """
 
-    def __init__(self, tasks: int, weight: Tensor, turned: bool, sums_to_zero: bool = False) -> None:
+    def __init__(
+        self,
+        tasks: int,
+        weight: Tensor,
+        turned: bool,
+        sums_to_zero: bool = False,
+        products: int = 1,
+        keep: bool = True,
+    ) -> None:
         self._tasks, self._weight, self._turned, self._sums_to_zero = tasks, weight, turned, sums_to_zero
+        self._keeps = keep or products > 1
         self._inputs: list[Tensor] = []
         self._deltas: list[dict[int, Tensor]] = []
+        self._places: dict[int, int] = {}  # identity of a product's node → its number
+        self._gram: Gram | None = None  # of the Δ_i that were let go
+        self._let_go: list[int] = []  # their tasks
 
-    def add(self, node: Any, cotangents: Mapping[int, Tensor]) -> None:
-        """Take a product's operand and what each task brought to its output."""
-        if type(node).__name__ == "ConvolutionBackward0":
-            self._inputs.append(_unfolded(node))
-            self._deltas.append({task: _places(node, delta) for task, delta in cotangents.items()})
-        else:
-            self._inputs.append((node._saved_self if type(node).__name__ == "MmBackward0" else node._saved_mat1).detach())
-            self._deltas.append({task: delta.detach() for task, delta in cotangents.items()})
-        if self._sums_to_zero and self._inputs[-1].numel():
-            self._inputs[-1] = self._inputs[-1] - self._inputs[-1].mean(-2, keepdim=True)
+    def add(self, node: Any, task: int, cotangent: Tensor) -> None:
+        """Take what a task brought to a product's output."""
+        convolves = type(node).__name__ == "ConvolutionBackward0"
+        place = self._places.setdefault(id(node), len(self._inputs))
+        if place == len(self._inputs):
+            linear = node._saved_self if type(node).__name__ == "MmBackward0" else None
+            operand = _unfolded(node) if convolves else (node._saved_mat1 if linear is None else linear).detach()
+            if self._sums_to_zero and operand.numel():
+                operand = operand - operand.mean(-2, keepdim=True)
+            self._inputs.append(operand)
+            self._deltas.append({})
+        delta = _places(node, cotangent) if convolves else cotangent.detach()
+        if self._keeps or not self._squared(delta, task):
+            self._deltas[place][task] = delta
 
-    def _rows(self, least: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """X and each Δ_i over all products, ``[(groups,) R, …]``, in at least that dtype."""
+    def _squared(self, delta: Tensor, task: int) -> bool:
+        """Whether a Δ has its part in ``squares``, and need not be kept."""
+        kind = torch.promote_types(torch.promote_types(torch.float32, self._inputs[0].dtype), delta.dtype)
+        if self._gram is None:
+            self._gram, self._kind = Gram(self._inputs[0].to(kind)), kind
+        if kind != self._kind or not self._gram.take_if_sure(delta.to(kind)):
+            return False
+        self._let_go.append(task)
+        return True
+
+    def _rows(self, least: torch.dtype, tasks: Iterable[int]) -> tuple[Tensor, list[Tensor]]:
+        """X and each of these Δ_i over all products, ``[(groups,) R, …]``, in at least that dtype."""
         kinds = {x.dtype for x in self._inputs} | {delta.dtype for deltas in self._deltas for delta in deltas.values()}
         wide = least
         for kind in kinds:
             wide = torch.promote_types(wide, kind)
         outputs = next(iter(next(filter(None, self._deltas)).values())).shape[-1]
         deltas = []
-        for task in range(self._tasks):
+        for task in tasks:
             parts = [
                 by_task[task].to(wide) if task in by_task else x.new_zeros((*x.shape[:-1], outputs), dtype=wide)
                 for x, by_task in zip(self._inputs, self._deltas, strict=True)
@@ -73,7 +101,7 @@ class WeightFactors:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no task brought anything."""
+        """Whether no task's Δ is here."""
         return not any(self._deltas)
 
     @torch.no_grad()
@@ -83,21 +111,30 @@ class WeightFactors:
         On the CPU, what float32 cannot hold to 1e-4 is computed again in float64; elsewhere nobody waits for the answer, and
         the factors are scaled so that their squares neither over- nor underflow.
         """
-        if self.is_empty:
-            return torch.zeros(self._tasks, dtype=widest_float(self._weight.device), device=self._weight.device)
-        inputs, deltas = self._rows(torch.float32)
-        gram = _gram_of(inputs, deltas)
-        squares = gram.squares()
-        if can_wait(squares.device) and not gram.trusts(squares, deltas):
-            squares = _gram_of(*self._rows(torch.float64)).squares()
-        return squares.clamp_min(0)
+        parts: list[tuple[list[int], Tensor]] = []
+        if self._gram is not None and self._let_go:
+            parts.append((self._let_go, self._gram.squares()))
+        kept = [task for task in range(self._tasks) if any(task in deltas for deltas in self._deltas)]
+        if kept:
+            inputs, deltas = self._rows(torch.float32, kept)
+            gram = _gram_of(inputs, deltas)
+            squares = gram.squares()
+            if can_wait(squares.device) and not gram.trusts(squares, deltas):
+                squares = _gram_of(*self._rows(torch.float64, kept)).squares()
+            parts.append((kept, squares))
+        if len(parts) == 1 and parts[0][0] == list(range(self._tasks)):
+            return parts[0][1].clamp_min(0)
+        found = torch.zeros(self._tasks, dtype=widest_float(self._weight.device), device=self._weight.device)
+        for tasks, squares in parts:
+            found[tasks] = squares
+        return found.clamp_min(0)
 
     @torch.no_grad()
     def dense(self) -> list[Tensor | None]:
         """Each task's gradient on the weight, in its shape."""
         if self.is_empty:
             return [None] * self._tasks
-        inputs, deltas = self._rows(torch.float32)
+        inputs, deltas = self._rows(torch.float32, range(self._tasks))
         rows = [delta.mT @ inputs if self._turned else inputs.mT @ delta for delta in deltas]
         return [row.reshape(self._weight.shape) for row in rows]
 
@@ -106,7 +143,7 @@ class WeightFactors:
         """⟨gradient of task i, of task j⟩, ``[T, T]``."""
         if self.is_empty:
             return torch.zeros(self._tasks, self._tasks, dtype=widest_float(self._weight.device), device=self._weight.device)
-        inputs, deltas = self._rows(widest_float(self._weight.device))
+        inputs, deltas = self._rows(widest_float(self._weight.device), range(self._tasks))
         stacked = torch.stack(deltas)
         carried = (inputs @ inputs.mT) @ stacked
         return stacked.flatten(1) @ carried.flatten(1).mT
@@ -132,6 +169,7 @@ def find_factors(
     targets: Mapping[tuple[Node, int], int],
     wanted: Sequence[Any],
     tasks: int,
+    keep: bool = True,
 ) -> tuple[dict[Node, tuple[int, WeightFactors]], dict[int, WeightFactors]]:
     """The products whose gradient on a weight of W is better kept as factors.
 
@@ -143,6 +181,7 @@ def find_factors(
         targets: (node, its input) → number of the tensor of W.
         wanted: the tensors of W.
         tasks: how many.
+        keep: whether the factors are to be kept once the norms are had.
 
     Returns:
         Product's node → (which child is the weight, factors); number of the tensor of W → factors.
@@ -169,7 +208,7 @@ def find_factors(
         turns = {products[node].turned for node in users}
         if len(turns) == 1 and _gram_is_less(users, wanted[k], tasks):
             normalised = all(_normalises(parent) for node in users for parent in above[node])
-            chosen[k] = WeightFactors(tasks, wanted[k], turns.pop(), normalised)
+            chosen[k] = WeightFactors(tasks, wanted[k], turns.pop(), normalised, len(users), keep)
     return {node: (p.operand, chosen[p.number]) for node, p in products.items() if p.number in chosen}, chosen
 
 

@@ -63,6 +63,8 @@ class GradientReader(ABC):
         edges: where in the graph their gradients arrive; by default at each tensor as it is now. A feature that is changed in
             place once the layer has returned it, as by ``nn.ReLU(inplace=True)``, stands for something else from then on: take
             its ``torch.autograd.graph.get_gradient_edge`` before.
+        keep: whether the gradients themselves will be asked for. If only their norms are, a large one is let go of as soon as
+            its norm is had, where the engine can.
 
     Attributes:
         tasks: task names.
@@ -81,8 +83,10 @@ class GradientReader(ABC):
         losses: Mapping[str, Tensor],
         parameters: Iterable[Tensor],
         edges: Iterable[GradientEdge] | None = None,
+        *,
+        keep: bool = True,
     ) -> None:
-        self.tasks = tuple(losses)
+        self.tasks, self._keep = tuple(losses), keep
         given = list(parameters)
         first = {id(parameter): k for k, parameter in reversed(list(enumerate(given)))}  # one given twice counts once
         kept = sorted(first.values())

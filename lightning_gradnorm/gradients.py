@@ -11,7 +11,8 @@ tasks meet, have no say in what is read: the norms are those of the network with
 of the graph changes what the joint backward brings from there. ``PerTaskBackward`` sees no hook at all.)
 """
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,7 @@ from lightning_gradnorm.gradient_reader import (
 )
 from lightning_gradnorm.losses import check_losses
 from lightning_gradnorm.measurement import stack_scalars
-from lightning_gradnorm.task_gradients import TaskGradients
+from lightning_gradnorm.task_gradients import TaskGradients, is_small, norm_of
 from lightning_gradnorm.vector_jacobian import frames_of, has_shards, shape_of, undone
 
 __all__ = [
@@ -175,6 +176,8 @@ class JointBackward(GradientReader):
         self._factors: dict[int, WeightFactors] = {}
         self._arrivals = Arrivals(0, 0, {}, {})
         self._graph: TaskGraph | None = None
+        self._pace: Pace | None = None
+        self._norms: list[list[Tensor]] | None = None if self._keep else [[] for _ in self.tasks]
         self._awaited = 0  # exclusive nodes whose hook has not fired yet
         self.is_merged = False
         try:
@@ -208,7 +211,7 @@ class JointBackward(GradientReader):
                 f"The total gives {', '.join(f'task {task!r}' for task in unseen)} the weight 0, so nothing of its gradient is "
                 "in the backward. Leave it out of the losses, give it a small weight, or choose engine='per_task'."
             )
-        return TaskGradients(self.tasks, self._arrivals.gradients, seeds, self.parameters, self._factors)
+        return TaskGradients(self.tasks, self._arrivals.gradients, seeds, self.parameters, self._factors, self._norms)
 
     @property
     def shapes(self) -> tuple[Any, ...]:
@@ -227,7 +230,7 @@ class JointBackward(GradientReader):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._graph, self._wanted = None, []
+        self._graph, self._pace, self._wanted = None, None, []
         self._arrivals.let_go()
 
     def _lay_hooks(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
@@ -239,25 +242,30 @@ class JointBackward(GradientReader):
         self.is_merged = all(graph.owners.get(node, REST) == MERGED for node, _ in graph.targets)
         self._awaited, self._graph = len(graph.leaving), graph
         self._arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.merged)
+        self._pace = self._paced(graph)
         for node, leaving in graph.leaving.items():
             self._handles.append(node.register_hook(self._read(graph.owners[node], leaving)))
-        if graph.merged:
-            self._carry_on(graph)
         if graph.has_reentrant_checkpoint():  # then count how often W takes in a gradient: once is all that we can see
             leaves: list[Any] = [tensor for tensor in self.parameters if tensor.is_leaf]
             self._handles += [leaf.register_post_accumulate_grad_hook(self._count) for leaf in leaves]
         self._handles += [node.register_prehook(self._read_cotangent(task)) for node, task in taps.items()]
 
-    def _carry_on(self, graph: TaskGraph) -> None:
-        """From where tasks meet above W."""
+    def _paced(self, graph: TaskGraph) -> Pace | None:
+        """What carries on from where tasks meet above W, and lets go of large gradients; ``None`` where there is neither."""
+        ends = {} if self._keep else _ends_to_let_go(graph, self.parameters)
+        if not graph.merged and not ends:
+            return None
         by_node: Mapping[Node, tuple[int, WeightFactors]] = {}
         frames = frames_of(graph.merged)
         if self._keeps_factors and not frames:  # a frame's operands can be had once
-            by_node, self._factors = find_factors(graph.merged, graph.leaving, graph.targets, self._wanted, len(self.tasks))
-        merged = list(graph.merged)
-        descent = Descent(merged, graph.merged, graph.targets, self._arrivals, by_node, frames)
-        pace = Pace(descent, merged, graph.merged, graph.leaving, frames if self._may_hurry() else merged)
+            by_node, self._factors = find_factors(
+                graph.merged, graph.leaving, graph.targets, self._wanted, len(self.tasks), self._keep
+            )
+        descent = Descent(list(graph.merged), graph.merged, graph.targets, self._arrivals, by_node, frames)
+        held = frames if self._may_hurry() else graph.merged
+        pace = Pace(descent, graph.merged, graph.leaving, graph.owners, held, self._let_go, ends)
         self._handles += [node.register_prehook(_engine_at(pace, node)) for node in pace.calls]
+        return pace
 
     def _may_hurry(self) -> bool:
         """Whether nodes may run before the engine comes: not beside a device's streams, or hooks that gather shards."""
@@ -282,21 +290,30 @@ class JointBackward(GradientReader):
 
     def _read(self, task: int, leaving: list[Edge]) -> Callable[..., None]:
         add, add_at_target = self._arrivals.add, self._arrivals.add_at_target
+        came = None if self._pace is None else self._pace.came
 
         def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
             self._awaited -= 1
             for output, child, number, k, turned in leaving:
                 gradient = grad_inputs[output]
-                if gradient is None:
-                    continue
-                if k is None:
+                if gradient is not None and k is None:
                     add(task, child, number, gradient)
-                else:
+                elif gradient is not None and k is not None:
                     add_at_target(task, k, gradient.t() if turned else gradient)
+                if came is not None:
+                    came(task, child if k is None else k)
             if not self._awaited:
                 self._own_what_was_turned()
 
         return hook
+
+    @torch.no_grad()
+    def _let_go(self, task: int, k: int) -> None:
+        """Of a gradient that is whole, its norm is all that will be asked for."""
+        gradient = self._arrivals.gradients[task][k]
+        if gradient is not None and self._norms is not None:
+            self._norms[task].append(norm_of(gradient))
+            self._arrivals.gradients[task][k] = None
 
     def _own_what_was_turned(self) -> None:
         """A gradient seen above its transpose, to which no other task's is added, will have its memory taken for ``.grad``."""
@@ -319,6 +336,16 @@ def _check_reached(graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
     unreached = [task for i, (task, loss) in enumerate(losses.items()) if i not in reaching and loss.grad_fn not in graph.edges]
     if unreached:
         raise UnreachedSharedLayerError(unreached)
+
+
+def _ends_to_let_go(graph: TaskGraph, tensors: Sequence[Tensor]) -> dict[Node, int]:
+    """Node → number of the tensor of W whose gradient arrives there alone, and is large enough to have its norm by itself."""
+    times = Counter(node for node, _ in graph.targets)
+    return {
+        node: k
+        for (node, _), k in graph.targets.items()
+        if times[node] == 1 and node not in graph.merged and not is_small(tensors[k])
+    }
 
 
 def _engine_at(pace: Pace, node: Node) -> Callable[..., None]:

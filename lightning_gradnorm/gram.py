@@ -1,7 +1,9 @@
 """The Gram form: norms of products Δ_iᵀ X out of X Xᵀ and Δ_i Δ_iᵀ, and what rounding does to them."""
 
+import functools
 import math
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from lightning_gradnorm.measurement import widest_float
 
 _TRUSTED = 1e-4  # largest relative error of a square that is let pass
 _PROBES = 4
+_Number = TypeVar("_Number", float, Tensor)
 
 
 class Gram:
@@ -36,7 +39,7 @@ class Gram:
         self._pair = torch.cat([torch.ones_like(inputs[..., :1]), inputs @ mean.mT], dim=-1).mT.contiguous()
         self._units: list[Tensor] = []
         self._wholes: list[Tensor] = []
-        self._products: list[Tensor] = []
+        self._inner: list[Tensor] = []  # of s and Δᵀ X̃ μ with each other, [(groups,) 2, 2]
         self._lengths: list[Tensor] = []
 
     def take(self, delta: Tensor) -> None:
@@ -49,26 +52,57 @@ class Gram:
         for start, length, strip in self._strips:
             block = delta.narrow(-2, start, length) @ across.narrow(-1, start, across.shape[-1] - start)
             self._wholes.append(torch.dot(block.view(-1), strip))
-        self._products.append(self._pair @ delta)
+        pair = (self._pair @ delta).to(widest_float(delta.device))
+        self._inner.append(pair @ pair.mT)
         self._lengths.append(torch.linalg.vector_norm(delta))
+
+    def take_if_sure(self, delta: Tensor) -> bool:
+        """Take a Δ where what rounding does to its square is little without doubt, so that nobody has to see it again.
+
+        Elsewhere than on the CPU, where nobody asks, that is so.
+        """
+        self.take(delta)
+        if self._scales:
+            return True
+        strips, length = len(self._strips), float(self._lengths[-1])
+        groups = [rows[0] for rows in self._inner[-1].view(-1, 2, 2).tolist()]
+        weighted = sum(own * mean for (own, _), mean in zip(groups, self._mean_square.view(-1).tolist(), strict=True))
+        common = self._common(sum(own for own, _ in groups), sum(crossed for _, crossed in groups), weighted, length)
+        square = sum(map(float, self._wholes[-strips:])) + common
+        if self._bound_holds(square, length):
+            return True
+        del self._wholes[-strips:], self._inner[-1], self._lengths[-1]
+        return False
+
+    def _bound_holds(self, square: float, length: float) -> bool:
+        return math.isfinite(square) and self._size * length**2 + self._tiny <= _TRUSTED * square
 
     def squares(self) -> Tensor:
         """Of all tasks that were taken, ``[T]``, as wide as the device allows."""
         tasks, wide = len(self._lengths), widest_float(self._pair.device)
-        sums, crossed = torch.stack(self._products).to(wide).unbind(-2)  # [T, (groups,) outputs] each
-        # What is left of a sum that rounding alone has kept from 0 counts as 0.
-        noise = 4 * self._eps * math.sqrt(self._rows) * torch.stack(self._lengths).to(wide)
-        kept = torch.linalg.vector_norm(sums.reshape(tasks, -1), dim=1) > noise
-        sums = sums * kept.reshape(-1, *[1] * (sums.ndim - 1))
-        common = 2 * sums * crossed + sums.square() * self._mean_square.unsqueeze(-1)
-        squares = torch.stack(self._wholes).view(tasks, -1).to(wide).sum(1) + common.reshape(tasks, -1).sum(1)
+        own, crossed = torch.stack(self._inner).view(tasks, -1, 2, 2)[:, :, 0].unbind(-1)  # [T, groups] each
+        lengths = torch.stack(self._lengths).to(wide)
+        common = self._common(own.sum(1), crossed.sum(1), (own * self._mean_square).sum(1), lengths)
+        squares: Tensor = torch.stack(self._wholes).view(tasks, -1).to(wide).sum(1) + common
         return squares * torch.stack(self._units).to(wide).square() if self._scales else squares
 
-    @property
+    def _common(self, own: _Number, crossed: _Number, weighted: _Number, length: _Number) -> _Number:
+        """What the mean has a part in, of a task or ``[T]``, and 0 where rounding alone has kept s from 0.
+
+        Args:
+            own: ‖s‖².
+            crossed: ⟨s, Δᵀ X̃ μ⟩.
+            weighted: ‖s‖² ‖μ‖².
+            length: ‖Δ‖.
+        """
+        noise = 4 * self._eps * math.sqrt(self._rows) * length
+        return (2 * crossed + weighted) * (own > noise**2)
+
+    @functools.cached_property
     def _size(self) -> float:
         """4 ε ‖X̃ X̃ᵀ‖; asks the device."""
         whole = 0.0
-        for start, length, strip in self._strips:
+        for start, length, strip in self._strips if self._pair.numel() else ():
             beside = strip.view(-1, length, self._rows - start)[..., length:]  # doubled here, and there twice
             whole += float(torch.linalg.vector_norm(strip)) ** 2 - float(torch.linalg.vector_norm(beside)) ** 2 / 2
         return 4 * self._eps * math.sqrt(whole)
@@ -83,24 +117,23 @@ class Gram:
             squares: those of all tasks that were taken.
             deltas: what was taken.
         """
-        size = self._size
         return all(
-            self._trusts_one(square, float(length), delta, size)
+            self._trusts_one(square, float(length), delta)
             for square, length, delta in zip(squares.tolist(), self._lengths, deltas, strict=True)
         )
 
-    def _trusts_one(self, square: float, length: float, delta: Tensor, size: float) -> bool:
+    def _trusts_one(self, square: float, length: float, delta: Tensor) -> bool:
         if not math.isfinite(square):
             return False
         if length <= self._tiny / self._eps:  # nothing, or what float cannot square
             return not bool(delta.any())
-        if size * length**2 + self._tiny <= _TRUSTED * square:
+        if self._bound_holds(square, length):
             return True
         draws = torch.Generator(delta.device).manual_seed(0)
         signs = torch.randint(0, 2, (delta.shape[-2], _PROBES), generator=draws, device=delta.device)
         signs = (2 * signs - 1).to(delta)
         probed = 3 * float(torch.linalg.vector_norm(delta @ (delta.mT @ signs))) / math.sqrt(_PROBES)
-        return size * probed + self._tiny <= _TRUSTED * square
+        return self._size * probed + self._tiny <= _TRUSTED * square
 
 
 def can_wait(device: torch.device) -> bool:

@@ -21,6 +21,8 @@ class TaskGradients:
         cotangents: c_i = s · ∂total/∂L_i, shape ``[T]``: what to divide by for the unweighted gradient.
         parameters: the shared parameters.
         factors: number of a parameter → the factors of all tasks' gradients on it.
+        others: per task, the norms of gradients that were let go of; ``None`` where all are here. Where they are not, only
+            ``norms`` can be asked for.
     """
 
     tasks: tuple[str, ...]
@@ -28,18 +30,19 @@ class TaskGradients:
     cotangents: Tensor
     parameters: list[Tensor]
     factors: Mapping[int, WeightFactors] = field(default_factory=dict)
+    others: list[list[Tensor]] | None = None
 
     def norms(self) -> Tensor:
         """n_i = ‖∇_W L_i‖₂ of the unweighted losses, shape ``[T]``, summed in float64 where the device has it."""
         device = self.cotangents.device
         rows = [[_plain(g) for g in row if g is not None] for row in self.gradients]
-        found = _norms_together(rows)
-        if found is None:
-            norms = [_norm(row) for row in rows]
-            found = torch.stack([self.cotangents.new_zeros(()) if norm is None else norm.to(device) for norm in norms])
-        if self.factors:
-            parts = [found, *(factors.squares().to(device).sqrt() for factors in self.factors.values())]
-            found = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        parts = [factors.squares().to(device).sqrt() for factors in self.factors.values()]
+        if self.others is not None and any(self.others):
+            rows_of_norms = [[*map(_norm_of_one, row), *more] for row, more in zip(rows, self.others, strict=True)]
+            parts.append(_stacked(rows_of_norms, self.cotangents))
+        elif any(rows) or not parts:
+            parts.append(_norms(rows, self.cotangents))
+        found = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
         return found / self.cotangents.abs()
 
     @property
@@ -49,6 +52,7 @@ class TaskGradients:
 
     def cosines(self) -> Tensor:
         """Cosine of the angle between every two tasks' gradients, ``[T, T]``; NaN beside one of zeros."""
+        self._check_kept()
         signs = self.cotangents.sign()
         if not self.factors:
             return cosines(self._rows(self.gradients, self.parameters)) * torch.outer(signs, signs)
@@ -64,10 +68,18 @@ class TaskGradients:
 
     def flat(self) -> Tensor:
         """∇_W L_i of the unweighted losses, shape ``[T, |W|]``, in at least float32; 0 where a task uses none of it."""
+        self._check_kept()
         made = {k: factors.dense() for k, factors in self.factors.items()}
         whole = [[made[k][i] if k in made else g for k, g in enumerate(row)] for i, row in enumerate(self.gradients)]
         rows = self._rows(whole, self.parameters)
         return rows / self.cotangents.to(rows.dtype).unsqueeze(1)
+
+    def _check_kept(self) -> None:
+        if self.others is not None:
+            raise RuntimeError(
+                "The tasks' gradients were let go of once their norms were known (keep=False), so these are all that can be "
+                "asked for. Read them with keep=True."
+            )
 
     def _rows(self, gradients: list[list[Tensor | None]], parameters: list[Tensor]) -> Tensor:
         """``[T, entries]``, in at least float32."""
@@ -95,20 +107,21 @@ def _plain(gradient: Tensor) -> Tensor:
 _FEW = 1 << 16  # elements
 
 
-def _norms_together(rows: Sequence[Sequence[Tensor]]) -> Tensor | None:
-    """Euclidean norm of each row of gradients as one vector, ``[T]``; ``None`` where they are not of one kind, or not small.
+def _norms(rows: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:
+    """Euclidean norm of each row of gradients as one vector, ``[T]``.
 
-    Many small norms cost more than one copy.
+    Where gradients are small, many norms cost more than one copy.
     """
     every = [g for row in rows for g in row]
     lengths = [sum([g.numel() for g in row]) for row in rows]
     if len({(g.device, g.dtype) for g in every}) != 1 or max(lengths) > _FEW or len(every) == len(rows):
-        return None
+        return _stacked([[_norm_of_one(g) for g in row] for row in rows], like)
     flat, wide = torch.cat([_as_it_lies(g).flatten() for g in every]), widest_float(every[0].device)
     if len(set(lengths)) == 1:
-        together: Tensor = torch.linalg.vector_norm(flat.view(len(rows), -1), dim=1, dtype=wide)
-        return together
-    return torch.stack([torch.linalg.vector_norm(row, dtype=wide) for row in torch.split(flat, lengths)])
+        found: Tensor = torch.linalg.vector_norm(flat.view(len(rows), -1), dim=1, dtype=wide)
+    else:
+        found = torch.stack([torch.linalg.vector_norm(row, dtype=wide) for row in torch.split(flat, lengths)])
+    return found.to(like.device)
 
 
 def _as_it_lies(gradient: Tensor) -> Tensor:
@@ -118,12 +131,23 @@ def _as_it_lies(gradient: Tensor) -> Tensor:
     return gradient.permute(sorted(range(gradient.ndim), key=gradient.stride, reverse=True))
 
 
-def _norm(gradients: Sequence[Tensor]) -> Tensor | None:
-    """Euclidean norm of all the gradients as one vector, scalar, as wide as the device allows; ``None`` if there are none."""
-    if not gradients:
-        return None
-    norms = [_norm_of_one(g).to(gradients[0].device) for g in gradients]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+def _stacked(rows: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:
+    """The norm of vectors with these norms as one vector, for each row of them, ``[T]``; 0 where there are none."""
+    found = []
+    for row in rows:
+        norms = [norm.to(like.device) for norm in row] or [like.new_zeros(())]
+        found.append(norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)))
+    return torch.stack(found)
+
+
+def is_small(tensor: Tensor) -> bool:
+    """Whether a gradient on it is best taken together with others."""
+    return tensor.numel() <= _FEW
+
+
+def norm_of(gradient: Tensor) -> Tensor:
+    """Euclidean norm, scalar, as wide as the device allows."""
+    return _norm_of_one(_plain(gradient))
 
 
 def _norm_of_one(gradient: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """When the tasks' cotangents are carried on: as soon as nothing else is waited for, and where that must not be, in step."""
 
+import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -29,11 +30,21 @@ def test_from_where_tasks_meet_all_is_carried_on_at_once():
     assert known_at(low.grad_fn, {"a": z.sin().sum(), "b": z.cos().sum()}, w) == [True]
 
 
-def test_where_a_task_comes_in_below_its_gradient_is_waited_for():
+def test_a_task_that_comes_in_below_is_carried_on_from_there_at_once():
     w = weight()
     low = w.exp()
     z = low.tanh()
-    assert known_at(low.grad_fn, {"a": z.sin().sum(), "b": z.cos().sum(), "c": low.sum()}, w) == [False]
+    assert known_at(low.grad_fn, {"a": z.sin().sum(), "b": z.cos().sum(), "c": low.sum()}, w) == [True]
+
+
+@pytest.mark.parametrize("last", ["high", "low"])
+def test_each_way_of_a_task_is_waited_for(last):
+    w = weight()
+    low = w.exp()
+    z = low.tanh()
+    ways = {"high": lambda: z.cos().sum(), "low": lambda: (2 * low).sum()}
+    of_both = sum(ways[way]() for way in sorted(ways, key=lambda way: way == last))
+    assert known_at(low.grad_fn, {"a": z.sin().sum(), "b": of_both}, w) == [True]
 
 
 def test_with_other_processes_nothing_runs_ahead_of_the_engine(monkeypatch):

@@ -450,8 +450,8 @@ def extra_flops(rows, read_norms):
 
 
 def common(rows, inputs, outputs):
-    """What the rows have in common, taken out: X̃ μ once, and two columns times Δᵀ per task."""
-    return 2 * rows * inputs + TASKS * 2 * rows * outputs * 2
+    """What the rows have in common, taken out: X̃ μ once; two columns times Δᵀ per task, and these with each other."""
+    return 2 * rows * inputs + TASKS * (2 * rows * outputs * 2 + 2 * outputs * 2 * 2)
 
 
 def test_few_rows_take_the_gram_form_and_its_operations():

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -18,24 +17,10 @@ _REENTRANT = "CheckpointFunctionBackward"
 _TURNS = "TBackward0"
 
 
-class Edge(NamedTuple):
-    """A way on which a task's gradient leaves what is its own.
-
-    Attributes:
-        output: of the node that it leaves.
-        child: the node that it comes to.
-        number: that node's input.
-        k: the number of the tensor of W that it is the gradient of; ``None`` where it has to be carried on.
-        turned: whether it is the gradient transposed.
-    """
-
-    output: int
-    child: Node
-    number: int
-    k: int | None
-    turned: bool = False
-
-
+# A way on which a task's gradient leaves what is its own: output of the node that it leaves; the node that it comes to, and its
+# input there; the number of the tensor of W that it is the gradient of, or None where it has to be carried on; whether it is
+# that gradient transposed.
+Edge = tuple[int, Node, int, int | None, bool]
 _Ways = tuple[tuple[Node | None, int], ...]  # of a node's outputs: child and the child's input
 
 
@@ -153,8 +138,8 @@ def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | Gradie
                     owners[child] = MERGED
                     meet_above |= bool(below)
                 stack.append((child, below))  # what lies below is merged too, or the task's own
-            if child in nodes_of_w and owner >= 0 and (child, nr) in targets:
-                leaving.setdefault(node, []).append(Edge(i, child, nr, targets[child, nr]))
+            if child in nodes_of_w and owner >= 0 and (number_of_w := targets.get((child, nr))) is not None:
+                leaving.setdefault(node, []).append((i, child, nr, number_of_w, False))
     merged: dict[Node, list[Node]] = {}
     if meet_above:
         merged = _leading([node for node, owner in owners.items() if owner == MERGED], targets, lowest)
@@ -163,7 +148,7 @@ def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | Gradie
             for i, (child, nr) in enumerate(node.next_functions) if owner >= 0 else ():
                 if child is not None and (child in merged or child in taps or (child, nr) in targets):
                     number_of_w = None if child in merged else targets.get((child, nr))
-                    leaving.setdefault(node, []).append(Edge(i, child, nr, number_of_w))
+                    leaving.setdefault(node, []).append((i, child, nr, number_of_w, False))
     _leave_above_transposes(leaving, owners, again)
     return TaskGraph(root, targets, owners, merged, leaving, met, lowest)
 
@@ -174,16 +159,16 @@ def _leave_above_transposes(leaving: dict[Node, list[Edge]], owners: Mapping[Nod
     Seen above the transpose, the gradient is another tensor than the one that arrives at the weight. So autograd does not see
     it held, and would take its memory for ``.grad``, were it not added to another task's.
     """
-    turns = {
-        node: out[0]
-        for node, out in leaving.items()
-        if type(node).__name__ == _TURNS and node not in again and owners[out[0].child] == MERGED and out[0].k is not None
-    }
+    turns: dict[Node, int] = {}
+    for node, out in leaving.items():
+        _, child, _, k, _ = out[0]
+        if type(node).__name__ == _TURNS and node not in again and k is not None and owners[child] == MERGED:
+            turns[node] = k
     for node in [node for node in leaving if node not in turns] if turns else ():
-        for i, (child, nr) in enumerate(node.next_functions):
-            if child in turns:
-                leaving[node].append(Edge(i, child, nr, turns[child].k, turned=True))
-                del leaving[child]
+        for i, (below, nr) in enumerate(node.next_functions):
+            if below in turns:
+                leaving[node].append((i, below, nr, turns[below], True))
+                del leaving[below]
 
 
 def _leading(roots: Iterable[Node], targets: Mapping[tuple[Node, int], int], lowest: Node | None) -> dict[Node, list[Node]]:

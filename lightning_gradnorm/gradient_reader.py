@@ -7,8 +7,11 @@ from typing import ClassVar
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from lightning_gradnorm.autograd_graph import TaskGraph
 from lightning_gradnorm.measurement import Measurement, stack_scalars
 from lightning_gradnorm.task_gradients import TaskGradients
+
+BETWEEN = "Between the losses and the shared layer lies"
 
 
 class UnreachedSharedLayerError(ValueError):
@@ -123,3 +126,17 @@ class GradientReader(ABC):
     def measurement(self) -> Measurement:
         """The losses and unweighted gradient norms as a balancer's ``update`` takes them, once ``root.backward()`` has run."""
         return Measurement(self.tasks, stack_scalars(self._losses), self.gradients().norms())
+
+
+def check_reached(graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
+    """Raise for losses that the root was not built from, or that do not lead to W."""
+    if len(graph.met) < len(losses):
+        missing = [task for i, task in enumerate(losses) if i not in graph.met]
+        raise ValueError(
+            f"The total was not built from the tapped loss of {', '.join(f'task {task!r}' for task in missing)}. "
+            "Build it from the losses that tap_losses() returned."
+        )
+    reaching = graph.reaching
+    unreached = [task for i, (task, loss) in enumerate(losses.items()) if i not in reaching and loss.grad_fn not in graph.edges]
+    if unreached:
+        raise UnreachedSharedLayerError(unreached)

@@ -11,29 +11,29 @@ tasks meet, have no say in what is read: the norms are those of the network with
 of the graph changes what the joint backward brings from there. ``PerTaskBackward`` sees no hook at all.)
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.utils.hooks import RemovableHandle
 
-from lightning_gradnorm.autograd_graph import MERGED, REST, Edge, TaskGraph, task_graph
-from lightning_gradnorm.descent import Arrivals, Descent, Pace
-from lightning_gradnorm.factors import WeightFactors, find_factors
+from lightning_gradnorm.autograd_graph import TaskGraph, task_graph
+from lightning_gradnorm.descent import Arrivals, Descent
 from lightning_gradnorm.gradient_reader import (
+    BETWEEN,
     CompiledSharedLayerError,
     GradientReader,
     HiddenUseError,
     IncompleteBackwardError,
     UnreachedSharedLayerError,
+    check_reached,
 )
+from lightning_gradnorm.joint_backward import JointBackward
 from lightning_gradnorm.losses import check_losses
 from lightning_gradnorm.measurement import stack_scalars
-from lightning_gradnorm.task_gradients import TaskGradients, is_small, norm_of
-from lightning_gradnorm.vector_jacobian import frames_of, has_shards, shape_of, undone
+from lightning_gradnorm.task_gradients import TaskGradients
+from lightning_gradnorm.vector_jacobian import has_shards, undone
 
 __all__ = [
     "CompiledSharedLayerError",
@@ -45,8 +45,6 @@ __all__ = [
     "UnreachedSharedLayerError",
     "tap_losses",
 ]
-
-_BETWEEN = "Between the losses and the shared layer lies"
 
 
 def tap_losses(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,9 +77,9 @@ class PerTaskBackward(GradientReader):
         graph = task_graph(root.grad_fn, {node: task for (node, _), task in ends.items()}, self._wanted)
         if graph.compiled(merged_only=False):
             raise CompiledSharedLayerError("The way from the losses to the shared layer leads")
-        _check_reached(graph, losses)
+        check_reached(graph, losses)
         if graph.has_reentrant_checkpoint():
-            raise HiddenUseError(_BETWEEN)
+            raise HiddenUseError(BETWEEN)
         if has_shards(graph.edges):
             self._gradients = self._by_engine(root, losses)
             return
@@ -130,226 +128,3 @@ class PerTaskBackward(GradientReader):
 def _seed(cotangent: Tensor | None, loss: Tensor) -> Tensor:
     one = torch.ones_like(loss)
     return one if cotangent is None else torch.where(cotangent == 0, one, cotangent).detach()
-
-
-class JointBackward(GradientReader):
-    """Per-task gradients read from the one backward of ``root``, by hooks on the autograd graph.
-
-    A node that only one task reaches ("exclusive") carries, during the joint backward, that task's own gradient, times
-    c_i. A node that two tasks reach, or a task and a further term of ``root``, is "merged": the engine sums before it.
-
-    1. One walk marks each node with its owner, and keeps those that lead to W.
-    2. On an edge from an exclusive node straight into a parameter of W, a hook reads the task's gradient: free.
-       (Physics-informed losses that meet only at the parameters need nothing else.)
-    3. On an edge from an exclusive node into a merged one, the hook keeps the task's cotangent. A prehook of the merged
-       node, which fires when all cotangents have arrived and before the node is used up, carries each task's on by the
-       node's vector-Jacobian product, and from there as far down as nothing else is waited for.
-    4. A hook on each tapped loss reads c_i.
-
-    Where a weight of W is an operand of matrix products or convolutions, and rows are few, the factors of the tasks'
-    gradients are kept in the place of their products: see ``lightning_gradnorm.factors``.
-
-    Use it around an ordinary backward::
-
-        losses = tap_losses(losses)
-        total = sum(weight[task] * loss for task, loss in losses.items())
-        reader = JointBackward(total, losses, shared_layer.parameters())
-        total.backward()
-        norms = reader.gradients().norms()
-
-    Attributes:
-        is_merged: whether several tasks meet above every tensor of W, so that products are needed at all.
-
-    Raises:
-        ValueError: if two losses share a node (they were not tapped), or ``root`` was not built from them.
-        UnreachedSharedLayerError: if a task's loss does not reach any of the parameters.
-        HiddenUseError: if a reentrant checkpoint lies where tasks have met.
-    """
-
-    engine: ClassVar[str] = "joint"
-    _keeps_factors = True
-
-    def _begin(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
-        self._cotangents: list[Tensor | None] = [None] * len(self.tasks)
-        self._handles: list[RemovableHandle] = []
-        self._accumulated: dict[int, int] = {}
-        self._factors: dict[int, WeightFactors] = {}
-        self._arrivals = Arrivals(0, 0, {}, {})
-        self._graph: TaskGraph | None = None
-        self._pace: Pace | None = None
-        self._norms: list[list[Tensor]] | None = None if self._keep else [[] for _ in self.tasks]
-        self._awaited = 0  # exclusive nodes whose hook has not fired yet
-        self.is_merged = False
-        try:
-            self._lay_hooks(root, losses)
-        except BaseException:
-            self.discard()
-            raise
-
-    def gradients(self) -> TaskGradients:
-        """The tasks' gradients, once ``root.backward()`` has run.
-
-        Raises:
-            IncompleteBackwardError: if the backward did not pass through all of the tasks' graphs (it was not run, or
-                was restricted with ``inputs=``), or the total gives a task the weight 0 (told on the CPU; the norm is NaN
-                elsewhere).
-            HiddenUseError: if W was used inside a reentrant checkpoint too.
-        """
-        self.discard()
-        if any(count > 1 for count in self._accumulated.values()):
-            raise HiddenUseError
-        cotangents = [c for c in self._cotangents if c is not None]
-        if self._awaited or len(cotangents) < len(self.tasks):
-            raise IncompleteBackwardError(
-                "The backward did not pass through the graph of every task's loss, so the tasks' gradients could not be read "
-                "from it. Call backward() once on the total, without inputs=; or choose engine='per_task'."
-            )
-        seeds = stack_scalars(cotangents)
-        if seeds.device.type == "cpu" and 0.0 in (said := seeds.tolist()):
-            unseen = [task for task, seed in zip(self.tasks, said, strict=True) if seed == 0]
-            raise IncompleteBackwardError(
-                f"The total gives {', '.join(f'task {task!r}' for task in unseen)} the weight 0, so nothing of its gradient is "
-                "in the backward. Leave it out of the losses, give it a small weight, or choose engine='per_task'."
-            )
-        return TaskGradients(self.tasks, self._arrivals.gradients, seeds, self.parameters, self._factors, self._norms)
-
-    @property
-    def shapes(self) -> tuple[Any, ...]:
-        """What tells one kind of graph from another, while the backward is to come: nodes, and the shape where tasks meet."""
-        merged = next(reversed(self.graph.merged), None)
-        return len(self.graph.owners), () if merged is None else shape_of(merged)
-
-    @property
-    def graph(self) -> TaskGraph:
-        """The part of the graph that leads to W, while the backward is to come."""
-        assert self._graph is not None, "before the backward"
-        return self._graph
-
-    def discard(self) -> None:
-        """Remove the hooks, and with them every reference to the graph."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._graph, self._pace, self._wanted = None, None, []
-        self._arrivals.let_go()
-
-    def _lay_hooks(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
-        taps = {loss.grad_fn: task for task, loss in enumerate(losses.values()) if loss.grad_fn is not None}
-        if len(taps) < len(self.tasks) or root.grad_fn is None:
-            raise ValueError("Every loss needs an autograd node of its own: pass the losses through tap_losses() first.")
-        graph = task_graph(root.grad_fn, taps, self._wanted)
-        self._check(graph, losses)
-        self.is_merged = all(graph.owners.get(node, REST) == MERGED for node, _ in graph.targets)
-        self._awaited, self._graph = len(graph.leaving), graph
-        self._arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.merged)
-        self._pace = self._paced(graph)
-        for node, leaving in graph.leaving.items():
-            self._handles.append(node.register_hook(self._read(graph.owners[node], leaving)))
-        if graph.has_reentrant_checkpoint():  # then count how often W takes in a gradient: once is all that we can see
-            leaves: list[Any] = [tensor for tensor in self.parameters if tensor.is_leaf]
-            self._handles += [leaf.register_post_accumulate_grad_hook(self._count) for leaf in leaves]
-        self._handles += [node.register_prehook(self._read_cotangent(task)) for node, task in taps.items()]
-
-    def _paced(self, graph: TaskGraph) -> Pace | None:
-        """What carries on from where tasks meet above W, and lets go of large gradients; ``None`` where there is neither."""
-        ends = {} if self._keep else _ends_to_let_go(graph, self.parameters)
-        if not graph.merged and not ends:
-            return None
-        by_node: Mapping[Node, tuple[int, WeightFactors]] = {}
-        frames = frames_of(graph.merged)
-        if self._keeps_factors and not frames:  # a frame's operands can be had once
-            by_node, self._factors = find_factors(
-                graph.merged, graph.leaving, graph.targets, self._wanted, len(self.tasks), self._keep
-            )
-        descent = Descent(list(graph.merged), graph.merged, graph.targets, self._arrivals, by_node, frames)
-        held = frames if self._may_hurry() else graph.merged
-        pace = Pace(descent, graph.merged, graph.leaving, graph.owners, held, self._let_go, ends)
-        self._handles += [node.register_prehook(_engine_at(pace, node)) for node in pace.calls]
-        return pace
-
-    def _may_hurry(self) -> bool:
-        """Whether nodes may run before the engine comes: not beside a device's streams, or hooks that gather shards."""
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return not together and all(tensor.device.type == "cpu" for tensor in (*self.parameters, *self._losses))
-
-    def _check(self, graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
-        _check_reached(graph, losses)
-        if graph.compiled(merged_only=True):
-            raise CompiledSharedLayerError("The tasks' gradients meet above the shared layer")
-        if graph.has_reentrant_checkpoint(merged_only=True):
-            raise HiddenUseError(_BETWEEN)
-
-    def _count(self, parameter: Tensor) -> None:
-        self._accumulated[id(parameter)] = self._accumulated.get(id(parameter), 0) + 1
-
-    def _read_cotangent(self, task: int) -> Callable[..., None]:
-        def prehook(grad_outputs: tuple[Tensor | None, ...]) -> None:
-            self._cotangents[task] = grad_outputs[0]
-
-        return prehook
-
-    def _read(self, task: int, leaving: list[Edge]) -> Callable[..., None]:
-        add, add_at_target = self._arrivals.add, self._arrivals.add_at_target
-        came = None if self._pace is None else self._pace.came
-
-        def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
-            self._awaited -= 1
-            for output, child, number, k, turned in leaving:
-                gradient = grad_inputs[output]
-                if gradient is not None and k is None:
-                    add(task, child, number, gradient)
-                elif gradient is not None and k is not None:
-                    add_at_target(task, k, gradient.t() if turned else gradient)
-                if came is not None:
-                    came(task, child if k is None else k)
-            if not self._awaited:
-                self._own_what_was_turned()
-
-        return hook
-
-    @torch.no_grad()
-    def _let_go(self, task: int, k: int) -> None:
-        """Of a gradient that is whole, its norm is all that will be asked for."""
-        gradient = self._arrivals.gradients[task][k]
-        if gradient is not None and self._norms is not None:
-            self._norms[task].append(norm_of(gradient))
-            self._arrivals.gradients[task][k] = None
-
-    def _own_what_was_turned(self) -> None:
-        """A gradient seen above its transpose, to which no other task's is added, will have its memory taken for ``.grad``."""
-        rows = self._arrivals.gradients
-        for k in {edge.k for out in self.graph.leaving.values() for edge in out if edge.turned and edge.k is not None}:
-            held = [(row, gradient) for row in rows if (gradient := row[k]) is not None]
-            if len(held) == 1:
-                row, gradient = held[0]
-                row[k] = gradient.clone()
-
-
-def _check_reached(graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
-    if len(graph.met) < len(losses):
-        missing = [task for i, task in enumerate(losses) if i not in graph.met]
-        raise ValueError(
-            f"The total was not built from the tapped loss of {', '.join(f'task {task!r}' for task in missing)}. "
-            "Build it from the losses that tap_losses() returned."
-        )
-    reaching = graph.reaching
-    unreached = [task for i, (task, loss) in enumerate(losses.items()) if i not in reaching and loss.grad_fn not in graph.edges]
-    if unreached:
-        raise UnreachedSharedLayerError(unreached)
-
-
-def _ends_to_let_go(graph: TaskGraph, tensors: Sequence[Tensor]) -> dict[Node, int]:
-    """Node → number of the tensor of W whose gradient arrives there alone, and is large enough to have its norm by itself."""
-    times = Counter(node for node, _ in graph.targets)
-    return {
-        node: k
-        for (node, _), k in graph.targets.items()
-        if times[node] == 1 and node not in graph.merged and not is_small(tensors[k])
-    }
-
-
-def _engine_at(pace: Pace, node: Node) -> Callable[..., None]:
-    def prehook(grad_outputs: tuple[Tensor | None, ...]) -> None:
-        pace.engine_at(node)
-
-    return prehook

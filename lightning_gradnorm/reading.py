@@ -82,18 +82,21 @@ class Reading:
         losses: Mapping[str, Tensor],
         tensors: Sequence[Tensor],
         edges: Sequence[GradientEdge] | None = None,
+        *,
+        keep: bool = True,
     ) -> None:
         """Get ready for the backward of ``root``; arguments and errors are those of ``GradientReader``."""
         self.discard()
-        reader = self._type(root, losses, tensors, edges)
+        reader = self._type(root, losses, tensors, edges, keep=keep)
         self._reader = reader
         # PyTorch 2.13 frees a graph that Python has looked at by recursion, and 40,000 nodes in a row overflow the stack. Not
         # if Python holds the nodes until all else is gone, as it is by the next reading, and lets go of parents first.
         seen = reader.graph.seen if isinstance(reader, JointBackward) else []
         self._outlives = seen if len(seen) > _DEEP else []
         kind = (tuple(losses), tuple((tuple(t.shape), t.dtype, id(t) if t.is_leaf else 0) for t in tensors), reader.shapes)
-        proves = isinstance(reader, JointBackward) and not has_shards(reader.graph.edges)
-        if proves and kind not in self._proved and len(self._proved) < _MOST_CHECKS:
+        if kind in self._proved or len(self._proved) == _MOST_CHECKS or not isinstance(reader, JointBackward):
+            return
+        if not has_shards(reader.graph.edges):
             self._proved.add(kind)
             reader.discard()  # or it would hear of the second reading
             try:

@@ -21,7 +21,7 @@ class TaskGradients:
         cotangents: c_i = s · ∂total/∂L_i, shape ``[T]``: what to divide by for the unweighted gradient.
         parameters: the shared parameters.
         factors: number of a parameter → the factors of all tasks' gradients on it.
-        others: per task, the norms of gradients that were let go of; ``None`` where all are here. Where they are not, only
+        others: per task, number of a parameter → the norm of a gradient that was let go of; ``None`` where none was. Else only
             ``norms`` can be asked for.
     """
 
@@ -30,18 +30,22 @@ class TaskGradients:
     cotangents: Tensor
     parameters: list[Tensor]
     factors: Mapping[int, WeightFactors] = field(default_factory=dict)
-    others: list[list[Tensor]] | None = None
+    others: list[dict[int, Tensor]] | None = None
 
     def norms(self) -> Tensor:
         """n_i = ‖∇_W L_i‖₂ of the unweighted losses, shape ``[T]``, summed in float64 where the device has it."""
         device = self.cotangents.device
-        rows = [[_plain(g) for g in row if g is not None] for row in self.gradients]
         parts = [factors.squares().to(device).sqrt() for factors in self.factors.values()]
         if self.others is not None and any(self.others):
-            rows_of_norms = [[*map(_norm_of_one, row), *more] for row, more in zip(rows, self.others, strict=True)]
-            parts.append(_stacked(rows_of_norms, self.cotangents))
-        elif any(rows) or not parts:
-            parts.append(_norms(rows, self.cotangents))
+            norms = [
+                [norm_of(g) if g is not None else others[k] for k, g in enumerate(row) if g is not None or k in others]
+                for row, others in zip(self.gradients, self.others, strict=True)
+            ]
+            parts.append(_stacked(norms, self.cotangents))
+        else:
+            rows = [[g for g in row if g is not None] for row in self.gradients]
+            if any(rows) or not parts:
+                parts.append(_norms(rows, self.cotangents))
         found = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
         return found / self.cotangents.abs()
 
@@ -114,8 +118,10 @@ def _norms(rows: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:
     """
     every = [g for row in rows for g in row]
     lengths = [sum([g.numel() for g in row]) for row in rows]
-    if len({(g.device, g.dtype) for g in every}) != 1 or max(lengths) > _FEW or len(every) == len(rows):
-        return _stacked([[_norm_of_one(g) for g in row] for row in rows], like)
+    kinds = {(g.device, g.dtype, g.layout) for g in every}
+    alike = len(kinds) == 1 and every[0].layout == torch.strided and not every[0].is_complex()
+    if not alike or max(lengths) > _FEW or len(every) == len(rows):
+        return _stacked([[norm_of(g) for g in row] for row in rows], like)
     flat, wide = torch.cat([_as_it_lies(g).flatten() for g in every]), widest_float(every[0].device)
     if len(set(lengths)) == 1:
         found: Tensor = torch.linalg.vector_norm(flat.view(len(rows), -1), dim=1, dtype=wide)

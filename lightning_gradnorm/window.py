@@ -56,6 +56,11 @@ class MeasurementWindow:
         return next(iter(self._sums.values())).numel()
 
     @property
+    def has_let_go(self) -> bool:
+        """Whether of the one micro-batch only norms are here, to which no other's can be added."""
+        return self._only is not None and self._only.others is not None
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that took part."""
         self._add_up()

@@ -58,11 +58,11 @@ def oracle(losses, parameters):
     )
 
 
-def read(parameters, make_losses, scale=1.0):
+def read(parameters, make_losses, scale=1.0, keep=True):
     """What is read around one backward."""
     losses = tap_losses(make_losses())
     root = sum((i + 0.5) * loss for i, loss in enumerate(losses.values())) * scale
-    reader = JointBackward(root, losses, parameters)
+    reader = JointBackward(root, losses, parameters, keep=keep)
     root.backward()
     return reader.gradients()
 
@@ -88,7 +88,7 @@ def test_equal_to_one_autograd_grad_per_task(make, shape, form, scale):
 @pytest.fixture
 def always_gram(monkeypatch):
     """Whatever the operations say."""
-    monkeypatch.setattr("lightning_gradnorm.factors._gram_is_less", lambda *sizes: True)
+    monkeypatch.setattr("lightning_gradnorm.weight_products._gram_is_less", lambda *sizes: True)
 
 
 @pytest.mark.usefixtures("always_gram")
@@ -99,6 +99,26 @@ def test_the_gram_form_is_right_where_it_would_not_be_chosen_too(make, shape, fo
     found = read(layer.parameters(), lambda: tasks(layer(x)))
     assert list(found.factors) == [0]
     assert_equal(found, oracle(tasks(layer(x)), list(layer.parameters())))
+
+
+@pytest.mark.usefixtures("always_gram")
+@pytest.mark.parametrize(("make", "shape", "form"), LAYERS.values(), ids=LAYERS)
+def test_each_factor_may_go_once_it_has_its_part(make, shape, form):
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    found = read(layer.parameters(), lambda: tasks(layer(x)), keep=False)
+    assert found.factors[0].is_empty
+    expected = oracle(tasks(layer(x)), list(layer.parameters()))
+    torch.testing.assert_close(found.norms(), expected.norm(dim=1), rtol=1e-10, atol=0)
+
+
+@pytest.mark.usefixtures("always_gram")
+def test_factors_of_several_products_are_kept_until_all_are_there():
+    layer, a, b = nn.Linear(6, 6), torch.randn(4, 6), torch.randn(3, 6)
+    found = read(layer.parameters(), lambda: tasks(torch.cat([layer(a), layer(b)])), keep=False)
+    assert not found.factors[0].is_empty
+    expected = oracle(tasks(torch.cat([layer(a), layer(b)])), list(layer.parameters()))
+    torch.testing.assert_close(found.norms(), expected.norm(dim=1), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("part", ["weight", "bias and weight"])
@@ -390,6 +410,25 @@ def test_what_float32_cannot_hold_is_computed_again():
     factors._inputs, factors._deltas = [x], [{0: delta}]
     expected = (delta.double().T @ x.double()).square().sum()
     torch.testing.assert_close(factors.squares()[0], expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_factor_stays_until_its_square_is_beyond_doubt(keep):
+    """Here one task's rows are all but orthogonal to those of the input."""
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(30, 30)).Q
+    x = (q[:, :3] @ torch.randn(3, 60)).float()
+    deltas = [(q[:, 3:8] @ torch.randn(5, 50) + 1e-3 * q[:, :3] @ torch.randn(3, 50)).float(), torch.randn(30, 50).float()]
+    factors, node = WeightFactors(2, torch.empty(50, 60), turned=True, keep=keep), (x @ _weight_of_product()).grad_fn
+    for task, delta in enumerate(deltas):
+        factors.add(node, task, delta)
+    assert list(factors._deltas[0]) == ([0, 1] if keep else [0])
+    expected = torch.stack([(delta.double().T @ x.double()).square().sum() for delta in deltas])
+    torch.testing.assert_close(factors.squares(), expected, rtol=1e-4, atol=0)
+
+
+def _weight_of_product():
+    return torch.ones(60, 50, dtype=torch.float32).requires_grad_()
 
 
 def test_inputs_that_lie_on_a_line_are_trusted_without_another_try():

@@ -116,6 +116,34 @@ def test_what_was_read_does_not_change_with_the_parameters_grad(graph):
     torch.testing.assert_close(reader.gradients().flat(), expected, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("graph", graphs.ALL, ids=lambda graph: graph.__name__)
+def test_norms_are_the_same_where_gradients_are_let_go_of(graph, monkeypatch):
+    monkeypatch.setattr("lightning_gradnorm.task_gradients._FEW", -1)  # none is small
+    losses, parameters = graph()
+    expected = oracle(losses, parameters)
+    taps = tap_losses(losses)
+    root = weighted(taps, torch.rand(len(losses)) + 0.5)
+    reader = JointBackward(root, taps, parameters, keep=False)
+    root.backward()
+    gradients = reader.gradients()
+    torch.testing.assert_close(gradients.norms(), expected.norm(dim=1), rtol=1e-10, atol=0)
+    assert all(gradient is None for row in gradients.gradients for gradient in row)
+    for ask in (gradients.flat, gradients.cosines):
+        with pytest.raises(RuntimeError, match=r"let go of .* \(keep=False\).* Read them with keep=True"):
+            ask()
+
+
+def test_a_large_gradient_is_let_go_of_before_the_backward_is_over_and_small_ones_are_not():
+    weights = [torch.randn(300, 300, requires_grad=True), torch.randn(3, requires_grad=True)]
+    losses = {name: sum((w * torch.randn_like(w)).sum() for w in weights) for name in "ab"}
+    expected, taps = oracle(losses, weights), tap_losses(losses)
+    root = weighted(taps, torch.ones(2))
+    reader = JointBackward(root, taps, weights, keep=False)
+    root.backward()
+    assert [[gradient is None for gradient in row] for row in reader._arrivals.gradients] == [[True, False]] * 2
+    torch.testing.assert_close(reader.gradients().norms(), expected.norm(dim=1))
+
+
 class _GivesNothing(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -118,11 +118,16 @@ class TrainerHooks(KeptState):
                 losses_of=self._losses_of,
                 may_thaw=any(hasattr(callback, "freeze_before_training") for callback in callbacks),
                 ranks=RankAgreement(trainer.strategy.root_device) if trainer.world_size > 1 else None,
+                norms_suffice=lambda: self._norms_suffice(trainer, pl_module),
             )
         )
         self._session.end_batch()
         self._log.start(trainer)
         lay_out_charts(trainer)
+
+    def _norms_suffice(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        whole = pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1 and trainer.world_size == 1
+        return whole and not self._log.may_write_cosines(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epochs.start_epoch(trainer)

@@ -67,6 +67,10 @@ class BalancingLog:
         """Whether this step is kept for the figure and gives reason for concern: also where nothing is written."""
         return self.is_written(trainer, number) or not (trainer.barebones or number % _LOOK_EVERY)
 
+    def may_write_cosines(self, trainer: Trainer) -> bool:
+        """Whether the cosines of the step under way, which is not counted yet, may go anywhere."""
+        return self._cosines is not False and self.is_written(trainer, trainer.global_step + 1)
+
     def is_written(self, trainer: Trainer, number: int) -> bool:
         """Whether what is logged on this step goes anywhere; logging costs more than measuring."""
         if trainer.barebones:

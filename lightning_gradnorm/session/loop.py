@@ -38,6 +38,7 @@ class Loop:
         may_thaw: whether a layer that is frozen now will be trained later.
         losses_of: the dotted name of a submodule that returns a dict of losses, which are weighed on their way out.
         ranks: what the ranks agree on, in a distributed run.
+        norms_suffice: whether this batch is the whole of its step, and nobody will ask for the gradients' cosines.
     """
 
     network: nn.Module
@@ -50,6 +51,7 @@ class Loop:
     may_thaw: bool = False
     losses_of: str | None = None
     ranks: RankAgreement | None = None
+    norms_suffice: Callable[[], bool] = lambda: False
 
 
 class BalancedStep(NamedTuple):

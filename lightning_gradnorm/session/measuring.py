@@ -34,6 +34,7 @@ class Measuring:
     def __init__(self, reading: SharedReading, balancer: LossBalancer) -> None:
         self.reading, self._balancer = reading, balancer
         self._besides = [field for field in ("kpis", "ntk_traces") if field in balancer.needs]
+        self._keeps = "gradient_means" in balancer.needs
         self._reached: set[str] = set()  # the tasks whose gradient on W was read before
         self.new_window()
 
@@ -42,7 +43,7 @@ class Measuring:
         self.window = MeasurementWindow(of_features=self.reading.norm_of == "features", besides=self._besides)
         self.traces: dict[str, Tensor] = {}
         self._batches = 0
-        self._layer_changed = False
+        self._left_out = False  # the rest of the step, which cannot be measured
 
     def before_backward(self, root: Tensor, noted: NotedLosses, loop: Loop, tell: Tell) -> bool:
         """Get ready for the backward of ``root``.
@@ -62,11 +63,17 @@ class Measuring:
             ValueError: if there is no W.
         """
         losses = noted.losses
-        if not self._find_layer(losses, loop, tell) or self._layer_changed:
+        if not self._find_layer(losses, loop, tell) or self._left_out:
+            return False
+        if self.window.has_let_go:
+            # A step of several batches where the loop has one: what the first brought is gone. From now on it is kept.
+            self._keeps = True
+            self.new_window()
+            self._left_out = True
             return False
         self._read_traces(noted.residuals, loop)
         try:
-            there = self.reading.before_backward(root, losses)
+            there = self.reading.before_backward(root, losses, keep=self._keeps or not loop.norms_suffice())
         except UnreachedSharedLayerError as error:
             only_others = bool(self._reached) and self._reached.isdisjoint(losses)
             if len(error.tasks) < len(losses) or only_others or hides_parameters(root):
@@ -124,7 +131,7 @@ class Measuring:
         # What this step has read already is of the other layer.
         changed = bool(self.window)
         self.new_window()
-        self._layer_changed = changed
+        self._left_out = changed
         self._reached.clear()
 
     def after_backward(self) -> None:

@@ -201,8 +201,13 @@ class SharedReading:
 
     # -- around the backward ---------------------------------------------------------------------------------------
 
-    def before_backward(self, root: Tensor, losses: Mapping[str, Tensor]) -> bool:
+    def before_backward(self, root: Tensor, losses: Mapping[str, Tensor], *, keep: bool = True) -> bool:
         """Get ready for the backward of ``root``.
+
+        Args:
+            root: scalar that ``backward()`` will be called on.
+            losses: the tapped losses that it was built from.
+            keep: whether the gradients themselves will be asked for, or their norms alone.
 
         Returns:
             Whether there is anything to read: not while the whole layer is frozen, or was not called.
@@ -213,7 +218,7 @@ class SharedReading:
         tensors, edges = self._wanted()
         if not tensors:
             return False
-        self.engine.begin(root, losses, tensors, edges)
+        self.engine.begin(root, losses, tensors, edges, keep=keep)
         return True
 
     def ntk_traces(self, residuals: Mapping[str, Tensor], *seed: int) -> dict[str, Tensor]:

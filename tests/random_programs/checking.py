@@ -73,7 +73,7 @@ def expect(program: Program) -> Expected:
     exact, noise, here = _exact(program, own)
     # The joint backward brings what hooks on a task's own part make of its gradient; the other way sees no hook.
     without = _exact(program, set())[0] if own else exact
-    choices = {"joint": [exact], "per task": [without], "audited": [exact, without]}
+    choices = {"joint": [exact], "letting go": [exact], "per task": [without], "audited": [exact, without]}
     return Expected(
         choices if judged else {reader: [] for reader in READERS}, noise, _refusals(program, here), _may_refuse(program, here)
     )
@@ -181,6 +181,8 @@ def _numbers(program: Program, read: Read, exact: Tensor, noise: Tensor) -> Iter
     off = (read.norms.double() - norms).abs()
     if _beyond(off, allowed, norms):
         yield "norms", f"{read.norms.tolist()}, exactly {norms.tolist()}, of which {noise.tolist()} is rounding"
+    if read.flat is None or read.cosines is None:
+        return
     if read.flat.shape != exact.shape:
         yield "flat", f"shape {tuple(read.flat.shape)}, should be {tuple(exact.shape)}"
     else:

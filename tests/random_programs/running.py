@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lightning_gradnorm.reading import Reading
 from tests.random_programs.description import Program
 from tests.random_programs.network import Forward, Network
 
-READERS = ("joint", "per task", "audited")
+READERS = ("joint", "letting go", "per task", "audited")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 
 
@@ -46,11 +47,14 @@ class Left:
 
 @dataclass
 class Read:
-    """What a reader gave, ``[T]``, ``[T, T]``, ``[T, |W|]`` and ``[T]``; how, and what it had to say."""
+    """What a reader gave, ``[T]``, ``[T, T]``, ``[T, |W|]`` and ``[T]``; how, and what it had to say.
+
+    One that lets gradients go has norms alone.
+    """
 
     norms: Tensor
-    cosines: Tensor
-    flat: Tensor
+    cosines: Tensor | None
+    flat: Tensor | None
     cotangents: Tensor
     how: str
     words: list[str]
@@ -111,6 +115,9 @@ def run_read(program: Program, kind: str) -> tuple[Read, Left]:
     reading = Reading()
     if kind == "audited":
         reading.begin(root, taps, made.w, made.edges)
+    elif kind == "letting go":
+        with mock.patch("lightning_gradnorm.task_gradients._FEW", -1):  # what is small is kept
+            reader = JointBackward(root, taps, made.w, made.edges, keep=False)
     else:
         reader = {"joint": JointBackward, "per task": PerTaskBackward}[kind](root, taps, made.w, made.edges)
     root.backward()
@@ -121,7 +128,8 @@ def run_read(program: Program, kind: str) -> tuple[Read, Left]:
     found = reading.finish() if kind == "audited" else reader.gradients()
     assert found is not None
     how = "with factors" if found.factors else "plainly"
-    return Read(found.norms(), found.cosines(), found.flat(), found.cotangents, how, reading.words), left
+    others = (None, None) if kind == "letting go" else (found.cosines(), found.flat())
+    return Read(found.norms(), *others, found.cotangents, how, reading.words), left
 
 
 @dataclass

@@ -18,7 +18,8 @@ from lightning_gradnorm import (
     UncertaintyWeighting,
 )
 from lightning_gradnorm.session import BalancingSession, Loop
-from tests.helpers import TrunkAndHeads, quiet_trainer, same_state
+from lightning_gradnorm.session.shared import SharedReading
+from tests.helpers import MemoryLogger, TrunkAndHeads, quiet_trainer, same_state
 
 
 class OnTensors(TrunkAndHeads):
@@ -103,6 +104,54 @@ def test_so_it_does_with_a_layer_given_and_another_way_of_reading(tmp_path, sett
     loop(session, module, data())
     assert session.balancer.weights == callback.weights
     assert same_state(module.state_dict(), by_trainer.state_dict())
+
+
+KEPT = {
+    "where cosines are logged": ([False, True] * 3, GradNorm, {}, {"logger": True, "log_every_n_steps": 2}),
+    "nowhere": ([False] * 6, GradNorm, {"log_cosines": False}, {"logger": True, "log_every_n_steps": 2}),
+    "where batches are accumulated": ([True] * 6, GradNorm, {"log_cosines": False}, {"accumulate_grad_batches": 2}),
+    "where single entries are asked for": (
+        [True] * 6,
+        lambda: LearningRateAnnealing(reference="small", update_every=1),
+        {"log_cosines": False},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize(("kept", "method", "settings", "trainer"), KEPT.values(), ids=KEPT)
+def test_gradients_are_kept_where_more_than_their_norms_is_asked_for(tmp_path, monkeypatch, kept, method, settings, trainer):
+    asked, right = [], SharedReading.before_backward
+
+    def before_backward(self, root, losses, *, keep):
+        asked.append(keep)
+        return right(self, root, losses, keep=keep)
+
+    monkeypatch.setattr(SharedReading, "before_backward", before_backward)
+    trainer = trainer | ({"logger": MemoryLogger()} if trainer.get("logger") else {})
+    under_a_trainer(tmp_path, LossBalancingCallback(method(), summary=False, **settings), data(), **trainer)
+    assert asked == kept
+
+
+def test_a_second_batch_where_a_step_has_one_leaves_one_step_out_and_is_added_from_then_on():
+    def norms(norms_suffice):
+        module, found = made(), []
+        session = BalancingSession(GradNorm(lr=0.1))
+        session.open(Loop(module, norms_suffice=lambda: norms_suffice))
+        for batches in (1, 1, 2, 2):
+            for x in data()[:batches]:
+                total = session.total(module.losses(x))
+                session.before_backward(total)
+                total.backward()
+                session.after_backward()
+                session.begin_batch()
+            found.append(norms_of(session.step()))
+        return found
+
+    expected, found = norms(False), norms(True)
+    assert [step is None for step in found] == [False, False, True, False]
+    for step in (0, 1, 3):
+        torch.testing.assert_close(found[step], expected[step])
 
 
 def test_a_state_goes_on_to_the_step(tmp_path):

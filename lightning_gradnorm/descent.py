@@ -146,9 +146,9 @@ class Descent:
 
 
 class Pace:
-    """Lowers each task's cotangent as soon as all that it brings to a node is there, and says when its gradient is whole.
+    """Lowers the tasks' cotangents as soon as all that they bring to a node is there, and says when a gradient is whole.
 
-    So what one node has sent down is still at hand when the next takes it up, and no task's waits for the others'.
+    So what one node has sent down is still at hand when the next takes it up.
 
     Args:
         descent: of these nodes.
@@ -158,6 +158,8 @@ class Pace:
         held: those of the nodes that must not be lowered before the engine comes to them.
         whole: called with task and number of a tensor of W, once all that the task brings there is there.
         ends: node → the number of the tensor of W of which ``whole`` tells, and whose gradient arrives there and nowhere else.
+        apart: whether no task waits for the others, so that what is to be let go of is; else those that come to a node leave it
+            together, while what the node has saved is at hand.
     """
 
     def __init__(
@@ -169,21 +171,24 @@ class Pace:
         held: Container[Node],
         whole: Callable[[int, int], None],
         ends: Mapping[Node, int],
+        *,
+        apart: bool,
     ) -> None:
-        self._descent, self._edges, self._whole, self._ends = descent, edges, whole, ends
-        self._awaited = Counter[tuple[int, Node | int]]()
-        self._tasks_at: dict[Node, list[int]] = {}  # of the nodes that are held
-        entries: dict[int, list[Node]] = {}
+        assert apart or not ends, "a gradient is one task's"
+        self._descent, self._edges, self._whole, self._ends, self._apart = descent, edges, whole, ends, apart
+        self._awaited = Counter[tuple[int | None, Node | int]]()  # of a task; None is all of them
+        self._tasks_at: dict[Node, list[int | None]] = {}  # of the nodes that are held
+        entries: dict[int | None, list[Node]] = {}
         for node, out in leaving.items():
             for _, child, _, k, _ in out:
                 if child in edges:
-                    entries.setdefault(owners[node], []).append(child)
+                    entries.setdefault(owners[node] if apart else None, []).append(child)
                 elif k is not None and k in ends.values():
                     self._awaited[owners[node], k] += 1
         for task, come in entries.items():
             self._expect(task, come, held)
 
-    def _expect(self, task: int, come: list[Node], held: Container[Node]) -> None:
+    def _expect(self, task: int | None, come: list[Node], held: Container[Node]) -> None:
         reached = set[Node]()
         while come:
             node = come.pop()
@@ -203,19 +208,22 @@ class Pace:
     def engine_at(self, node: Node) -> None:
         """The engine has come to the node: lower what waited for nothing else."""
         for task in self._tasks_at[node]:
-            self.came(task, node)
+            self._came(task, node)
 
     def came(self, task: int, to: Node | int) -> None:
         """One of a task's own nodes has sent what it sends to a node, or to a tensor of W."""
+        self._came(task if self._apart else None, to)
+
+    def _came(self, task: int | None, to: Node | int) -> None:
         come = [to]
         while come:
             to = come.pop()
             self._awaited[task, to] -= 1
             if self._awaited[task, to]:
                 continue
-            if isinstance(to, int):
+            if isinstance(to, int) and task is not None:
                 self._whole(task, to)
-            elif to in self._edges:
+            elif not isinstance(to, int) and to in self._edges:
                 self._descent.lower(to, task)
                 come += [self._ends.get(child, child) for child in self._edges[to]]
 

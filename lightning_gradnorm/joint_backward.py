@@ -158,7 +158,8 @@ class JointBackward(GradientReader):
             )
         descent = Descent(list(graph.merged), graph.merged, graph.targets, self._arrivals, by_node, frames)
         held = frames if self._may_hurry() else graph.merged
-        pace = Pace(descent, graph.merged, graph.leaving, graph.owners, held, self._let_go, ends)
+        apart = not self._keep and bool(ends or by_node)
+        pace = Pace(descent, graph.merged, graph.leaving, graph.owners, held, self._let_go, ends, apart=apart)
         self._handles += [node.register_prehook(_engine_at(pace, node)) for node in pace.calls]
         return pace
 

@@ -91,8 +91,8 @@ class Reading:
         self._reader = reader
         # PyTorch 2.13 frees a graph that Python has looked at by recursion, and 40,000 nodes in a row overflow the stack. Not
         # if Python holds the nodes until all else is gone, as it is by the next reading, and lets go of parents first.
-        seen = reader.graph.seen if isinstance(reader, JointBackward) else []
-        self._outlives = seen if len(seen) > _DEEP else []
+        deep = isinstance(reader, JointBackward) and len(reader.graph.owners) > _DEEP
+        self._outlives = reader.graph.seen if isinstance(reader, JointBackward) and deep else []
         kind = (tuple(losses), tuple((tuple(t.shape), t.dtype, id(t) if t.is_leaf else 0) for t in tensors), reader.shapes)
         if kind in self._proved or len(self._proved) == _MOST_CHECKS or not isinstance(reader, JointBackward):
             return

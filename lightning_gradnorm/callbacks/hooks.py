@@ -127,7 +127,8 @@ class TrainerHooks(KeptState):
 
     def _norms_suffice(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         whole = pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1 and trainer.world_size == 1
-        return whole and not self._log.may_write_cosines(trainer)
+        interval, number = self._session.balancer.interval, trainer.global_step + 1
+        return whole and not self._log.may_ask_for_cosines(trainer, interval, number)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epochs.start_epoch(trainer)

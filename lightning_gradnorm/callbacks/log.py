@@ -67,9 +67,11 @@ class BalancingLog:
         """Whether this step is kept for the figure and gives reason for concern: also where nothing is written."""
         return self.is_written(trainer, number) or not (trainer.barebones or number % _LOOK_EVERY)
 
-    def may_write_cosines(self, trainer: Trainer) -> bool:
-        """Whether the cosines of the step under way, which is not counted yet, may go anywhere."""
-        return self._cosines is not False and self.is_written(trainer, trainer.global_step + 1)
+    def may_ask_for_cosines(self, trainer: Trainer, interval: int, number: int) -> bool:
+        """Whether the cosines of the step of this number, one of ``interval`` that is measured, may go anywhere."""
+        if self._cosines is False or trainer.barebones:
+            return False
+        return interval >= _RARE or self.is_written(trainer, number)
 
     def is_written(self, trainer: Trainer, number: int) -> bool:
         """Whether what is logged on this step goes anywhere; logging costs more than measuring."""
@@ -95,9 +97,8 @@ class BalancingLog:
         if diagnostics:
             self.last.take(tasks, diagnostics)
         pairs = len(tasks) * (len(tasks) - 1) // 2
-        if not (self._cosines or (self._cosines is None and pairs <= _MOST_PAIRS)) or trainer.barebones:
-            return
-        if step.interval >= _RARE or self.is_written(trainer, trainer.global_step):
+        wanted = self._cosines or pairs <= _MOST_PAIRS
+        if wanted and self.may_ask_for_cosines(trainer, step.interval, trainer.global_step):
             cosines = step.window.cosines()
             self._pairs = {} if cosines is None else per_pair("grad_cosine", tasks, cosines)
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -105,6 +106,7 @@ def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | Gradie
     nodes_of_w = {node for node, _ in targets}
     lowest = next(iter(nodes_of_w)) if len(nodes_of_w) == 1 and not leaves else None
     owners: dict[Node, int] = {**taps, root: taps.get(root, REST)}
+    ways_of: dict[Node, _Ways] = {}  # asking a node for its children is what a walk costs most: once each
     met = {taps[root]} if root in taps else set()
     leaving: dict[Node, list[Edge]] = {}
     again = set[Node]()  # a task's own nodes with more than one way to them
@@ -112,7 +114,7 @@ def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | Gradie
     stack = [(root, () if root is lowest else root.next_functions)]
     while stack:
         node, ways = stack.pop()
-        owner = owners[node]
+        owner, ways_of[node] = owners[node], ways
         for i, (child, nr) in enumerate(ways):
             if child is None:
                 continue
@@ -128,7 +130,7 @@ def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | Gradie
             elif held == owner:
                 again.add(child)
             elif held != MERGED:
-                below = () if child is lowest else child.next_functions
+                below = ways_of[child] if child in ways_of else () if child is lowest else child.next_functions
                 if child in taps:
                     meet_above |= owner != REST  # one loss made of another
                     if held in met:
@@ -142,10 +144,10 @@ def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | Gradie
                 leaving.setdefault(node, []).append((i, child, nr, number_of_w, False))
     merged: dict[Node, list[Node]] = {}
     if meet_above:
-        merged = _leading([node for node, owner in owners.items() if owner == MERGED], targets, lowest)
+        merged = _leading([node for node, owner in owners.items() if owner == MERGED], targets, lowest, ways_of)
         leaving = {}
-        for node, owner in owners.items():
-            for i, (child, nr) in enumerate(node.next_functions) if owner >= 0 else ():
+        for node, ways in ways_of.items():
+            for i, (child, nr) in enumerate(ways) if owners[node] >= 0 else ():
                 if child is not None and (child in merged or child in taps or (child, nr) in targets):
                     number_of_w = None if child in merged else targets.get((child, nr))
                     leaving.setdefault(node, []).append((i, child, nr, number_of_w, False))
@@ -171,11 +173,16 @@ def _leave_above_transposes(leaving: dict[Node, list[Edge]], owners: Mapping[Nod
                 del leaving[below]
 
 
-def _leading(roots: Iterable[Node], targets: Mapping[tuple[Node, int], int], lowest: Node | None) -> dict[Node, list[Node]]:
+def _leading(
+    roots: Iterable[Node],
+    targets: Mapping[tuple[Node, int], int],
+    lowest: Node | None,
+    known: Mapping[Node, _Ways] = MappingProxyType({}),
+) -> dict[Node, list[Node]]:
     """Node → its children that lead to W, of the roots and all below them; children before parents."""
     nodes_of_w = {node for node, _ in targets}
     edges: dict[Node, list[Node]] = {}
-    for node, ways in children_first(roots, {}, lowest):
+    for node, ways in children_first(roots, {}, lowest, known):
         leading = [child for child, nr in ways if child in edges or (child in nodes_of_w and (child, nr) in targets)]
         if leading:
             edges[node] = leading
@@ -183,7 +190,10 @@ def _leading(roots: Iterable[Node], targets: Mapping[tuple[Node, int], int], low
 
 
 def children_first(
-    roots: Iterable[Node], seen: dict[Node, _Ways | None], lowest: Node | None = None
+    roots: Iterable[Node],
+    seen: dict[Node, _Ways | None],
+    lowest: Node | None = None,
+    known: Mapping[Node, _Ways] = MappingProxyType({}),
 ) -> Iterator[tuple[Node, _Ways]]:
     """Depth-first: every node, with the ways down from it, after all that it leads to; a leaf has none.
 
@@ -191,13 +201,15 @@ def children_first(
         roots: where to begin.
         seen: filled with all nodes that were met, leaves included.
         lowest: a node below which the walk does not go.
+        known: node → the ways down from it, where a walk has asked for them.
     """
     for root in roots:
         stack = [root]
         while stack:
             node = stack[-1]
             if node not in seen:
-                ways = seen[node] = () if node is lowest else node.next_functions
+                held = known.get(node)
+                ways = seen[node] = held if held is not None else () if node is lowest else node.next_functions
                 for child, _ in ways:
                     if child is not None and child not in seen:
                         stack.append(child)

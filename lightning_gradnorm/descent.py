@@ -98,7 +98,7 @@ class Descent:
                 with undone():  # each task sees what the ordinary backward will see: a spectral norm moves on as it is run
                     in_graph_task(self._through_frame, node, *arrived.pop())
             return
-        product = self._product(node)
+        product = self._new_product(node) if of is None else self._product(node)  # kept only while tasks come one by one
         while arrived:
             task, held = arrived.pop()
             if node in self._factors:

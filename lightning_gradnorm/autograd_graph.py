@@ -130,7 +130,7 @@ def task_graph(root: Node, taps: Mapping[Node, int], w: Sequence[Tensor | Gradie
             elif held == owner:
                 again.add(child)
             elif held != MERGED:
-                below = ways_of[child] if child in ways_of else () if child is lowest else child.next_functions
+                below = ways_of.get(child) or (() if child is lowest else child.next_functions)
                 if child in taps:
                     meet_above |= owner != REST  # one loss made of another
                     if held in met:

@@ -185,13 +185,36 @@ def test_nodes_that_another_thread_has_numbered_are_found():
     assert_equal(found, oracle(losses(), list(layer.parameters())))
 
 
-def test_gradients_of_any_size_have_their_norms():
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("size", [1e-25, 1e-20, 1e-12, 1.0, 1e12, 1e20])
+def test_gradients_of_any_size_have_their_norms(size, keep):
+    torch.manual_seed(0)
     layer, x = nn.Linear(300, 200).float(), torch.randn(8, 300, dtype=torch.float32)
-    for size in (1e-25, 1e-20, 1e-12, 1.0, 1e12):
-        found = read(layer.parameters(), lambda size=size: {t: size * loss for t, loss in tasks(layer(x), 2).items()})
-        expected = oracle({t: loss.double() for t, loss in tasks(layer(x), 2).items()}, list(layer.parameters())).double()
-        assert found.factors
-        torch.testing.assert_close(found.norms() / size, expected.norm(dim=1), rtol=1e-4, atol=0)
+    found = read(layer.parameters(), lambda: {t: size * loss for t, loss in tasks(layer(x), 2).items()}, keep=keep)
+    expected = oracle(tasks(layer(x), 2), list(layer.parameters())).double()
+    assert found.factors
+    torch.testing.assert_close(found.norms() / size, expected.norm(dim=1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.usefixtures("always_gram")
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize(("make", "shape", "form"), LAYERS.values(), ids=LAYERS)
+def test_gradients_of_half_as_many_digits_have_their_norms(make, shape, form, size, keep):
+    """bfloat16: the factors are what they are, and their product is not rounded once more."""
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    layer, x = layer.bfloat16(), x.bfloat16()
+    found = read([layer.weight], lambda: {t: size * loss.float() for t, loss in tasks(layer(x), 2).items()}, keep=keep)
+    outputs = layer(x)
+    deltas = [torch.autograd.grad(size * loss.float(), outputs, retain_graph=True)[0] for loss in tasks(outputs, 2).values()]
+    wide = make()
+    wide.load_state_dict(layer.state_dict())
+    products = [torch.autograd.grad(wide(x.double()), wide.weight, delta.double())[0] for delta in deltas]
+    expected = torch.stack([product.norm() for product in products])
+    assert found.factors
+    # Each cotangent comes times its task's coefficient, and is rounded to bfloat16 with it.
+    torch.testing.assert_close(found.norms(), expected, rtol=1e-2, atol=0)
 
 
 def test_a_gradient_of_zero_has_norm_zero():

@@ -66,6 +66,13 @@ class PerTaskBackward(GradientReader):
     """Per-task gradients by one backward per task, before the joint one.
 
     Slow and obvious: each task walks its head and the way down to W once more.
+
+    Args:
+        root: scalar that ``backward()`` will be called on.
+        losses: task name → loss from ``tap_losses`` that ``root`` was built from.
+        parameters: W, the shared parameters.
+        edges: where gradients are read, one for each of them, if not at the parameters themselves.
+        keep: makes no difference here.
     """
 
     engine: ClassVar[str] = "per_task"

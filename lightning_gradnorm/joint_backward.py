@@ -52,6 +52,13 @@ class JointBackward(GradientReader):
         total.backward()
         norms = reader.gradients().norms()
 
+    Args:
+        root: scalar that ``backward()`` will be called on.
+        losses: task name → loss from ``tap_losses`` that ``root`` was built from.
+        parameters: W, the shared parameters.
+        edges: where gradients are read, one for each of them, if not at the parameters themselves.
+        keep: whether more than the norms will be asked for; if not, a large gradient is let go of once its norm is had.
+
     Attributes:
         is_merged: whether several tasks meet above every tensor of W, so that products are needed at all.
 

@@ -15,8 +15,8 @@ class Measurement(NamedTuple):
         losses: L_i(t), unweighted, shape ``[T]``, in the losses' own units.
         gradient_norms: n_i = ‖∇_W L_i‖₂ of the *unweighted* losses on the shared layer W, shape ``[T]``, or ``None``
             where they were not measured.
-        gradient_maxima: max |∇_W L_i|, the largest entry in size, shape ``[T]``, or ``None``.
-        gradient_means: mean |∇_W L_i| over the entries, shape ``[T]``, or ``None``.
+        gradient_maxima: max ∣∇_W L_i∣, the largest entry in size, shape ``[T]``, or ``None``.
+        gradient_means: mean ∣∇_W L_i∣ over the entries, shape ``[T]``, or ``None``.
         kpis: each task's key performance indicator (an accuracy, say), shape ``[T]``, or ``None``.
         ntk_traces: the mean of ‖∇_W r‖² over the points of the task, whose loss is the mean of r², shape ``[T]``, or ``None``:
             the trace of its tangent kernel over the number of points.
@@ -31,7 +31,11 @@ class Measurement(NamedTuple):
     ntk_traces: Tensor | None = None
 
     def only(self, positions: Sequence[int]) -> "Measurement":
-        """Of the tasks at these positions, as if the others were absent."""
+        """Of the tasks at these positions, as if the others were absent.
+
+        Args:
+            positions: in ``tasks``.
+        """
         index = torch.tensor(positions, device=self.losses.device)
         others = {name: vector[index] for name, vector in self._asdict().items() if isinstance(vector, Tensor)}
         return self._replace(tasks=tuple(self.tasks[position] for position in positions), **others)

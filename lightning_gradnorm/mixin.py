@@ -69,6 +69,10 @@ class MultiTaskMixin:
     def task_losses(self, batch: Any, batch_idx: int) -> TaskLosses:
         """Task name → scalar loss of one batch; what the default ``training_step`` calls.
 
+        Args:
+            batch: what the loader gave.
+            batch_idx: its number in the epoch.
+
         Raises:
             NotImplementedError: where it is not overridden.
         """
@@ -78,7 +82,12 @@ class MultiTaskMixin:
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Total loss of the batch, scalar."""
+        """Total loss of the batch, scalar.
+
+        Args:
+            batch: what the loader gave.
+            batch_idx: its number in the epoch.
+        """
         return self.total_loss(self.task_losses(batch, batch_idx))
 
     def total_loss(

@@ -51,7 +51,7 @@ class TaskGradients:
 
     @property
     def entries(self) -> int:
-        """|W|: entries of one task's gradient; a complex number is two."""
+        """∣W∣: entries of one task's gradient; a complex number is two."""
         return sum(parameter.numel() * (1 + parameter.is_complex()) for parameter in self.parameters)
 
     def cosines(self) -> Tensor:
@@ -71,7 +71,7 @@ class TaskGradients:
         return inner / torch.outer(norms, norms) * torch.outer(signs, signs)
 
     def flat(self) -> Tensor:
-        """∇_W L_i of the unweighted losses, shape ``[T, |W|]``, in at least float32; 0 where a task uses none of it."""
+        """∇_W L_i of the unweighted losses, shape ``[T, ∣W∣]``, in at least float32; 0 where a task uses none of it."""
         self._check_kept()
         made = {k: factors.dense() for k, factors in self.factors.items()}
         whole = [[made[k][i] if k in made else g for k, g in enumerate(row)] for i, row in enumerate(self.gradients)]
@@ -169,7 +169,7 @@ def _norm_of_one(gradient: Tensor) -> Tensor:
 
 
 def cosines(gradients: Tensor) -> Tensor:
-    """Cosine of the angle between every two rows, ``[T, |W|]`` → ``[T, T]``; NaN beside a row of zeros."""
+    """Cosine of the angle between every two rows, ``[T, ∣W∣]`` → ``[T, T]``; NaN beside a row of zeros."""
     if gradients.shape[1]:
         gradients = gradients / gradients.abs().amax(1, keepdim=True)  # so that squares neither over- nor underflow
     unit = gradients / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)

@@ -16,7 +16,7 @@ Form = Literal["max_mean", "norm"]
 
 
 def max_over_mean(maximum: Tensor, means: Tensor, weights: Tensor) -> Tensor:
-    """λ̂_i = max_θ |∇_θ L_r| / mean_θ |∇_θ λ_i L_i|, shape ``[T]``; ``maximum`` is of the reference task, scalar."""
+    """λ̂_i = max_θ ∣∇_θ L_r∣ / mean_θ ∣∇_θ λ_i L_i∣, shape ``[T]``; ``maximum`` is of the reference task, scalar."""
     return maximum / (weights * means)
 
 
@@ -28,9 +28,9 @@ def sum_over_norm(norms: Tensor) -> Tensor:
 class LearningRateAnnealing(RuleBalancer):
     """λ_i ← β λ_i + (1 − β) λ̂_i, from statistics of the gradients on all weights: let ``shared_layer()`` return those.
 
-    ``form="max_mean"`` has λ̂_i = max |∇ L_r| / mean |∇ λ_i L_i| with the reference task r, the PDE residual, at weight 1.
+    ``form="max_mean"`` has λ̂_i = max ∣∇ L_r∣ / mean ∣∇ λ_i L_i∣ with the reference task r, the PDE residual, at weight 1.
     The denominator holds the weighted loss, as in the journal's text and the authors' code; the preprint leaves λ_i out, and
-    that drives the weights up without bound. At rest λ_i is then √(max |∇ L_r| / mean |∇ L_i|). The sources take weight
+    that drives the weights up without bound. At rest λ_i is then √(max ∣∇ L_r∣ / mean ∣∇ L_i∣). The sources take weight
     matrices and no biases.
 
     ``form="norm"`` has λ̂_i = Σ_j ‖∇ L_j‖ / ‖∇ L_i‖ for every task: GradNorm with α = 0 in closed form, up to a factor.

@@ -139,6 +139,9 @@ class LossBalancer(NamedTasks, ABC):
     def weights_for(self, tasks: Iterable[str]) -> Tensor:
         """The weights that the next step will apply to ``tasks``, shape ``[len(tasks)]``, detached; new ones included.
 
+        Args:
+            tasks: their names, in the order of the vector.
+
         Raises:
             ValueError: if a name is not one of the declared tasks.
         """
@@ -240,6 +243,9 @@ class LossBalancer(NamedTasks, ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state from ``state_dict``.
+
+        Args:
+            state: what it gave; entries that are not of the method are left alone.
 
         Raises:
             ValueError: if it is of another method, or holds other tasks than the declared ones; no state changes.

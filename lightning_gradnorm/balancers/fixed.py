@@ -15,7 +15,12 @@ Statistic = Literal["mean", "mean_after_warmup", "final"]
 
 
 class EqualWeights(RuleBalancer):
-    """w_i = 1: the plain sum, measured and logged like any other method. Σ w = T."""
+    """w_i = 1: the plain sum, measured and logged like any other method. Σ w = T.
+
+    Args:
+        tasks: all tasks' names, if they are to be fixed from the start.
+        update_every: as everywhere; nothing is updated.
+    """
 
     def __init__(self, *, tasks: Iterable[str] | None = None, update_every: int = 1) -> None:
         super().__init__(tasks=tasks, update_every=update_every)

@@ -27,6 +27,10 @@ class RuleBalancer(LossBalancer):
     The vectors that ``_next`` gets and gives are of the tasks that took part, in the measurement's order. A step on which
     anything that it needs, or anything that it gives, is not finite is skipped and counted, as is one on which no task has a
     gradient; nothing changes then.
+
+    Args:
+        tasks: all tasks' names, if they are to be fixed from the start.
+        update_every: of how many optimiser steps one is measured and updates the weights.
     """
 
     @abstractmethod

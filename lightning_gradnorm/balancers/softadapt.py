@@ -22,7 +22,7 @@ class SoftAdapt(RuleBalancer):
 
     Args:
         beta: β; with a negative one the losses that fall get more (the authors' code: 0.1).
-        variant: ``"original"``; ``"normalized"``: of s_i / Σ_j |s_j|, so that the losses' units do not matter;
+        variant: ``"original"``; ``"normalized"``: of s_i / Σ_j ∣s_j∣, so that the losses' units do not matter;
             ``"loss_weighted"``: w_i ∝ L_i exp(β s_i).
         tasks: all tasks' names, if they are to be fixed from the start.
         update_every: of how many optimiser steps one is measured and updates the weights.

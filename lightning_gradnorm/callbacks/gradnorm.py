@@ -16,9 +16,37 @@ class GradNormCallback(LossBalancingCallback):
 
         trainer = L.Trainer(callbacks=[GradNormCallback()])
 
-    It is ``LossBalancingCallback(GradNorm(…))`` with flat arguments; see ``GradNorm`` for the method's, and
-    ``LossBalancingCallback`` for ``shared_layer``, ``losses_of``, ``engine``, ``norm_of``, ``log_cosines``, ``progress_bar``,
-    ``points``, ``mode``, ``summary`` and ``untested_strategies``.
+    It is ``LossBalancingCallback(GradNorm(…))`` with flat arguments: up to ``tasks`` they are the method's, about which
+    ``GradNorm`` says more; from ``shared_layer`` on the callback's, about which ``LossBalancingCallback`` does.
+
+    Args:
+        alpha: α ≥ 0: 0, the default, makes all weighted norms alike; larger favours tasks that train slowly.
+        lr: the least share of its way that a weight goes in a step. By default the rate falls by itself.
+        residuals: in physics-informed networks the tasks that are residuals of equations: they keep weight 1.
+        update: ``"average"``, the default; ``"paper"``: Algorithm 1 as printed, with Σ w = T.
+        optimizer: factory of the weights' optimiser, called as ``optimizer([weights], lr=lr)``.
+        initial_losses: L_i(0): ``"first"``, the mean of the first N, or given per task.
+        update_every: ``"auto"``: the first 100 steps are measured, then ever fewer; n: one step in n.
+        min_weight: least weight that is applied, above 0 and at most 1.
+        max_weight: greatest weight that is applied, at least 1; ``None`` for no bound.
+        priorities: task → relative importance, a factor of the targets; 1 for tasks not named.
+        tasks: all tasks' names, if they are to be fixed from the start.
+        shared_layer: dotted name of the layer that the tasks share, or a list of names; by default it is found.
+        losses_of: dotted name of a submodule whose forward returns a dict of losses in training.
+        engine: ``"joint"``: gradients from the one backward; ``"per_task"``: by one each; ``"auto"``: the first that works.
+        norm_of: ``"parameters"`` of the shared layer, or its ``"features"``, for sharded or compiled layers.
+        log_cosines: whether to log the cosines between gradients; by default for up to ten tasks.
+        progress_bar: whether the progress bar shows the weights.
+        points: task → how the single points of its term are weighed.
+        mode: ``"balance"``; ``"monitor"`` measures and logs everything and changes no weight.
+        summary: whether a table, ``loss_weights.yaml`` and a figure come at the end of ``fit``.
+        untested_strategies: whether to run under strategies of the Trainer that were not tested.
+        scale: deprecated, as in ``GradNorm``.
+        reference: deprecated: write ``residuals``.
+        ema_decay: deprecated, as in ``GradNorm``.
+
+    Raises:
+        ValueError, TypeError: for a setting outside its range; see ``GradNorm``.
     """
 
     def __init__(

@@ -9,12 +9,12 @@ from lightning_gradnorm.pointwise.fixed import FixedPoints
 
 
 def attention(lambdas: Tensor, residuals: Tensor, decay: float, rate: float) -> Tensor:
-    """λ_i ← γ λ_i + η |r_i| / max_j |r_j|, shape ``[N]``: the paper's update, of points with these residuals."""
+    """λ_i ← γ λ_i + η ∣r_i∣ / max_j ∣r_j∣, shape ``[N]``: the paper's update, of points with these residuals."""
     return decay * lambdas + rate * residuals / residuals.max()
 
 
 class ResidualAttentionPoints(FixedPoints):
-    """Residual-based attention: m_i = λ_i² with λ_i ← γ λ_i + η |r_i| / max_j |r_j| per fixed point, without any training.
+    """Residual-based attention: m_i = λ_i² with λ_i ← γ λ_i + η ∣r_i∣ / max_j ∣r_j∣ per fixed point, without any training.
 
     The losses are squared residuals, r_i² = ℓ_i, so that the term is the mean of (λ_i r_i)². λ_i starts at 0, takes its share
     of a step's residuals before it weighs them, and is at most η / (1 − γ), 10 by default: the term is small
@@ -26,7 +26,7 @@ class ResidualAttentionPoints(FixedPoints):
     Args:
         num_points: how many there are; learnt from the first batch if not given.
         decay: γ, at least 0 and below 1 (0.999 in the source).
-        rate: η > 0 (the authors' code has 0.001, and λ_i at |r_i| / max_j |r_j| at first).
+        rate: η > 0 (the authors' code has 0.001, and λ_i at ∣r_i∣ / max_j ∣r_j∣ at first).
 
     Attributes:
         frozen: while true, ``update`` changes nothing.

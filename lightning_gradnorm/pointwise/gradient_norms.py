@@ -45,7 +45,12 @@ class GradientNormPoints(PointWeighting):
         return {"max_weight": self.max_weight}
 
     def gradient_norms(self, points: Tensor, network: nn.Module) -> Tensor:
-        """g_i, shape ``[N]``, of coordinates ``[N, …]``."""
+        """g_i, shape ``[N]``.
+
+        Args:
+            points: coordinates, ``[N, …]``.
+            network: what is trained.
+        """
         whole = _WithResidual(network, self.residual)
         parameters = {name: p.detach() for name, p in whole.named_parameters() if p.requires_grad}
 

@@ -41,7 +41,16 @@ class PointWeighting(ABC):
 
     @abstractmethod
     def weights_for(self, losses: Tensor, points: Tensor | None = None, network: nn.Module | None = None) -> Tensor:
-        """m_i of these points, shape ``[N]``, detached."""
+        """m_i of these points, shape ``[N]``, detached.
+
+        Args:
+            losses: one per point, ``[N]``.
+            points: what identifies them: indices ``[N]`` or coordinates ``[N, …]``, as the method asks for.
+            network: what is trained, for methods that look at it.
+
+        Raises:
+            ValueError: if the points are missing where they are needed, or do not fit.
+        """
 
     def update(
         self,
@@ -69,7 +78,11 @@ class PointWeighting(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state from ``state_dict``."""
+        """Take up a state from ``state_dict``.
+
+        Args:
+            state: what it gave.
+        """
 
 
 class UniformPoints(PointWeighting):

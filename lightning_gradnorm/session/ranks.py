@@ -19,7 +19,7 @@ class RankAgreement:
     Attributes:
         tasks: all tasks, in the agreed order; empty before.
         layer: the names of the parameters of W.
-        entries: |W|; 0 where no rank measures gradients.
+        entries: ∣W∣; 0 where no rank measures gradients.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +30,11 @@ class RankAgreement:
 
     @classmethod
     def of(cls, network: nn.Module) -> "RankAgreement | None":
-        """That of the distributed run which this process is in, on the network's device; ``None`` where it is alone."""
+        """That of the distributed run which this process is in, on the network's device; ``None`` where it is alone.
+
+        Args:
+            network: what is trained.
+        """
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not distributed or torch.distributed.get_world_size() == 1:
             return None
@@ -67,6 +71,9 @@ class RankAgreement:
     def check(self, tasks: Sequence[str]) -> None:
         """Refuse a task that the ranks do not all know of.
 
+        Args:
+            tasks: those of this rank's step.
+
         Raises:
             ValueError: naming it.
         """
@@ -79,6 +86,10 @@ class RankAgreement:
 
     @staticmethod
     def all_reduce(vector: Tensor) -> Tensor:
-        """Σ over the ranks, in place."""
+        """Σ over the ranks, in place.
+
+        Args:
+            vector: of the same shape on every rank.
+        """
         torch.distributed.all_reduce(vector)
         return vector

@@ -87,7 +87,11 @@ class BalancingSession(Totals):
     # -- life ------------------------------------------------------------------------------------------------------
 
     def open(self, loop: Loop) -> None:
-        """Begin a run: W is looked for, the ranks agree, warnings speak again; what was learnt stays."""
+        """Begin a run: W is looked for, the ranks agree, warnings speak again; what was learnt stays.
+
+        Args:
+            loop: what drives it.
+        """
         self.close()
         if loop.losses_of is not None and self.balancer.needs_residuals:
             raise ValueError(
@@ -147,7 +151,11 @@ class BalancingSession(Totals):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state from ``state_dict``; further entries are left alone."""
+        """Take up a state from ``state_dict``; further entries are left alone.
+
+        Args:
+            state: what it gave.
+        """
         self.balancer.load_state_dict(state["balancer"])
         self.reading.known_names = list(state["shared_layer"])
         for task, weighting in self.points.items():
@@ -158,6 +166,9 @@ class BalancingSession(Totals):
 
     def before_backward(self, root: Tensor) -> Mapping[str, Tensor]:
         """Get ready to read the backward of ``root``: a total, scaled or with further terms as the case may be.
+
+        Args:
+            root: what ``backward()`` will be called on.
 
         Returns:
             The losses that it takes to the step, task → detached scalar; none of a root that is no total's, or of a closure
@@ -278,7 +289,12 @@ class BalancingSession(Totals):
         return self._measuring.window
 
     def tell(self, about: str, message: str) -> None:
-        """Warn of something, once in a run."""
+        """Warn of something, once in a run.
+
+        Args:
+            about: names the matter.
+            message: for people.
+        """
         self.words.tell(about, message)
 
     def tell_counts(self) -> None:

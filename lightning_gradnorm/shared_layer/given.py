@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_gradnorm.shared_layer.layer import NAME_IT, SharedLayer, named, refuse_sharded, weight_names
 
 SharedLayerSpec = nn.Module | nn.Parameter | str | Iterable[nn.Module | nn.Parameter | str]
+"""What names a shared layer: a module, a parameter, the dotted name of either, or several of these."""
 
 _METHOD = "shared_layer()"
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast clients fuzz lint format types bench clean
+.PHONY: demo test test-fast clients fuzz lint format types bench site clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/digits.py
@@ -34,6 +34,10 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/overhead.py
+
+# Every page and the API reference, strictly: a link that leads nowhere ends it. Open build/site/index.html.
+site: $(VENV)/.installed
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed; say which with make PYTHON=python3.12"'

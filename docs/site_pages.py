@@ -5,12 +5,14 @@ rest as its code. What it printed when last run lies beside it, ``<name>.txt``, 
 the page is its code.
 """
 
+import inspect
 import re
 from pathlib import Path
 
 from docutils import nodes
 from myst_parser.parsers.sphinx_ import MystParser
 from sphinx.application import Sphinx
+from sphinx.util.inspect import stringify_signature
 
 PIECE = re.compile(r"^# %%.*\n", re.MULTILINE)
 ITEM = re.compile(r"^- \[.*?\]\(([^)#:]+)\.(?:md|py)\)", re.MULTILINE)
@@ -67,10 +69,18 @@ def skip_fields(app: Sphinx, what: str, name: str, member: object, skip: bool, o
     return True if is_field else None
 
 
+def signature_of_class(app: Sphinx, what: str, name: str, taken: object, *rest: object) -> tuple[str, str] | None:
+    """What a class is called with, where a base's ``__new__`` takes anything."""
+    if what != "class":
+        return None
+    return stringify_signature(inspect.signature(taken), show_return_annotation=False, unqualified_typehints=True), ""
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Sphinx calls this."""
     app.add_source_suffix(".py", "script")
     app.add_source_parser(ScriptParser)
     app.connect("source-read", add_navigation)
     app.connect("autodoc-skip-member", skip_fields)
+    app.connect("autodoc-process-signature", signature_of_class)
     return {"parallel_read_safe": True}

@@ -75,10 +75,10 @@ class Watch(L.Callback):
             self.right.append((answer == self.sold).float().mean().item())
 
 
-def trained(settings: dict[str, Any], program: str) -> Watch:
+def trained(settings: dict[str, Any]) -> Watch:
     """The program's module, trained with the callback's settings."""
     names: dict[str, Any] = {}
-    exec(compile(program, "program.jinja", "exec"), names)
+    exec(compile(program(), "program.jinja", "exec"), names)
     torch.manual_seed(0)
     module, callback = names["House"](), names["GradNormCallback"](summary=False, update_every=1, **settings)
     watch = Watch(callback, names["x"][2048:], names["sold"][2048:])
@@ -98,9 +98,9 @@ def draw_shares(axes: Axes, title: str, norms: dict[str, list[float]]) -> None:
     axes.yaxis.set_major_formatter("{x:.0%}")
 
 
-def draw_training(path: Path, program: str) -> None:
+def draw_training(path: Path) -> None:
     """What GradNorm moves."""
-    plain, balanced = trained({"mode": "monitor"}, program), trained({}, program)
+    plain, balanced = trained({"mode": "monitor"}), trained({})
     figure, ((first, second), (third, fourth)) = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     draw_shares(first, "Shares of the gradient, equal weights", plain.norms)
     draw_shares(second, "Shares of the gradient, GradNorm", balanced.norms)
@@ -122,10 +122,15 @@ def draw_training(path: Path, program: str) -> None:
     plt.close(figure)
 
 
-if __name__ == "__main__":
+def program() -> str:
+    """The first page's, up to where it trains."""
     text = (DOCS / "parts" / "program.jinja").read_text(encoding="utf-8")
     found = re.search(r"```python\n(.*?)\nfor name", text, flags=re.DOTALL)
     assert found is not None
+    return found[1]
+
+
+if __name__ == "__main__":
     with plt.rc_context(LOOKS):
         draw_idea(DOCS / "images" / "gradnorm.png")
-        draw_training(DOCS / "images" / "gradnorm-training.png", found[1])
+        draw_training(DOCS / "images" / "gradnorm-training.png")

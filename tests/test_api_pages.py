@@ -32,6 +32,13 @@ def test_a_docstring_says_what_is_taken(name):
         assert described(docstring, "Attributes" if holds_fields else "Args") == parameters(named)
 
 
+@pytest.mark.parametrize(
+    "name", sorted(set(lightning_gradnorm.balancers.__all__) - {"EqualWeights", "LossBalancer", "RuleBalancer"})
+)
+def test_a_method_says_where_it_is_from(name):
+    assert re.search(r"^Source: \S+", inspect.getdoc(PUBLIC[name]), flags=re.MULTILINE)
+
+
 def test_gradnorms_callback_takes_what_the_method_and_the_callback_take():
     takes = set(parameters(GradNormCallback))
     assert takes == set(parameters(GradNorm)) | set(parameters(LossBalancingCallback)) - {"balancer"}

@@ -16,12 +16,25 @@ from tests.helpers import quiet_trainer
 DOCS = Path(__file__).parent.parent / "docs"
 
 
+def script(name):
+    """A script of docs/, imported."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_page_of_features_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("make_features", DOCS / "make_features.py")
-    make_features = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_features)
+    make_features = script("make_features")
     assert len(make_features.rows()) > 30
     assert make_features.PAGE.read_text(encoding="utf-8") == make_features.page(), "run python docs/make_features.py"
+
+
+def test_the_pictures_are_of_the_first_pages_program():
+    names: dict[str, object] = {}
+    exec(compile(script("make_pictures").program(), "program.jinja", "exec"), names)
+    assert {"House", "GradNormCallback", "x", "sold", "data"} <= names.keys()
+    assert "trainer" not in names
 
 
 def blocks(page: str) -> list[str]:

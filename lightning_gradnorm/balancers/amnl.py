@@ -22,6 +22,8 @@ class AdaptiveNormalizedLoss(RuleBalancer):
     weighted by its own loss, w_i = 1 / (T L_i), or one step at the losses' scale would stay in the memory of an optimiser
     like Adam.
 
+    Source: course material on remaining useful life; there is no paper to cite.
+
     Args:
         decay: β of the average, at least 0 and below 1.
         floor: least μ_i, above 0, in the losses' units.

@@ -37,6 +37,9 @@ class LearningRateAnnealing(RuleBalancer):
 
     The weights are not bound to a sum. A gradient of exactly zero leaves its task's weight as it is.
 
+    Source: Wang, Teng, Perdikaris, SISC 2021, arXiv 2001.04536; Wang, Sankaran, Wang, Perdikaris 2023, arXiv 2308.08468,
+    for ``form="norm"``.
+
     Args:
         reference: the task that keeps weight 1, for ``"max_mean"``.
         form: ``"max_mean"`` or ``"norm"``.

@@ -28,6 +28,8 @@ class DynamicTaskPrioritization(RuleBalancer):
     Deviations: an indicator below ``floor`` counts as the floor (at 0 the weight would be infinite), and weights end at
     1e-8 instead of 0. The step at t uses indicators from before t; the first uses weights of one.
 
+    Source: Guo, Haque, Huang, Yeung, Fei-Fei, ECCV 2018.
+
     Args:
         gamma: γ ≥ 0, how sharply easy tasks are left alone; one for all, or per task (1 for those not named).
         smoothing: a of κ̄ ← a κ + (1 − a) κ̄, above 0 and at most 1.

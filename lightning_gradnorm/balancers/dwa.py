@@ -22,6 +22,8 @@ class DynamicWeightAverage(RuleBalancer):
 
     A task whose loss falls slowly gets more. For the first two epochs all weights are 1. It knows nothing of scales.
 
+    Source: Liu, Johns, Davison, CVPR 2019, arXiv 1803.10704, equation 7.
+
     Args:
         temperature: τ > 0; the larger, the more even the weights (the paper: 2).
         tasks: all tasks' names, if they are to be fixed from the start.

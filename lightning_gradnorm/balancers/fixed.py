@@ -37,6 +37,8 @@ class FixedWeights(RuleBalancer):
 
         LossBalancingCallback(FixedWeights.from_file("lightning_logs/version_0/loss_weights.yaml"))
 
+    Source: Chen et al., ICML 2018, sections 5.2 and 5.3.
+
     Args:
         weights: task → weight, above 0; all tasks.
         update_every: as everywhere; nothing is updated.

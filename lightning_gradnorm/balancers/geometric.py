@@ -23,6 +23,8 @@ class GeometricLoss(RuleBalancer):
     It has no state. The applied weight ∂total/∂L_i depends on the losses of the step itself, is what is reported, and is
     not bound to a sum: Σ w_i L_i is the geometric mean. Under DDP and accumulation each batch has its own weights.
 
+    Source: Chennupati, Sistu, Yogamani, Rawashdeh, CVPR workshops 2019, arXiv 1904.08492.
+
     Args:
         tasks: all tasks' names, if they are to be fixed from the start.
         update_every: as everywhere; only what is reported between steps depends on it.

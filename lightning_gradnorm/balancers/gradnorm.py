@@ -75,6 +75,8 @@ class GradNorm(LossBalancer):
     larger than the others, Σ w_i = T makes its weight tiny, the whole gradient shrinks with it, and an optimiser like Adam,
     which remembers the large ones, nearly stops. ``update="paper"`` is Algorithm 1 as printed, with Σ w_i = T.
 
+    Source: Chen, Badrinarayanan, Lee, Rabinovich, ICML 2018, arXiv 1711.02257.
+
     Args:
         alpha: α ≥ 0, the asymmetry: how strongly slow tasks are favoured. By default 0, all weighted norms alike; with
             ``update="paper"`` 0.12. The paper used 0.12 on its toy, 0.2 to 0.3 on facial landmarks, 1.5 on NYUv2. The more it

@@ -20,6 +20,8 @@ class LossRatioBalancing(RuleBalancer):
     The target of GradNorm's equation 1 (Chen et al., ICML 2018) taken as the weight. It evens out training rates and
     knows nothing of scales: a task whose gradient is a thousand times larger stays so. It costs nothing.
 
+    Source: public code, as "GradNormSimple".
+
     Args:
         alpha: α ≥ 0, how strongly slow tasks are favoured.
         initial_losses: L_i(0): ``"first"``, the mean of the first N (an int; a task's weight stays as it is until then), or

@@ -44,6 +44,8 @@ class NTKWeighting(RuleBalancer):
     Residuals have to reach W through a graph that can be walked twice: regions compiled by ``torch.compile`` above W, and
     reentrant checkpoints, are refused. The weights are 1 at least and not bound to a sum.
 
+    Source: Wang, Yu, Perdikaris, JCP 2022, arXiv 2007.14527.
+
     Args:
         decay: β of the average of the traces, at least 0 and below 1.
         update_every: of how many optimiser steps one is measured and updates the weights.

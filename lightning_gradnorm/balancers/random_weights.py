@@ -38,6 +38,8 @@ class Draws:
 class RandomLossWeighting(RuleBalancer):
     """w = T softmax(z) with z ~ N(0, I) drawn anew at every update; Σ w = T. The first step uses weights of one.
 
+    Source: Lin, Ye, Zhang, Tsang, TMLR 2022, arXiv 2111.10603.
+
     Args:
         seed: of the draws, which are the method's own: the same on every rank, and going on after a resume.
         tasks: all tasks' names, if they are to be fixed from the start.

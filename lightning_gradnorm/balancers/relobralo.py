@@ -26,6 +26,8 @@ class ReLoBRaLo(RuleBalancer):
     It knows nothing of scales, only of progress. Deviation: the paper weighs the losses of step t by λ(t), which is made of
     them; here the step applies λ(t − 1), like every other method. The first step uses weights of one.
 
+    Source: Bischof and Kraus 2021, arXiv 2110.09813.
+
     Args:
         alpha: α, decay of the average, in [0, 1) (the authors' code: 0.999).
         temperature: τ > 0; the larger, the more even the weights (0.1).

@@ -20,6 +20,8 @@ class SoftAdapt(RuleBalancer):
     Deviations: the paper's weights sum to 1, and these to T, so that switching methods leaves the learning rate alone; the
     rate is the difference of two steps (the paper also allows longer stencils). The first two steps use weights of one.
 
+    Source: Heydari, Thompson, Mehmood 2019, arXiv 1912.12355.
+
     Args:
         beta: β; with a negative one the losses that fall get more (the authors' code: 0.1).
         variant: ``"original"``; ``"normalized"``: of s_i / Σ_j ∣s_j∣, so that the losses' units do not matter;

@@ -37,6 +37,9 @@ class UncertaintyWeighting(LossBalancer):
     Deviation: the total is Σ w_i L_i without the regulariser ½ s_i, which is a constant for the network. (With it the
     published total can be negative.) s_i is trained on the same objective by an optimiser of its own, without weight decay.
 
+    Source: Kendall, Gal, Cipolla, CVPR 2018, arXiv 1705.07115; Liebel, Körner 2018, arXiv 1805.06334, for
+    ``form="revised"``.
+
     Args:
         kinds: task → ``"regression"`` or ``"classification"``; regression for tasks not named.
         lr: learning rate of s (the GradNorm paper gave it 0.025).

@@ -23,6 +23,8 @@ class ResidualAttentionPoints(FixedPoints):
     A point that is not in a batch keeps its λ_i; the maximum is that of the batch, and when λ_i is remembered that of all the
     step's points, on all ranks. The source has all points in every step, where that is the same.
 
+    Source: Anagnostopoulos, Toscano, Stergiopulos, Karniadakis, CMAME 2024, arXiv 2307.00379.
+
     Args:
         num_points: how many there are; learnt from the first batch if not given.
         decay: γ, at least 0 and below 1 (0.999 in the source).

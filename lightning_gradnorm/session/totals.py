@@ -158,6 +158,10 @@ class Totals:
     def term(self, task: str, loss: Tensor) -> Tensor:
         """w_i L_i of one task, in the loss's own shape; outside training, or without a gradient, the loss as it is.
 
+        Args:
+            task: the term's name.
+            loss: of one entry, shape ``[]`` or ``[1]``.
+
         Raises:
             ValueError: for a loss that cannot be used.
             RuntimeError: for a second loss of a task before the backward of its first.

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 # Colours of Okabe and Ito, which people with any kind of colour vision tell apart.
 BLACK, ORANGE, GREEN, BLUE, PURPLE = "#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7"
-METHOD_COLOURS = {"equal": ORANGE, "GradNorm": BLUE, "GradNorm static": PURPLE, "fixed 1/σ²": GREEN}
+SKY, VERMILION = "#56B4E9", "#D55E00"
+METHOD_COLOURS = {"equal": ORANGE, "GradNorm": BLUE, "GradNorm static": PURPLE, "fixed 1/σ²": GREEN, "uncertainty": GREEN}
 
 
 @contextmanager

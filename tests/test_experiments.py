@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.experiments import cmapss, pages, physics, tox21, turbofans
+from benchmarks.experiments import cmapss, pages, physics, scenes, tox21, turbofans
 from benchmarks.experiments.command import Case, main
 from benchmarks.experiments.pages import NAMES, experiment
 from benchmarks.experiments.records import Record, Records
@@ -295,6 +295,15 @@ def test_from_the_mean_starts_the_lifes_head_at_the_training_windows_mean(data, 
         cmapss.fit(Case("FD001", method, 0, 1, 1, L.Callback(), data, None))
     mean = turbofans.Engines.read(data / "cmapss", "FD001").train[1].mean().item()
     assert started == [(1, None), (1, mean), (125, mean)]
+
+
+def test_answers_are_kept_as_text_to_half_a_unit():
+    _, rooms = scenes.load(1, 3)
+    for task, truth in (("segmentation", rooms.classes), ("depth", rooms.depth), ("normals", rooms.normals)):
+        again = scenes.unpacked(task, scenes.packed(task, truth), rooms)
+        assert again.shape == truth.shape
+        assert (again - truth).abs().max() <= scenes.KEPT[task][1] / 2 + 1e-5
+    assert torch.equal(scenes.unpacked("segmentation", scenes.packed("segmentation", rooms.classes), rooms), rooms.classes)
 
 
 # -- the pages -----------------------------------------------------------------------------------------------------------

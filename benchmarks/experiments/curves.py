@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from _common import BLACK, BLUE, GREEN, ORANGE, PURPLE, draw_runs, figure_style, plt
+from _common import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, draw_runs, figure_style, plt
 from matplotlib.axes import Axes
 
 from benchmarks.experiments.records import Problem, Record, Records
 from lightning_gradnorm.report.comparison import ARROWS
 
-SKY, VERMILION, GREY = "#56B4E9", "#D55E00", "#777777"
+GREY = "#777777"
 COLOURS = {
     "equal": ORANGE,
     "GradNorm": BLUE,

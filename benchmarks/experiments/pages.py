@@ -27,7 +27,7 @@ from lightning_gradnorm.report.table import markdown_rows
 ROOT = Path(__file__).parents[2]
 DOCS, RESULTS, README = ROOT / "docs", ROOT / "benchmarks" / "results", ROOT / "README.md"
 PART = re.compile(r"(<!-- made from docs/(parts/[\w-]+\.jinja) -->).*?(<!-- until here -->)", re.DOTALL)
-NAMES = ("toy", "helmholtz", "klein_gordon", "cmapss", "rescue", "tox21", "no_harm", "db_pinn")
+NAMES = ("toy", "helmholtz", "klein_gordon", "cmapss", "rescue", "tox21", "no_harm", "db_pinn", "scenes")
 
 
 def experiment(name: str) -> Experiment:

@@ -11,7 +11,7 @@ Four methods start from the same network and see the same batches:
 
 What it shows on three seeds is in ``docs/scenes.md``.
 
-    python examples/scenes.py            # three seeds; some eight minutes
+    python examples/scenes.py            # three seeds; some six minutes
     python examples/scenes.py --help
 """
 

@@ -144,6 +144,6 @@ def draw_errors(axes: Axes, measures: Mapping[str, Sequence[Mapping[str, float]]
     axes.set_xticks(range(len(MEASURES)), names, fontsize=7.5)
     axes.yaxis.set_major_formatter("{x:+g} %")
     axes.set_title("Held-out errors against equal weights ↓", pad=18)
-    looks = {"handlelength": 0.9, "handletextpad": 0.4, "columnspacing": 1.0, "borderpad": 0}
-    axes.legend(fontsize=7.5, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=len(others), **looks)
+    looks = {"handlelength": 0.8, "handletextpad": 0.4, "columnspacing": 0.8, "borderpad": 0}
+    axes.legend(fontsize=7.5, loc="lower left", bbox_to_anchor=(-0.08, 1.01), ncols=len(others), **looks)
     axes.grid(axis="x", visible=False)

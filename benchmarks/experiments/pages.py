@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 DOCS, RESULTS, README = ROOT / "docs", ROOT / "benchmarks" / "results", ROOT / "README.md"
 PART = re.compile(r"(<!-- made from docs/(parts/[\w-]+\.jinja) -->).*?(<!-- until here -->)", re.DOTALL)
 NAMES = ("toy", "helmholtz", "klein_gordon", "cmapss", "rescue", "tox21", "no_harm", "db_pinn", "scenes")
+AMONG_THE_PAGES = {"scenes"}  # whose figures lie in docs/images, and not beside the records
 
 
 def experiment(name: str) -> Experiment:
@@ -189,6 +190,8 @@ class Results:
     @property
     def figure(self) -> str:
         """Its path, as a page links it."""
+        if self.experiment.name in AMONG_THE_PAGES:
+            return f"images/{self.experiment.name}.png"
         return f"../benchmarks/results/{self.experiment.name}/{self.experiment.name}.png"
 
     @property
@@ -227,6 +230,8 @@ def main(arguments: Sequence[str]) -> int:
         records = Records(RESULTS / name / "records.jsonl")
         if records.all():
             write_report(experiment(name), records, RESULTS / name)
+            if name in AMONG_THE_PAGES:
+                (RESULTS / name / f"{name}.png").replace(DOCS / "images" / f"{name}.png")
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
         print(path)

@@ -2,7 +2,7 @@
 
 The problem, the network and the methods are those of ``examples/scenes.py``; the measures are the paper's three.
 
-    python -m benchmarks.experiments.scenes                    # three seeds: eight minutes
+    python -m benchmarks.experiments.scenes                    # three seeds: six minutes
     python -m benchmarks.experiments.scenes --quick
 """
 

@@ -1,7 +1,7 @@
 """The paper's experiment on scenes rendered here: one U-Net for the kind, the depth and the normal of every pixel.
 
-A thousand rooms to train on and 250 to test with are cast by ``scenes_renderer.py``, in three seconds. Losses are the paper's, in
-the units that the data come in: cross-entropy in nats, squared error of the depth in square metres, 1 − cosine of the normals.
+A thousand rooms to train on and 250 to test with are cast by ``scenes_renderer.py``, in three seconds. Losses are the paper's,
+in the units of the data: cross-entropy in nats, squared error of the depth in square metres, 1 − cosine of the normals.
 Four methods start from the same network and see the same batches:
 
 - ``equal``: the plain sum of the losses;

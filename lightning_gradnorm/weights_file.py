@@ -1,6 +1,5 @@
 """``loss_weights.yaml``: what a run's weights were, to read and to retrain from."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ FILE_NAME = "loss_weights.yaml"
 
 def write_weights(
     folder: str | Path,
-    tasks: Mapping[str, Mapping[str, float]],
+    tasks: Mapping[str, Mapping[str, float | str]],
     *,
     method: str,
     settings: Mapping[str, Any],
     steps: int,
     warmup: int,
     measured: int | None = None,
+    held_out: Mapping[str, float] | None = None,
     note: str = "",
 ) -> str | Path:
     """Write the file.
@@ -33,14 +33,16 @@ def write_weights(
         steps: optimiser steps of the run.
         warmup: how many of the measured ones, from the first, ``mean_after_warmup`` leaves out.
         measured: how many of the steps were measured, which is what the statistics are over; by default all.
+        held_out: metric of the last validation → its value.
         note: a line for people, as a comment.
 
     Returns:
         The file's path.
     """
-    rows = {task: {name: None if math.isnan(v) else v for name, v in row.items()} for task, row in tasks.items()}
+    rows = {task: {name: None if v != v else v for name, v in row.items()} for task, row in tasks.items()}
     counts = {"steps": steps} | ({} if measured is None else {"measured_steps": measured}) | {"warmup_steps": warmup}
     content = {"method": method, "settings": dict(settings), **counts, "tasks": rows}
+    content |= {"held_out": dict(held_out)} if held_out else {}
     header = "# Loss weights of a training run. To train with their mean: FixedWeights.from_file(…) (GradNorm static).\n"
     header += f"# {note}\n" if note else ""
     text = header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -53,13 +53,15 @@ class LossBalancingCallback(TrainerHooks):
         norm_of: ``"parameters"``: the norm of each task's gradient on the shared layer's parameters, the paper's;
             ``"features"``: at the layer's output, which costs nothing more and also serves layers whose parameters are sharded
             or compiled. ``shared_layer()`` has to name the layer then.
-        log_cosines: whether to log the cosine between every two tasks' gradients; by default for up to ten tasks.
-        progress_bar: whether the progress bar shows the weights.
+        log_cosines: whether to log the cosine between every two tasks' gradients; by default for up to four tasks.
+        progress_bar: whether the progress bar shows the weights, of more than four tasks the smallest and the largest.
         points: task → how the single points of its term are weighed; its loss is a vector then, one entry per point.
         mode: ``"balance"``; ``"monitor"`` measures and logs everything and changes no weight: they stay the method's first
             ones, for GradNorm the plain sum.
         summary: whether to print the table and write ``loss_weights.yaml`` and a figure at the end of ``fit``, also of one that
             is interrupted.
+        pictures: whether to draw that figure while training goes on as well, ever more rarely and for less than 0.5 % of the
+            time, for the loggers that take images: TensorBoard's Images page, W&B, MLflow. Needs matplotlib.
         untested_strategies: whether to run under Trainer strategies other than a single device, DDP, and
             ``ModelParallelStrategy`` with FSDP2.
 
@@ -81,6 +83,7 @@ class LossBalancingCallback(TrainerHooks):
         points: Mapping[str, PointWeighting] | None = None,
         mode: Mode = "balance",
         summary: bool = True,
+        pictures: bool = True,
         untested_strategies: bool = False,
     ) -> None:
         super().__init__()
@@ -104,7 +107,7 @@ class LossBalancingCallback(TrainerHooks):
         self._losses_of = losses_of
         self._log = BalancingLog(log_cosines, progress_bar)
         self._epochs = EpochLog()
-        self._reporting = Reporting(summary)
+        self._reporting = Reporting(summary, pictures)
         self._homecoming = Homecoming()
         self._is_set_up, self._last_mark = False, None
         self._rest()

@@ -1,34 +1,52 @@
-"""What a person should hear of while training: weights that stick, climb in vain, never move or slow it all, among others."""
+"""What a person should hear of while training: weights that stick, climb in vain, never move or slow it all, among others.
+
+Rarely, and only where something is wrong. A weight that rises while its loss has yet to fall is at its work, in
+physics-informed networks above all; so nothing is said of it while the loss moves either way, or the weight slows down.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from lightning_gradnorm.balancers import EqualWeights, FixedWeights, GradNorm, LossBalancer, LossRatioBalancing
+from lightning_gradnorm.balancers import (
+    DynamicTaskPrioritization,
+    DynamicWeightAverage,
+    EqualWeights,
+    FixedWeights,
+    GradNorm,
+    LossBalancer,
+    LossRatioBalancing,
+)
 from lightning_gradnorm.callbacks.lightning_api import Trainer, setting_of
 from lightning_gradnorm.session import BalancedStep
 
 _LONG = 500  # optimiser steps after which a state of things is worth a word
 _FEW = 5  # observations that it takes at least
 _SHRUNK = 0.05  # of the largest share of the plain sum's gradient so far, below which Adam is slow to follow
-_HARDLY_LEARNT = 0.9  # of the first loss
+_STAYED = 0.95, 1.1  # of the first loss: between these it has neither fallen nor moved
+_RUNS_UP = 1.5  # times as large as half as many steps ago, and then again: a weight that does not settle
+_NEW = 0.3  # part that an observation has in a running mean
 _WEIGHTED = "total_loss/weighted"
 
 
 @dataclass
 class _Seen:
-    """One task's course: ``weight`` where it was first seen; ``ratio`` and the lowest weight since it last learnt."""
+    """One task's course: ``weight`` where it was first seen, and the weights after 1, 2, 4, … observations since."""
 
     step: int
     weight: float
-    low: float
-    ratio: float
-    recent: float
+    ratio: float = math.nan
+    has_moved: bool = False
     observations: int = 0
     bound_since: int | None = None
+    marks: list[tuple[int, float]] = field(default_factory=list)
+
+    def ago(self, step: int) -> float:
+        """The weight at that step or, of those that are remembered, next before; NaN before the first."""
+        return max((mark for mark in self.marks if mark[0] <= step), default=(0, math.nan))[1]
 
 
 class Concerns:
@@ -40,7 +58,8 @@ class Concerns:
         self._first_step: int | None = None
         self._observations = 0
         self._followed: dict[str, int] = {}
-        self._largest_share = 0.0
+        self._share = self._largest_share = math.nan  # logarithms, running mean
+        self._small = 0
 
     def of(self, trainer: Trainer, balancer: LossBalancer, step: BalancedStep, ratios: Tensor | None) -> list[tuple[str, str]]:
         """All that one written step gives reason to say.
@@ -58,7 +77,8 @@ class Concerns:
                 balancer, tasks, weights, [math.nan] * len(tasks) if ratios is None else ratios.tolist(), balancer.steps
             )
         )
-        if measurement.gradient_norms is not None and not balancer.frozen:
+        keeps_size = isinstance(balancer, GradNorm) and balancer.update_rule == "average"
+        if measurement.gradient_norms is not None and not balancer.frozen and not keeps_size:
             found += self.of_scale(trainer, tasks, weights, measurement.gradient_norms.tolist())
         weighted = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
         return found + list(self.of_monitors(trainer, weighted, sum(losses)))
@@ -80,13 +100,14 @@ class Concerns:
         self._observations += 1
         self._first_step = step if self._first_step is None else self._first_step
         for task, weight, ratio in zip(tasks, weights, ratios, strict=True):
-            seen = self._seen.setdefault(task, _Seen(step, weight, weight, ratio, ratio))
+            seen = self._seen.setdefault(task, _Seen(step, weight))
             self._moved |= abs(weight - seen.weight) > 1e-3 * seen.weight
             yield from self._at_bound(balancer, task, weight, seen, step)
             yield from self._in_vain(balancer, task, weight, ratio, seen, step)
         waited = step - self._first_step
         long = max(_LONG, self._first_step)  # a rate that falls as 1 / t moves a resumed run's weights as the steps double
-        if not self._moved and waited >= long and self._observations >= _FEW:
+        may_rest = len(tasks) == 1 or isinstance(balancer, DynamicWeightAverage | DynamicTaskPrioritization)  # by the epoch
+        if not may_rest and not self._moved and waited >= long and self._observations >= _FEW:
             yield (
                 "still",
                 f"The loss weights have not moved in {waited} steps. Does every update get skipped, is too little "
@@ -114,18 +135,21 @@ class Concerns:
     ) -> Iterator[tuple[str, str]]:
         if not math.isfinite(ratio):
             return
-        if not math.isfinite(seen.recent):
-            seen.ratio = seen.recent = ratio
-        seen.recent += 0.3 * (ratio - seen.recent)  # single batches jump about
+        seen.ratio = ratio if math.isnan(seen.ratio) else seen.ratio + _NEW * (ratio - seen.ratio)  # single batches jump about
         seen.observations += 1
-        seen.low = min(seen.low, weight)
-        if seen.recent <= 0.98 * seen.ratio:  # it learns: look from here on
-            seen.step, seen.low, seen.ratio, seen.observations = step, weight, seen.recent, 0
-        elif weight > 1.5 * seen.low and step - seen.step >= _LONG and seen.observations >= _FEW:
+        if seen.observations & (seen.observations - 1) == 0:
+            seen.marks.append((step, weight))
+        if seen.observations < _FEW:
+            return
+        seen.has_moved |= not _STAYED[0] <= seen.ratio <= _STAYED[1]
+        long = step - seen.step
+        half, quarter = seen.ago(step - long // 2), seen.ago(step - 3 * long // 4)
+        runs_up = weight >= _RUNS_UP * half and half >= _RUNS_UP * quarter
+        if runs_up and not seen.has_moved and long >= 2 * _LONG:
             yield (
                 f"vain {task}",
-                f"The weight of task {task!r} rose from {seen.low:.3g} to {weight:.3g} within {step - seen.step} steps "
-                f"while its loss stayed where it was ({seen.recent:.3g} of the first). {_ways_out(balancer, seen.recent)}",
+                f"The weight of task {task!r} keeps rising, from {quarter:.3g} to {half:.3g} and {weight:.3g} in {long} steps, "
+                f"while its loss stays where it was ({seen.ratio:.3g} of the first). {_ways_out(balancer)}",
             )
 
     def of_scale(
@@ -142,10 +166,13 @@ class Concerns:
         whole = sum(norms)
         if not 0 < whole < math.inf:
             return
-        share = sum(weight * norm for weight, norm in zip(weights, norms, strict=True)) / whole
-        self._largest_share = max(self._largest_share, share)
+        now = math.log(max(sum(weight * norm for weight, norm in zip(weights, norms, strict=True)) / whole, 1e-300))
+        self._share = now if math.isnan(self._share) else self._share + _NEW * (now - self._share)  # one batch proves nothing
+        self._largest_share = self._share if math.isnan(self._largest_share) else max(self._largest_share, self._share)
+        share, is_small = math.exp(self._share), self._share < self._largest_share + math.log(_SHRUNK)
+        self._small = self._small + 1 if is_small else 0
         remembering = [o for o in trainer.optimizers if any("betas" in group for group in o.param_groups)]
-        if share < _SHRUNK * self._largest_share and remembering:
+        if self._small >= _FEW and remembering:
             weight, task = min(zip(weights, tasks, strict=True))
             optimizer, beta = type(remembering[0]).__name__, remembering[0].param_groups[0]["betas"][1]
             yield (
@@ -177,16 +204,15 @@ class Concerns:
                 )
 
 
-def _ways_out(balancer: LossBalancer, ratio: float) -> str:
-    lower = isinstance(balancer, GradNorm | LossRatioBalancing) and balancer.alpha > 0
-    bound = hasattr(balancer, "max_weight")
-    ways = [way for way, there in (("lower alpha", lower), ("set max_weight", bound)) if there]
-    if ratio < _HARDLY_LEARNT:
-        more = f" If its validation metrics stand still too, {' or '.join(ways)}." if ways else ""
-        return f"It may have learnt what it can.{more}"
-    ways = ["check its labels and its head", *ways]
-    cause = f"{type(balancer).__name__} keeps raising the weight of" if lower else "It may be"
-    return f"{cause} a task that cannot be learnt: {', or '.join(ways)}."
+def _ways_out(balancer: LossBalancer) -> str:
+    favours = isinstance(balancer, GradNorm | LossRatioBalancing) and balancer.alpha > 0
+    known = (
+        ("check its labels and its head", True),
+        ("lower alpha", favours),
+        ("set max_weight", hasattr(balancer, "max_weight")),
+    )
+    cause = f"{type(balancer).__name__} keeps raising the weight of" if favours else "It may be"
+    return f"{cause} a task that cannot be learnt: {', or '.join(way for way, there in known if there)}."
 
 
 def _monitors(trainer: Trainer) -> Iterator[tuple[str, str]]:

@@ -35,11 +35,12 @@ class GradNormCallback(LossBalancingCallback):
         losses_of: dotted name of a submodule whose forward returns a dict of losses in training.
         engine: ``"joint"``: gradients from the one backward; ``"per_task"``: by one each; ``"auto"``: the first that works.
         norm_of: ``"parameters"`` of the shared layer, or its ``"features"``, for sharded or compiled layers.
-        log_cosines: whether to log the cosines between gradients; by default for up to ten tasks.
+        log_cosines: whether to log the cosines between gradients; by default for up to four tasks.
         progress_bar: whether the progress bar shows the weights.
         points: task → how the single points of its term are weighed.
         mode: ``"balance"``; ``"monitor"`` measures and logs everything and changes no weight.
         summary: whether a table, ``loss_weights.yaml`` and a figure come at the end of ``fit``.
+        pictures: whether that figure is drawn while training goes on, for loggers that take images.
         untested_strategies: whether to run under strategies of the Trainer that were not tested.
         scale: deprecated, as in ``GradNorm``.
         reference: deprecated: write ``residuals``.
@@ -72,6 +73,7 @@ class GradNormCallback(LossBalancingCallback):
         points: Mapping[str, PointWeighting] | None = None,
         mode: Mode = "balance",
         summary: bool = True,
+        pictures: bool = True,
         untested_strategies: bool = False,
         scale: ScaleRule | None = None,
         reference: str | None = None,
@@ -104,5 +106,6 @@ class GradNormCallback(LossBalancingCallback):
             points=points,
             mode=mode,
             summary=summary,
+            pictures=pictures,
             untested_strategies=untested_strategies,
         )

@@ -16,7 +16,6 @@ from lightning_gradnorm.callbacks.lightning_api import (
     rank_zero_warn,
     setting_of,
 )
-from lightning_gradnorm.callbacks.log import lay_out_charts
 from lightning_gradnorm.callbacks.loop_watch import LoopWatch
 from lightning_gradnorm.callbacks.refusals import check_alone, check_module, check_strategy
 from lightning_gradnorm.callbacks.reporting import Reporting
@@ -72,7 +71,7 @@ class TrainerHooks(KeptState):
             self._news = f"{type(self).__name__} goes on with what it learnt in {steps} steps; its reset() forgets that."
             return
         self._session.start_anew()
-        self._reporting = Reporting(self._reporting.enabled)
+        self._reporting = Reporting(self._reporting.enabled, self._reporting.pictures.enabled)
         self._log.start_anew()
         self._news = (
             f"{type(self).__name__} starts anew, as this is another module than the one of its last fit. To go on with what it "
@@ -89,6 +88,7 @@ class TrainerHooks(KeptState):
         fitting, self._stage = self._stage == "fit", None
         self._let_go(pl_module)
         if fitting:
+            self._reporting.hyperparameters.complete(trainer)
             self._reporting.write(trainer, self._session.balancer, interrupted=True)
             self._homecoming.send(trainer, lambda: self._for_home(pl_module))
 
@@ -99,7 +99,8 @@ class TrainerHooks(KeptState):
         vars(pl_module).pop("_loss_balancing", None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reporting.log_hyperparameters(trainer, pl_module, self._session.balancer)
+        self._reporting.hyperparameters.log(trainer, pl_module, self._session.balancer)
+        self._reporting.pictures.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._news:
@@ -123,7 +124,6 @@ class TrainerHooks(KeptState):
         )
         self._session.end_batch()
         self._log.start(trainer)
-        lay_out_charts(trainer)
 
     def _norms_suffice(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         whole = pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1 and trainer.world_size == 1
@@ -138,8 +138,14 @@ class TrainerHooks(KeptState):
         self._epochs.log_epoch(trainer, pl_module)
         self._session.end_epoch()
         self._watch.end_epoch(trainer, pl_module)
+        self._reporting.show(trainer, self._session.balancer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stage == "fit" and not trainer.sanity_checking:
+            self._reporting.hyperparameters.end_validation(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reporting.hyperparameters.complete(trainer)
         self._reporting.write(trainer, self._session.balancer)
 
     # -- one batch -------------------------------------------------------------------------------------------------
@@ -197,6 +203,7 @@ class TrainerHooks(KeptState):
             self._session.tell_counts()
             for about, message in self._concerns.of(trainer, self._session.balancer, step, found.get("loss_ratio")):
                 self._session.tell(about, message)
+            self._reporting.show(trainer, self._session.balancer)
 
     def _tell(self, about: str, message: str) -> None:
         rank_zero_warn(message)

@@ -1,6 +1,6 @@
 """What the callback sends to the loggers, and when."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -8,10 +8,12 @@ from torch import Tensor
 from lightning_gradnorm.callbacks.last_update import LastUpdate
 from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, rank_zero_only, setting_of
 from lightning_gradnorm.callbacks.step_values import StepValues
-from lightning_gradnorm.report.tags import UNWEIGHTED, custom_scalars_layout, per_pair, per_task, totals
+from lightning_gradnorm.report.tags import UNWEIGHTED, custom_scalars_layout, per_pair, per_pair_names, per_task, totals
 from lightning_gradnorm.session import BalancedStep
 
-_MOST_PAIRS = 45  # gradient cosines are logged without asking up to here: ten tasks
+_MOST_PAIRS = 6  # gradient cosines are logged without asking up to here: four tasks
+_MOST_ON_THE_BAR = 4  # weights that the progress bar has room for
+_DIGITS_ON_THE_BAR = 2  # of each, so that it keeps its length
 _LOOK_EVERY = 50  # optimiser steps after which a step is looked at, whatever is logged
 _RARE = 8  # where one step in so many is measured, its cosines are kept for the next step that is written
 
@@ -20,7 +22,7 @@ class BalancingLog:
     """Logs one optimiser step on the steps that ``log_every_n_steps`` asks for.
 
     Args:
-        cosines: whether to log the cosines between the tasks' gradients; ``None`` for up to ten tasks.
+        cosines: whether to log the cosines between the tasks' gradients; ``None`` for up to four tasks.
         progress_bar: whether the progress bar shows the weights.
 
     Attributes:
@@ -33,6 +35,7 @@ class BalancingLog:
         # Lightning repeats in a later step of the epoch what an earlier one logged; so do we, across epochs and checkpoints.
         self.start_anew()
         self._is_monitored = False
+        self._has_charts = False
         self._values = StepValues()
 
     def start_anew(self) -> None:
@@ -43,6 +46,7 @@ class BalancingLog:
 
     def start(self, trainer: Trainer) -> None:
         """Training begins: see who reads the step's value of ``total_loss/unweighted`` on steps that are not written."""
+        self._has_charts = False
         schedulers = (c for c in trainer.lr_scheduler_configs if c.reduce_on_plateau and c.interval == "step")
         savers = (c for c in setting_of(trainer, "callbacks") if _saves_in_mid_epoch(c))
         self._is_monitored = any(reader.monitor == UNWEIGHTED for reader in (*schedulers, *savers))
@@ -96,11 +100,13 @@ class BalancingLog:
         tasks = step.measurement.tasks
         if diagnostics:
             self.last.take(tasks, diagnostics)
-        pairs = len(tasks) * (len(tasks) - 1) // 2
-        wanted = self._cosines or pairs <= _MOST_PAIRS
-        if wanted and self.may_ask_for_cosines(trainer, step.interval, trainer.global_step):
+        if self._wants_cosines(tasks) and self.may_ask_for_cosines(trainer, step.interval, trainer.global_step):
             cosines = step.window.cosines()
             self._pairs = {} if cosines is None else per_pair("grad_cosine", tasks, cosines)
+
+    def _wants_cosines(self, tasks: Sequence[str]) -> bool:
+        pairs = len(tasks) * (len(tasks) - 1) // 2
+        return pairs > 0 and (pairs <= _MOST_PAIRS if self._cosines is None else self._cosines)
 
     def write(self, trainer: Trainer, pl_module: LightningModule, step: BalancedStep) -> None:
         """Log one step: all of it where it is written, else its total where that is monitored.
@@ -122,11 +128,14 @@ class BalancingLog:
             values |= per_task(tag, known, vector)
         self.shown |= values | self._pairs
         pl_module.log_dict(dict(self.shown), on_step=True, on_epoch=False)
+        if not self._has_charts:
+            self._has_charts = True
+            cosines = per_pair_names("grad_cosine", tasks) if self._wants_cosines(tasks) else ()
+            lay_out_charts(trainer, {*self.shown, *cosines})
         if not self._writes_all(trainer):
             self._values.logged(tag for tag in self.shown if tag != UNWEIGHTED)  # which may be monitored
         if self._progress_bar:
-            short = {f"w/{tag.partition('/')[2]}": weight for tag, weight in weights.items()}
-            pl_module.log_dict(dict(short), logger=False, prog_bar=True)
+            pl_module.log_dict(_on_the_bar(weights), logger=False, prog_bar=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What was logged last, so that a resumed run goes on with it."""
@@ -144,10 +153,18 @@ def _saves_in_mid_epoch(callback: Any) -> bool:
     return hasattr(callback, "monitor") and any(getattr(callback, name, None) for name in settings)
 
 
+def _on_the_bar(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``w/<task>`` → its weight to two digits; of more than four tasks the smallest and the largest."""
+    values = {tag.partition("/")[2]: float(f"{weight:.{_DIGITS_ON_THE_BAR}g}") for tag, weight in weights.items()}
+    if len(values) > _MOST_ON_THE_BAR:
+        values = {"min": min(values.values()), "max": max(values.values())}
+    return {f"w/{name}": value for name, value in values.items()}
+
+
 @rank_zero_only
-def lay_out_charts(trainer: Trainer) -> None:
-    """One chart with all tasks for each quantity, on TensorBoard's Custom Scalars page."""
+def lay_out_charts(trainer: Trainer, tags: Collection[str]) -> None:
+    """One chart with all tasks for each quantity that is logged, on TensorBoard's Custom Scalars page."""
     for logger in trainer.loggers:
         add_layout = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)
         if add_layout is not None:
-            add_layout(custom_scalars_layout())
+            add_layout(custom_scalars_layout(tags))

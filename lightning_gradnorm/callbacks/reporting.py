@@ -1,4 +1,4 @@
-"""What the callback leaves behind at the end of a fit, also of an interrupted one, and among the run's hyperparameters."""
+"""What the callback shows of a fit while it goes on, and leaves behind at its end, also of an interrupted one."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -8,34 +8,33 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers import LossBalancer
-from lightning_gradnorm.callbacks.lightning_api import (
-    LightningModule,
-    Trainer,
-    rank_zero_info,
-    rank_zero_warn,
-    setting_of,
-)
+from lightning_gradnorm.callbacks.hyperparameters import Hyperparameters
+from lightning_gradnorm.callbacks.lightning_api import Trainer, rank_zero_info, rank_zero_warn, setting_of
+from lightning_gradnorm.callbacks.pictures import Pictures
 from lightning_gradnorm.callbacks.run_folders import run_folder
 from lightning_gradnorm.folders import Folder
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.report.figure import FILE_NAME as FIGURE
-from lightning_gradnorm.report.figure import can_draw, drawn
+from lightning_gradnorm.report.figure import Picture, can_draw, picture_of
 from lightning_gradnorm.report.kept import KeptCurves
-from lightning_gradnorm.report.run import RunReport
+from lightning_gradnorm.report.run import RunReport, with_ways
 from lightning_gradnorm.report.summary import RunSummary
 from lightning_gradnorm.report.tags import per_task_names
 from lightning_gradnorm.weights_file import FILE_NAME as WEIGHTS
 
 
 class Reporting:
-    """Adds up the run, and writes table, file and figure. Nothing that goes wrong here ends a fit.
+    """Adds up the run, shows its figure, and writes table, file and figure. Nothing that goes wrong here ends a fit.
 
     Args:
         enabled: whether to write anything at the end.
+        pictures: whether to show the figure while the fit goes on.
     """
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, enabled: bool, pictures: bool = True) -> None:
         self.enabled = enabled
+        self.pictures = Pictures(pictures)
+        self.hyperparameters = Hyperparameters()
         self.summary = RunSummary()
         self._curves = KeptCurves()
         self._own_folders: set[str] = set()  # with files of this run in them, which may be replaced
@@ -57,7 +56,7 @@ class Reporting:
             measurement: what it measured.
             diagnostics: what the balancer's update computed of it, ``[T]`` each.
         """
-        if not self.enabled or self._curves.skips_next():
+        if not (self.enabled or self.pictures.enabled) or self._curves.skips_next():
             return
         vectors = {"loss_weight": applied, "task_loss": measurement.losses, **diagnostics}
         tags = [name for kind in vectors for name in per_task_names(kind, measurement.tasks)]
@@ -66,10 +65,19 @@ class Reporting:
 
     def report(self, balancer: LossBalancer) -> RunReport:
         """The statistics so far."""
-        rows, summary = self.summary.rows(balancer.weights), self.summary
+        rows, summary = with_ways(self.summary.rows(balancer.weights), self._curves.history()), self.summary
         name = f"{balancer.state_name} (monitor)" if balancer.frozen else balancer.state_name
         settings = balancer.settings()
-        return RunReport(name, rows, summary.steps, summary.warmup_steps, settings, measured=summary.measured)
+        held_out = self.hyperparameters.held_out
+        return RunReport(
+            name, rows, summary.steps, summary.warmup_steps, settings, measured=summary.measured, held_out=held_out
+        )
+
+    def show(self, trainer: Trainer, balancer: LossBalancer) -> None:
+        """Send the figure of the run so far to the loggers that take images, if it is time to."""
+        if self.pictures.is_due(trainer):
+            which = "fit so far"
+            self.pictures.draw_and_send(trainer, lambda: self._figure(self.report(balancer), which, is_last=False))
 
     def write(self, trainer: Trainer, balancer: LossBalancer, *, interrupted: bool = False) -> None:
         """Table to the console; file and figure into the folder of each logger's run. Says where, or why nothing is written.
@@ -95,6 +103,8 @@ class Reporting:
 
     def _write_files(self, trainer: Trainer, report: RunReport, which: str) -> None:
         figure = self._figure(report, which)
+        if figure is not None and self.pictures.enabled and self.pictures.has_takers(trainer):
+            self.pictures.send(trainer, figure)
         folders: set[str] = set()
         for logger in trainer.loggers:
             place = f"the folder of {type(logger).__name__}'s run"
@@ -118,7 +128,7 @@ class Reporting:
                 f"{WEIGHTS} and the figure are not written: {why}. callback.report.write('folder') writes the weights."
             )
 
-    def _write_into(self, folder: str, report: RunReport, figure: bytes | None) -> None:
+    def _write_into(self, folder: str, report: RunReport, figure: Picture | None) -> None:
         place = Folder(folder)
         if not (self._is_resumed or folder in self._own_folders):
             for name in (WEIGHTS, FIGURE):
@@ -126,41 +136,19 @@ class Reporting:
         self._own_folders.add(folder)
         rank_zero_info(f"Loss weights written to {report.write(folder)}")
         if figure is not None:
-            rank_zero_info(f"Figure written to {place.write(FIGURE, figure)}")
+            rank_zero_info(f"Figure written to {place.write(FIGURE, figure.png)}")
 
-    def _figure(self, report: RunReport, which: str) -> bytes | None:
-        """The figure's file, or a word why there is none."""
+    def _figure(self, report: RunReport, which: str, *, is_last: bool = True) -> Picture | None:
+        """The figure, or at the end a word why there is none."""
         history = self._curves.history()
-        if not can_draw():
-            rank_zero_info("For a figure of the run: pip install matplotlib, then lightning-gradnorm report LOGDIR.")
-        elif not history.tasks:
-            rank_zero_info("No figure is drawn: it shows the steps that were logged and every 50th, and this run had neither.")
-        else:
+        if can_draw() and history.tasks:
             with _telling(f"The figure of the {which} could not be drawn", "The rest of its report is written without."):
-                return drawn(history, report.heading)
+                return picture_of(history, report.heading)
+        elif is_last and not can_draw():
+            rank_zero_info("For a figure of the run: pip install matplotlib, then lightning-gradnorm report LOGDIR.")
+        elif is_last:
+            rank_zero_info("No figure is drawn: it shows the steps that were logged and every 50th, and this run had neither.")
         return None
-
-    @staticmethod
-    def log_hyperparameters(trainer: Trainer, pl_module: LightningModule, balancer: LossBalancer) -> None:
-        """Log the method and its settings with the run's own hyperparameters, before Lightning logs those.
-
-        TensorBoard's HParams page shows what a run logs first, so all go together. They are no part of the module, and so of
-        no checkpoint. A logger that does not take them (MLflow's do not change within a run) says so, and the fit goes on.
-        """
-        owners = [
-            owner for owner in (pl_module, setting_of(trainer, "datamodule")) if getattr(owner, "_log_hyperparams", False)
-        ]
-        own = {name: value for owner in owners for name, value in owner.hparams_initial.items() if name != "_class_path"}
-        ours = {"loss_balancing/method": balancer.state_name}
-        ours |= {f"loss_balancing/{name}": value for name, value in _flat(balancer.settings())}
-        for logger in trainer.loggers:
-            try:
-                logger.log_hyperparams(own | ours)
-            except Exception as error:
-                rank_zero_info(
-                    f"{type(logger).__name__} did not take the loss balancing's method and settings as hyperparameters: "
-                    f"{type(error).__name__}: {error} The fit goes on; {WEIGHTS} has them."
-                )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers, strings, lists and dicts."""
@@ -181,14 +169,3 @@ def _telling(what: str, consequence: str) -> Iterator[None]:
         yield
     except Exception as error:
         rank_zero_warn(f"{what}: {type(error).__name__}: {error}. {consequence}")
-
-
-def _flat(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Plain values, with what is nested spelled out: ``priorities/depth``."""
-    flat: list[tuple[str, Any]] = []
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat += [(f"{name}/{key}", inner) for key, inner in _flat(value)]
-        else:
-            flat.append((name, value if isinstance(value, str | int | float | bool) else str(value)))
-    return flat

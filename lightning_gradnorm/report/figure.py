@@ -1,28 +1,50 @@
-"""The figure of a run: weights, gradient norms, loss ratios and losses over the steps."""
+"""The figure of a run: weights, gradient norms as shares before and after weighting, loss ratios and losses over the steps."""
 
 import importlib.util
 import io
-import itertools
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from lightning_gradnorm.report.extremes import extremes
 from lightning_gradnorm.report.history import Curve, History
+from lightning_gradnorm.report.palette import Style, has_shades, styles
+from lightning_gradnorm.report.panels import LINE, draw_curves, draw_shares, finish, is_positive, name_ends
+from lightning_gradnorm.report.shares import shares_of
 
-# Colours of Okabe and Ito, which people with any kind of colour vision tell apart; with four dashes, 28 tasks.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_DASHES = ("-", "--", ":", "-.")
-_GREY = "0.8"  # of tasks that are not named
-_PANELS = {
-    "loss_weight": "loss weights",
-    "grad_norm": "weighted gradient norms (thin: their targets)",
-    "loss_ratio": "loss ratios L(t) / L(0)",
-    "task_loss": "task losses, unweighted",
-}
-_HALF_NAME = 16  # characters: what the legend shows of either end of a long name
 FILE_NAME = "loss_balancing.png"
+_DPI = 120
+_NAMES, _SMALL_NAMES = 8.5, 7.5  # points: the letters of the tasks' names
+_LONG, _SHORT = 32, 14  # characters: of a name beside the weights, and beside the smaller panels
+_FEW = 20  # tasks whose names stand beside every panel
+_DIFFER = 1.02  # targets that differ by more than this factor are drawn
+
+
+class Picture(NamedTuple):
+    """A figure that has been drawn.
+
+    Attributes:
+        png: the content of a PNG file.
+        pixels: the same, shape ``[height, width, 4]`` (red, green, blue, opacity), bytes.
+    """
+
+    png: bytes
+    pixels: memoryview
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pixels."""
+        return self.pixels.shape or ()
+
+
+class _Panel(NamedTuple):
+    """What is drawn in one; ``draw`` gives task → where its curve ends."""
+
+    title: str
+    steps: Sequence[int]
+    draw: Callable[[Any], Mapping[str, float]]
 
 
 def can_draw() -> bool:
@@ -30,15 +52,8 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def drawn(history: History, title: str = "") -> bytes:
-    """A run as the content of a PNG file; see ``draw_history``."""
-    content = io.BytesIO()
-    draw_history(history, content, title)
-    return content.getvalue()
-
-
 def draw_history(history: History, path: str | Path | BinaryIO, title: str = "") -> None:
-    """Draw a run as a PNG.
+    """Draw a run as a PNG; see ``picture_of``.
 
     Args:
         history: its curves.
@@ -48,74 +63,152 @@ def draw_history(history: History, path: str | Path | BinaryIO, title: str = "")
     Raises:
         ImportError: where matplotlib is not installed.
     """
+    png = picture_of(history, title).png
+    if isinstance(path, str | Path):
+        Path(path).write_bytes(png)
+    else:
+        path.write(png)
+
+
+def picture_of(history: History, title: str = "") -> Picture:
+    """Draw a run.
+
+    Of more than sixty tasks those with the smallest and the largest weights are named, the others grey.
+
+    Args:
+        history: its curves.
+        title: a line above the panels.
+
+    Raises:
+        ImportError: where matplotlib is not installed.
+    """
+    weights = history.of("loss_weight")
+    named = extremes({task: curve.values[-1] for task, curve in weights.items()})
+    if has_shades(len(named)):  # the colour says then where a task's weight has come to
+        named.sort(key=lambda task: _rank(weights[task]), reverse=True)
+    looks = styles(named)
+    others = len(history.tasks) - len(named)
+    large = _Panel(
+        "loss weights", _steps(weights), lambda axes: draw_curves(axes, weights, looks, logarithmic=is_positive(weights))
+    )
+    small = _small_panels(history, looks, f"{others} others" if others > 0 else "")
+    return rendered(_laid_out(large, small, named, looks, title))
+
+
+def rendered(figure: Any) -> Picture:
+    """What a figure with an Agg canvas comes to, drawn once."""
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font has not: boxes
+        figure.canvas.print_png(content)
+    return Picture(content.getvalue(), figure.canvas.buffer_rgba())
+
+
+def _rank(curve: Curve) -> float:
+    return -math.inf if math.isnan(curve.values[-1]) else curve.values[-1]
+
+
+def _steps(curves: Mapping[str, Curve]) -> list[int]:
+    return [step for curve in curves.values() for step in (curve.steps[0], curve.steps[-1])]
+
+
+def _small_panels(history: History, looks: Mapping[str, Style], others: str) -> list[list[_Panel]]:
+    """Rows of panels, left to right."""
+    rows = []
+    before, after = ({task: curves[task] for task in (*looks, *curves) if task in curves} for curves in shares_of(history))
+    if before and after:
+        targets = shares_of_targets(history)
+        rows.append(
+            [
+                _Panel("gradient shares, unweighted", _steps(before), lambda axes: draw_shares(axes, before, looks, others)),
+                _Panel(
+                    "gradient shares, weighted" + (" (dashed: targets)" if targets else ""),
+                    _steps(after),
+                    lambda axes: draw_shares(axes, after, looks, others, targets),
+                ),
+            ]
+        )
+    kinds = (("loss_ratio", "loss ratios, L(t) / L(0)"), ("task_loss", "losses, unweighted"))
+    lower = [_curves_panel(title, history.of(kind), looks) for kind, title in kinds if history.of(kind)]
+    if rows or len(lower) < 2:
+        return [row for row in (*rows, lower) if row]
+    return [[panel] for panel in lower]
+
+
+def _curves_panel(title: str, curves: Mapping[str, Curve], looks: Mapping[str, Style]) -> _Panel:
+    far_apart = is_positive(curves) and _spread(curves) > 5
+    return _Panel(title, _steps(curves), lambda axes: draw_curves(axes, curves, looks, logarithmic=far_apart, width=1.4))
+
+
+def _spread(curves: Mapping[str, Curve]) -> float:
+    values = [value for curve in curves.values() for value in curve.values if math.isfinite(value)]
+    return max(values) / min(values)
+
+
+def shares_of_targets(history: History) -> dict[str, Curve]:
+    """Task → its share of the norms that GradNorm aims at; empty where all are to be alike, which needs no line."""
+    targets = history.of("target_norm")
+    as_norms = History({f"grad_norm/{task}": dict(zip(*curve, strict=True)) for task, curve in targets.items()})
+    shares = shares_of(as_norms).after
+    last = [curve.values[-1] for curve in shares.values()]
+    return shares if last and max(last) > _DIFFER * min(last) else {}
+
+
+def _laid_out(
+    large: _Panel, small: Sequence[Sequence[_Panel]], named: Sequence[str], looks: Mapping[str, Style], title: str
+) -> Any:
+    """The weights over the whole height on the left, with all names; the smaller panels in rows beside them. In inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [kind for kind in _PANELS if history.of(kind)]
-    rows = -(-len(panels) // 2)
-    shown = extremes({task: curve.values[-1] for task, curve in history.of("loss_weight").items()})
-    names = {task: task if len(task) <= 2 * _HALF_NAME else f"{task[:_HALF_NAME]}…{task[-_HALF_NAME:]}" for task in shown}
-    columns = 1 + (len(names) - 1) // (12 * rows)
-    beside = columns * (0.5 + 0.085 * max(map(len, names.values()), default=0))  # inches, of the legend
-    figure = Figure(figsize=(9 + beside, 3.1 * rows + 0.3), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    others = [task for task in history.tasks if task not in names]
-    styles = {task: _style(i) for i, task in enumerate(names)}
-    axes_of = figure.subplots(rows, 2, squeeze=False, sharex=True).flat
-    for axes, kind in zip(axes_of, panels, strict=False):
-        _draw(axes, history.of(kind), styles, others)
-        if kind == "grad_norm":
-            _draw(axes, history.of("target_norm"), styles, linewidth=0.7, alpha=0.7)
-        axes.set_title(_PANELS[kind], loc="left", fontsize=10)
-        axes.set_xlabel("step", fontsize=9)
-        axes.xaxis.set_tick_params(labelbottom=True)
-    for axes in itertools.islice(figure.axes, len(panels), None):
-        axes.set_axis_off()
-    handles = [figure.axes[0].plot([], [], **style, linewidth=2)[0] for style in styles.values()]
-    labels = list(names.values())
-    if others:
-        handles.append(figure.axes[0].plot([], [], color=_GREY, linewidth=2)[0])
-        labels.append(f"{len(others)} others, between these")
-    numbers = list(map(str, range(len(labels))))  # in place of the names: older matplotlib leaves out "_a"
-    legend = figure.legend(handles, numbers, loc="outside right upper", frameon=False, fontsize=9, ncols=columns)
-    for text, name in zip(legend.get_texts(), labels, strict=True):
-        text.set_text(name)
-        text.set_parse_math(False)
+    figure = Figure(dpi=_DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    long, short = ({task: _cut(task, most) for task in named} for most in (_LONG, _SHORT))
+    beside_all = len(named) <= _FEW
+    gutter = 0.4 + _width(canvas, long.values(), _NAMES)
+    narrow = (0.35 + _width(canvas, short.values(), _SMALL_NAMES)) if beside_all else 0.25
+    left, top, bottom, between = 0.62, 0.42 + (0.32 if title else 0), 0.4, 0.68
+    columns = max((len(row) for row in small), default=0)
+    height = max(4.9, len(named) * LINE * _NAMES / 72)
+    wide, less = 4.1, 2.75
+    width = left + wide + gutter + columns * (0.55 + less + narrow)
+    whole = height + top + bottom
+    figure.set_size_inches(width, whole)
+
+    def axes_at(x: float, y: float, w: float, h: float) -> Any:
+        return figure.add_axes((x / width, y / whole, w / width, h / whole))
+
+    _fill(axes_at(left, bottom, wide, height), large, long, looks, _NAMES)
+    each = (height - between * (len(small) - 1)) / max(len(small), 1)
+    for i, row in enumerate(small):
+        for k, panel in enumerate(row):
+            x = left + wide + gutter + 0.55 + k * (0.55 + less + narrow)
+            axes = axes_at(x, bottom + (len(small) - 1 - i) * (each + between), less, each)
+            _fill(axes, panel, short if beside_all else {}, looks, _SMALL_NAMES)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        figure.text(
+            left / width, 1 - 0.16 / whole, title, fontsize=12, fontweight="bold", va="top", color="0.1", parse_math=False
+        )
+    figure.text(left / width, 0.06 / whole, "step", fontsize=8, color="0.4", va="bottom")
+    return figure
+
+
+def _fill(axes: Any, panel: _Panel, names: Mapping[str, str], looks: Mapping[str, Style], size: float) -> None:
+    ends = panel.draw(axes)
+    finish(axes, panel.title, panel.steps)
+    if names:
+        name_ends(axes, ends, names, looks, size)
+
+
+def _cut(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: (most + 1) // 2]}…{name[-(most // 2) + 1 :]}"
+
+
+def _width(canvas: Any, names: Any, size: float) -> float:
+    """Of the longest, in inches."""
+    from matplotlib.font_manager import FontProperties
+
+    font, renderer = FontProperties(size=size), canvas.get_renderer()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font has not: boxes
-        figure.savefig(path)
-
-
-def _style(number: int) -> dict[str, Any]:
-    dash = _DASHES[number // len(_COLOURS) % len(_DASHES)]
-    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": dash}
-
-
-def _draw(
-    axes: Any,
-    curves: dict[str, Curve],
-    styles: dict[str, dict[str, Any]],
-    others: Sequence[str] = (),
-    linewidth: float = 1.5,
-    **line: Any,
-) -> None:
-    from matplotlib.collections import LineCollection
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axes.add_collection(LineCollection([[*zip(*curves[task], strict=True)] for task in others if task in curves], colors=_GREY))
-    for task, curve in ((task, curve) for task, curve in curves.items() if task in styles):
-        marker = {"marker": "o", "markersize": 3} if len(curve.steps) < 3 else {}
-        axes.plot(curve.steps, curve.values, **styles[task], **marker, linewidth=linewidth, **line)
-    values = [value for curve in curves.values() for value in curve.values if value == value]
-    if values and min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
-        if max(values) < 1000 * min(values):
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.tick_params(labelsize=9)
-    axes.grid(color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        return max((renderer.get_text_width_height_descent(name, font, False)[0] for name in names), default=0.0) / _DPI

@@ -1,19 +1,25 @@
 """The report of a run: table, ``loss_weights.yaml`` and figure, at the end of fit or from a log folder later on."""
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lightning_gradnorm.folders import Folder
 from lightning_gradnorm.report import figure
 from lightning_gradnorm.report.extremes import extremes
 from lightning_gradnorm.report.history import Curve, History, read_history
-from lightning_gradnorm.report.table import plain_table, print_table
+from lightning_gradnorm.report.palette import has_shades, styles
+from lightning_gradnorm.report.sparkline import sparklines
+from lightning_gradnorm.report.table import LEGEND, plain_table, print_line, print_table
 from lightning_gradnorm.report.task_summary import TaskSummary
 from lightning_gradnorm.task_names import task_tag
 from lightning_gradnorm.weights_file import FILE_NAME, read_file, write_weights
+
+_STEADY = 0.1  # of a weight's mean: what it may vary by, and still pass for fixed
 
 
 class RunReport(NamedTuple):
@@ -27,6 +33,7 @@ class RunReport(NamedTuple):
         settings: of the method, as plain values.
         logged_only: whether they are over the steps that were logged, instead of all that were measured.
         measured: how many of the steps were measured; ``None`` for all.
+        held_out: metric of the last validation → its value.
     """
 
     method: str
@@ -36,6 +43,7 @@ class RunReport(NamedTuple):
     settings: Mapping[str, Any]
     logged_only: bool = False
     measured: int | None = None
+    held_out: Mapping[str, float] = MappingProxyType({})
 
     @property
     def _is_partly_measured(self) -> bool:
@@ -50,11 +58,6 @@ class RunReport(NamedTuple):
         )
 
     @property
-    def title(self) -> str:
-        """Of the table."""
-        return f"{self.heading} (w: weight; before, after: share of the gradient norms on the shared layer)"
-
-    @property
     def _shown(self) -> Sequence[TaskSummary]:
         """All rows, or of very many those with the smallest and the largest weights."""
         names = set(extremes({row.task: row.final for row in self.rows}))
@@ -67,28 +70,38 @@ class RunReport(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether fixed weights would do, in a sentence."""
+        """Whether fixed weights would do, and what to do about it, in a sentence; of weights that never moved nothing."""
         wandering = {row.task: row.std_after_warmup / row.mean_after_warmup for row in self.rows if row.mean_after_warmup > 0}
         wandering = {task: share for task, share in wandering.items() if math.isfinite(share)}
-        if not wandering:
+        if not any(row.std > 0 for row in self.rows) or not wandering:
             return ""
         task, most = max(wandering.items(), key=lambda item: item[1])
         kind = "logged steps" if self.logged_only else "measured steps" if self._is_partly_measured else "steps"
         since = f"After the first {self.warmup} {kind}" if self.warmup else "From the first step on"
-        if most <= 0.1:
-            return f"{since} every weight stayed within {most:.0%} of its mean: fixed weights would do."
+        if most <= _STEADY:
+            return (
+                f"{since} every weight stayed within {most:.0%} of its mean: fixed weights would do. To train with them: "
+                f"LossBalancingCallback(FixedWeights.from_file({FILE_NAME!r}))."
+            )
         return (
-            f"{since} the weight of {task!r} varied by {most:.0%} of its mean: fixed weights are another thing than this run."
+            f"{since} the weight of {task!r} moved by {most:.0%} of its mean: leave the balancing on. Whether fixed weights do "
+            f"as well, a run with FixedWeights.from_file({FILE_NAME!r}) says."
         )
 
     def __str__(self) -> str:
-        return "\n".join(filter(None, (plain_table(self._shown, self.title), self._left_out, self.verdict)))
+        return "\n".join((plain_table(self._shown, self.heading), *self._notes))
+
+    @property
+    def _notes(self) -> list[str]:
+        """What stands below the table."""
+        return [*filter(None, (self._left_out, LEGEND, self.verdict))]
 
     def print(self) -> None:
         """The table and the verdict to the console, drawn by rich where it is installed."""
-        print_table(self._shown, self.title)
-        for line in filter(None, (self._left_out, self.verdict)):
-            print(line)
+        named = sorted(self._shown, key=lambda row: -row.final) if has_shades(len(self._shown)) else self._shown
+        print_table(self._shown, self.heading, {task: style.colour for task, style in styles([r.task for r in named]).items()})
+        for line in self._notes:
+            print_line(line)
 
     def write(self, folder: str | Path) -> str | Path:
         """Write ``loss_weights.yaml`` into a folder, also behind a URL; ``report_of`` reads it. Returns its path."""
@@ -100,6 +113,7 @@ class RunReport(NamedTuple):
             steps=self.steps,
             warmup=self.warmup,
             measured=self.measured,
+            held_out=self.held_out,
             note=self.verdict,
         )
 
@@ -126,12 +140,22 @@ def report_of(folder: str | Path) -> tuple[RunReport, History]:
     history = history.in_order_of([task_tag(row.task) for row in rows])
     settings = content.get("settings") or {}
     counts = content.get("steps", 0), content.get("warmup_steps", 0)
-    return RunReport(content.get("method", ""), rows, *counts, settings, measured=content.get("measured_steps")), history
+    measured, held_out = content.get("measured_steps"), content.get("held_out") or {}
+    return RunReport(content.get("method", ""), rows, *counts, settings, measured=measured, held_out=held_out), history
+
+
+def with_ways(rows: Sequence[TaskSummary], history: History) -> list[TaskSummary]:
+    """The rows, with the weights' way through the run, from the first step on whether that was logged or not."""
+    starts, curves = {task_tag(row.task): row.start for row in rows}, history.of("loss_weight")
+    ways = sparklines(
+        {task: Curve([steps[0] - 1, *steps], [starts.get(task, math.nan), *values]) for task, (steps, values) in curves.items()}
+    )
+    return [dataclasses.replace(row, way=ways.get(task_tag(row.task), "")) for row in rows]
 
 
 def draw(history: History, folder: str | Path, title: str = "") -> str | Path:
     """Write the figure into a folder, also behind a URL; returns its path."""
-    return Folder(folder).write(figure.FILE_NAME, figure.drawn(history, title))
+    return Folder(folder).write(figure.FILE_NAME, figure.picture_of(history, title).png)
 
 
 def _of_history(history: History) -> RunReport:
@@ -162,6 +186,7 @@ def _of_history(history: History) -> RunReport:
                 std_after_warmup=_deviation(later),
             )
         )
+    rows = with_ways(rows, history)
     return RunReport("The run", rows, steps, steps // 10, {}, logged_only=True)
 
 

@@ -1,17 +1,22 @@
-"""The table at the end of fit.
+"""The table at the end of fit, and how any table is printed.
 
-``w``: the weight at the first step, on average and for a next step. ``before``, ``after``: the task's share of the gradient
-norms on the shared layer, unweighted at the first step and weighted over the last epoch. ``loss ratio``: of the first loss,
-what is left.
+``weight``: at the first step, and for a next one; ``over the run``: its way there, on one logarithmic scale for all tasks.
+``share of the gradient``: the task's of the gradient norms on the shared layer, unweighted at the first step, and weighted over
+the last epoch. ``loss ratio``: of the first loss, what is left then.
 """
 
 import importlib.util
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 
+from lightning_gradnorm.report.sparkline import in_plain_letters
 from lightning_gradnorm.report.task_summary import TaskSummary
 
-COLUMNS = ("task", "w start", "w mean", "w end", "before", "after", "loss ratio")
+COLUMNS = ("task", "weight", "over the run", "share of the gradient", "loss ratio")
+LEGEND = (
+    "Weight: first step → next step. Share: unweighted at the first step → weighted in the last epoch. Loss ratio: L(t) / L(0)."
+)
 
 _LEAST_NAME = 8  # characters that a name may be folded to
 
@@ -30,8 +35,9 @@ def cells(row: TaskSummary) -> tuple[str, ...]:
     """One task's row, as text."""
     return (
         row.task,
-        *(_number(value) for value in (row.start, row.mean, row.final)),
-        *(_percent(value) for value in (row.share_before, row.share_after)),
+        f"{_number(row.start)} → {_number(row.final)}",
+        row.way,
+        f"{_percent(row.share_before)} → {_percent(row.share_after)}",
         _number(row.loss_ratio),
     )
 
@@ -41,9 +47,22 @@ def plain_table(rows: Sequence[TaskSummary], title: str) -> str:
     return plain_rows(COLUMNS, [cells(row) for row in rows], title)
 
 
-def print_table(rows: Sequence[TaskSummary], title: str) -> None:
-    """To the console, with rich where it is installed."""
-    print_rows(COLUMNS, [cells(row) for row in rows], title)
+def print_table(rows: Sequence[TaskSummary], title: str, colours: Mapping[str, str] | None = None) -> None:
+    """To the console, with rich where it is installed; names and ways in the tasks' colours."""
+    print_rows(COLUMNS, [cells(row) for row in rows], title, colours or {})
+
+
+def print_line(text: str) -> None:
+    """To the console, in ASCII where it has no more."""
+    print(text if _can_print(text) else in_plain_letters(text))
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def plain_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> str:
@@ -62,10 +81,20 @@ def markdown_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ("---",) * len(columns), *rows])
 
 
-def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
-    """Any table to the console, with rich where it is installed."""
-    if importlib.util.find_spec("rich") is None:
-        print(plain_rows(columns, rows, title))
+def print_rows(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str, colours: Mapping[str, str] | None = None
+) -> None:
+    """Any table to the console, with rich where it is installed.
+
+    Args:
+        columns: their headings.
+        rows: as many cells each.
+        title: a line above.
+        colours: first cell of a row → colour of its first and third, ``#RRGGBB``.
+    """
+    text = plain_rows(columns, rows, title)
+    if importlib.util.find_spec("rich") is None or not _can_print(text):
+        print_line(text)
         return
     from rich.console import Console
     from rich.table import Table
@@ -76,10 +105,12 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
     for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, row))  # as it is: a task's name may look like rich's markup
+        colour = (colours or {}).get(row[0], "")
+        # as it is: a task's name may look like rich's markup
+        table.add_row(*(Text(cell, style=colour if i in (0, 2) else "") for i, cell in enumerate(row)))
     console = Console()
     widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
     if min(widths[0], _LEAST_NAME) + sum(widths[1:]) + 3 * len(widths) + 1 > console.width:  # rich would leave out digits
-        print(plain_rows(columns, rows, title))
+        print(text)
     else:
         console.print(table)

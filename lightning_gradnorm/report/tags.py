@@ -24,7 +24,8 @@ names without ``_epoch``. For EarlyStopping, ModelCheckpoint and ReduceLROnPlate
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_gradnorm.task_names import task_tag
@@ -48,9 +49,12 @@ CHARTS = {
 }
 
 
-def custom_scalars_layout() -> dict[str, dict[str, list[object]]]:
-    """What ``SummaryWriter.add_custom_scalars`` takes: each chart of ``CHARTS`` with all tasks on it."""
-    return {"loss balancing": {chart: ["Multiline", tags] for chart, tags in CHARTS.items()}}
+def custom_scalars_layout(tags: Collection[str]) -> dict[str, dict[str, list[object]]]:
+    """What ``SummaryWriter.add_custom_scalars`` takes: the charts of ``CHARTS`` that have a curve among these tags."""
+    charts: dict[str, list[object]] = {
+        chart: ["Multiline", list(of)] for chart, of in CHARTS.items() if any(re.match(one, tag) for one in of for tag in tags)
+    }
+    return {"loss balancing": charts}
 
 
 def per_task_names(tag: str, tasks: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ class TaskSummary:
         loss_ratio: L_i(t) over its loss at that first step, mean over the same steps.
         mean_after_warmup: mean of the weights without the first steps (``RunSummary.warmup_steps``); NaN if there are none.
         std_after_warmup: their standard deviation.
+        way: the weight over the steps, as a sparkline; empty where it is not known.
     """
 
     task: str
@@ -33,15 +34,17 @@ class TaskSummary:
     loss_ratio: float
     mean_after_warmup: float = math.nan
     std_after_warmup: float = math.nan
+    way: str = ""
 
-    def statistics(self) -> dict[str, float]:
+    def statistics(self) -> dict[str, float | str]:
         """All but the name, weights first."""
-        return {name: getattr(self, name) for name in _STATISTICS}
+        return {name: getattr(self, name) for name in _STATISTICS} | ({"way": self.way} if self.way else {})
 
     @classmethod
-    def of_statistics(cls, task: str, row: Mapping[str, float | None]) -> "TaskSummary":
+    def of_statistics(cls, task: str, row: Mapping[str, float | str | None]) -> "TaskSummary":
         """What ``statistics`` gave; NaN for what is missing."""
-        return cls(task, **{name: math.nan if row.get(name) is None else float(row[name] or 0) for name in _STATISTICS})
+        numbers = {name: math.nan if row.get(name) is None else float(row[name] or 0) for name in _STATISTICS}
+        return cls(task, **numbers, way=str(row.get("way") or ""))
 
 
 _STATISTICS = (

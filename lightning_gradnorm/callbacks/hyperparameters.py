@@ -1,0 +1,105 @@
+"""Method, settings and held-out metrics among the run's hyperparameters."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_gradnorm.balancers import LossBalancer
+from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, rank_zero_info, setting_of
+from lightning_gradnorm.weights_file import FILE_NAME
+
+_GROUP = "loss_balancing"
+
+
+class Hyperparameters:
+    """Logs the method and its settings with the run's own hyperparameters, before Lightning logs those.
+
+    TensorBoard's HParams page takes from a run what it logs first: so all go together, and the metrics that its table is to
+    have a column for with them. Which these are is known after the first validation; until then a TensorBoardLogger's are
+    kept back.
+    """
+
+    def __init__(self) -> None:
+        self.held_out: dict[str, float] = {}
+        """Held-out metric → its value in the last validation."""
+        self._all: dict[str, Any] = {}
+        self._waiting: list[Any] = []
+
+    def log(self, trainer: Trainer, pl_module: LightningModule, balancer: LossBalancer) -> None:
+        """Log them, on every rank. They are no part of the module, and so of no checkpoint.
+
+        A logger that does not take them (MLflow's do not change within a run) says so, and the fit goes on.
+        """
+        owners = [
+            owner for owner in (pl_module, setting_of(trainer, "datamodule")) if getattr(owner, "_log_hyperparams", False)
+        ]
+        own = {name: value for owner in owners for name, value in owner.hparams_initial.items() if name != "_class_path"}
+        ours = {"method": balancer.state_name, "settings": _in_words(balancer)} | dict(_flat(balancer.settings()))
+        self._all = own | {f"{_GROUP}/{name}": value for name, value in ours.items()}
+        self.held_out, self._waiting = {}, []
+        loggers: list[Any] = trainer.loggers
+        for logger in loggers:
+            if trainer.enable_validation and _has_metrics(logger):
+                logger._default_hp_metric = False  # with nothing to go with them, they go to hparams.yaml alone
+                self._waiting.append(logger)
+            self._log(logger)
+
+    def end_validation(self, trainer: Trainer) -> None:
+        """A validation within training is over: its metrics are the held-out ones."""
+        found = {} if trainer._results is None else trainer._results
+        names = {name for result in found.values() for name in (result.meta.name,) if result.meta.logger}
+        values = {
+            name: float(value) for name, value in setting_of(trainer, "callback_metrics").items() if _loaderless(name) in names
+        }
+        self.held_out |= dict(sorted(values.items()))
+        self.complete(trainer)
+
+    def complete(self, trainer: Trainer) -> None:
+        """Log what was kept back, with the metrics that there are."""
+        waiting, self._waiting = self._waiting, []
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # where Lightning puts the validation's metrics
+        metrics = {name: value for name, value in self.held_out.items() if math.isfinite(value)} or {"hp_metric": -1.0}
+        for logger in waiting:
+            logger._default_hp_metric = True
+            self._log(logger, metrics=metrics, step=step)
+
+    def _log(self, logger: Any, **metrics: Any) -> None:
+        try:
+            logger.log_hyperparams(self._all, **metrics)
+        except Exception as error:
+            rank_zero_info(
+                f"{type(logger).__name__} did not take the loss balancing's method and settings as hyperparameters: "
+                f"{type(error).__name__}: {error} The fit goes on; {FILE_NAME} has them."
+            )
+
+
+def _loaderless(name: str) -> str:
+    return name.partition("/dataloader_idx_")[0]
+
+
+def _has_metrics(logger: Any) -> bool:
+    """Whether its page of hyperparameters has columns for metrics; a user who turned them off logs metrics there himself."""
+    return (
+        getattr(logger, "_default_hp_metric", False) is True and "step" in inspect.signature(logger.log_hyperparams).parameters
+    )
+
+
+def _in_words(balancer: LossBalancer) -> str:
+    """What is set otherwise than by default, in one line: a column that all methods have."""
+    try:
+        usual = type(balancer)().settings()
+    except (TypeError, ValueError):  # it has none
+        usual = {}
+    return ", ".join(f"{k}={v}" for k, v in balancer.settings().items() if k not in usual or usual[k] != v) or "default"
+
+
+def _flat(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Plain values, with what is nested spelled out: ``priorities/depth``."""
+    flat: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat += [(f"{name}/{key}", inner) for key, inner in _flat(value)]
+        else:
+            flat.append((name, value if isinstance(value, str | int | float | bool) else str(value)))
+    return flat

@@ -16,10 +16,11 @@ Balance the losses of a multi-task LightningModule.
   fit, validate, test, predict   LightningCLI on your module and data: --config run.yaml
   diagnose                       what the tasks' gradients say, before any commitment
   compare                        several methods on the same seeds: ranked table and figure
-  report LOGDIR                  table and figure of an earlier run, from its log folder
+  report LOGDIR                  table and figure of an earlier run, or of several side by side
 
 Each explains itself: lightning-gradnorm COMMAND --help
 """
+_NO_FIGURE = "For a figure: pip install matplotlib"
 _LIGHTNING = ("fit", "validate", "test", "predict")
 
 
@@ -71,23 +72,52 @@ def _from_config(options: argparse.Namespace, rest: list[str]) -> Any:
 
 
 def _report(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="lightning-gradnorm report", description="Table and figure of an earlier run.")
-    parser.add_argument("folder", metavar="LOGDIR", help="a log folder, such as lightning_logs/version_0; also a URL")
+    parser = argparse.ArgumentParser(
+        prog="lightning-gradnorm report",
+        description="Table and figure of an earlier run, or of several side by side.",
+        epilog="Runs that differ in their seed alone are taken together; method and settings come from the runs' own files.",
+    )
+    parser.add_argument(
+        "folder",
+        metavar="LOGDIR",
+        help="a log folder, such as lightning_logs/version_0, or one with several below it; also a URL",
+    )
     parser.add_argument("--out", help="folder for the figure; LOGDIR by default")
     options = parser.parse_args(arguments)
+    from lightning_gradnorm.report.recorded import folders_of_runs
+
+    names = folders_of_runs(options.folder)
+    if "." in names or len(names) < 2:
+        _report_one(options.folder if "." in names or not names else f"{options.folder.rstrip('/')}/{names[0]}", options.out)
+    else:
+        _report_several(options.folder, names, options.out)
+
+
+def _report_one(folder: str, out: str | None) -> None:
     from lightning_gradnorm.report.figure import can_draw
     from lightning_gradnorm.report.run import draw, report_of
 
-    report, history = report_of(options.folder)
+    report, history = report_of(folder)
     for note in history.notes:
         print(note, file=sys.stderr)
     report.print()
-    if not history.tasks:
-        return
-    if can_draw():
-        print(f"Figure: {draw(history, options.out or options.folder, report.heading)}")
-    else:
-        print("For a figure: pip install matplotlib")
+    if history.tasks:
+        print(f"Figure: {draw(history, out or folder, report.heading)}" if can_draw() else _NO_FIGURE)
+
+
+def _report_several(folder: str, names: list[str], out: str | None) -> None:
+    from lightning_gradnorm.report.figure import can_draw
+    from lightning_gradnorm.report.recorded import read_runs
+    from lightning_gradnorm.report.runs import RunsReport
+
+    runs, notes = read_runs(folder, names)
+    for note in (*notes, *(note for run in runs for note in run.history.notes)):
+        print(note, file=sys.stderr)
+    if not runs:
+        raise ValueError(f"None of the {len(names)} runs in {folder} can be read.")
+    report = RunsReport(runs, folder)
+    report.print()
+    print(f"Figure: {report.draw(out or folder)}" if can_draw() else _NO_FIGURE)
 
 
 def _diagnose(arguments: list[str]) -> None:

@@ -145,7 +145,7 @@ class Concerns:
         long = step - seen.step
         half, quarter = seen.ago(step - long // 2), seen.ago(step - 3 * long // 4)
         runs_up = weight >= _RUNS_UP * half and half >= _RUNS_UP * quarter
-        if runs_up and not seen.has_moved and long >= 2 * _LONG:
+        if runs_up and not seen.has_moved and long >= 4 * _LONG:
             yield (
                 f"vain {task}",
                 f"The weight of task {task!r} keeps rising, from {quarter:.3g} to {half:.3g} and {weight:.3g} in {long} steps, "

@@ -17,13 +17,15 @@ class Hyperparameters:
 
     TensorBoard's HParams page takes from a run what it logs first: so all go together, and the metrics that its table is to
     have a column for with them. Which these are is known after the first validation; until then a TensorBoardLogger's are
-    kept back.
+    kept back. And of all runs it takes the columns from one: so there it is the method, the settings in one line, which every
+    run has, and in columns of their own those alone that are not the method's usual ones. hparams.yaml has them all.
     """
 
     def __init__(self) -> None:
         self.held_out: dict[str, float] = {}
         """Held-out metric → its value in the last validation."""
         self._all: dict[str, Any] = {}
+        self._on_page: dict[str, Any] = {}
         self._waiting: list[Any] = []
 
     def log(self, trainer: Trainer, pl_module: LightningModule, balancer: LossBalancer) -> None:
@@ -35,15 +37,19 @@ class Hyperparameters:
             owner for owner in (pl_module, setting_of(trainer, "datamodule")) if getattr(owner, "_log_hyperparams", False)
         ]
         own = {name: value for owner in owners for name, value in owner.hparams_initial.items() if name != "_class_path"}
-        ours = {"method": balancer.state_name, "settings": _in_words(balancer)} | dict(_flat(balancer.settings()))
-        self._all = own | {f"{_GROUP}/{name}": value for name, value in ours.items()}
+        told = _unusual(balancer)
+        ours = {"method": balancer.state_name, "settings": ", ".join(f"{k}={v}" for k, v in told.items()) or "default"}
+        self._on_page = own | {f"{_GROUP}/{name}": value for name, value in (*ours.items(), *_flat(told))}
+        self._all = self._on_page | {f"{_GROUP}/{name}": value for name, value in _flat(balancer.settings())}
         self.held_out, self._waiting = {}, []
         loggers: list[Any] = trainer.loggers
         for logger in loggers:
-            if trainer.enable_validation and _has_metrics(logger):
+            if _has_metrics(logger):
                 logger._default_hp_metric = False  # with nothing to go with them, they go to hparams.yaml alone
                 self._waiting.append(logger)
-            self._log(logger)
+            self._log(logger, self._all)
+        if not trainer.enable_validation:
+            self.complete(trainer)
 
     def end_validation(self, trainer: Trainer) -> None:
         """A validation within training is over: its metrics are the held-out ones."""
@@ -62,11 +68,12 @@ class Hyperparameters:
         metrics = {name: value for name, value in self.held_out.items() if math.isfinite(value)} or {"hp_metric": -1.0}
         for logger in waiting:
             logger._default_hp_metric = True
-            self._log(logger, metrics=metrics, step=step)
+            self._log(logger, self._on_page, metrics=metrics, step=step)
 
-    def _log(self, logger: Any, **metrics: Any) -> None:
+    @staticmethod
+    def _log(logger: Any, values: Mapping[str, Any], **metrics: Any) -> None:
         try:
-            logger.log_hyperparams(self._all, **metrics)
+            logger.log_hyperparams(dict(values), **metrics)
         except Exception as error:
             rank_zero_info(
                 f"{type(logger).__name__} did not take the loss balancing's method and settings as hyperparameters: "
@@ -85,13 +92,13 @@ def _has_metrics(logger: Any) -> bool:
     )
 
 
-def _in_words(balancer: LossBalancer) -> str:
-    """What is set otherwise than by default, in one line: a column that all methods have."""
+def _unusual(balancer: LossBalancer) -> dict[str, Any]:
+    """The settings that are not those that the method has by default; all of them where it has no default."""
     try:
         usual = type(balancer)().settings()
-    except (TypeError, ValueError):  # it has none
+    except (TypeError, ValueError):
         usual = {}
-    return ", ".join(f"{k}={v}" for k, v in balancer.settings().items() if k not in usual or usual[k] != v) or "default"
+    return {name: value for name, value in balancer.settings().items() if name not in usual or usual[name] != value}
 
 
 def _flat(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:

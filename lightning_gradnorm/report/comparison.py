@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from lightning_gradnorm.report.dots import draw_dots
 from lightning_gradnorm.report.table import markdown_rows, plain_rows, print_rows
 
 Better = Literal["lower", "higher"]
@@ -172,7 +173,6 @@ class Comparison:
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullLocator
 
         methods = self.methods[::-1]
         names = max(1.6, 0.4 + 0.065 * max(map(len, methods)))  # inches: what the longest takes, beside panels of one width
@@ -180,27 +180,8 @@ class Comparison:
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(self.better), sharey=True, squeeze=False)[0]
         for axes, (measure, way) in zip(panels, self.better.items(), strict=True):
-            for height, method in enumerate(methods):
-                values = self.values(method, measure)
-                colour = "#D55E00" if method == self.baseline else "#0072B2"
-                axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
-                axes.plot([statistics.fmean(values)] * 2, [height - 0.32, height + 0.32], color=colour, linewidth=2.5)
-            every = [value for method in methods for value in self.values(method, measure) if value > 0]
-            if len(every) == len(self.runs) and max(every) > 20 * min(every):
-                axes.set_xscale("log")
-                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.xaxis.set_major_formatter("{x:g}")
-                axes.xaxis.set_minor_locator(NullLocator())
-            axes.axvline(
-                statistics.fmean(self.values(self.baseline, measure)), color="#D55E00", linewidth=0.8, linestyle=":", zorder=0
-            )
-            axes.set_title(f"{measure} ({way} is better)", loc="left", fontsize=9)
-            axes.tick_params(labelsize=8)
-            axes.grid(axis="x", color="0.92")
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-        panels[0].set_yticks(range(len(methods)), methods)
-        panels[0].set_ylim(-0.7, len(methods) - 0.3)
+            values = {method: self.values(method, measure) for method in methods}
+            draw_dots(axes, values, f"{measure} ({way} is better)", self.baseline)
         figure.savefig(path)
 
 

@@ -1,9 +1,6 @@
 """The figure of a run: weights, gradient norms as shares before and after weighting, loss ratios and losses over the steps."""
 
-import importlib.util
-import io
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -13,30 +10,15 @@ from lightning_gradnorm.report.history import Curve, History
 from lightning_gradnorm.report.palette import Style, has_shades, styles
 from lightning_gradnorm.report.panels import LINE, draw_curves, draw_shares, finish, is_positive, name_ends
 from lightning_gradnorm.report.shares import shares_of
+from lightning_gradnorm.report.sheet import BOTTOM, LEFT, Picture, Sheet, can_draw, cut
+
+__all__ = ["FILE_NAME", "Picture", "can_draw", "draw_history", "picture_of"]
 
 FILE_NAME = "loss_balancing.png"
-_DPI = 120
 _NAMES, _SMALL_NAMES = 8.5, 7.5  # points: the letters of the tasks' names
 _LONG, _SHORT = 32, 14  # characters: of a name beside the weights, and beside the smaller panels
 _FEW = 20  # tasks whose names stand beside every panel
 _DIFFER = 1.02  # targets that differ by more than this factor are drawn
-
-
-class Picture(NamedTuple):
-    """A figure that has been drawn.
-
-    Attributes:
-        png: the content of a PNG file.
-        pixels: the same, shape ``[height, width, 4]`` (red, green, blue, opacity), bytes.
-    """
-
-    png: bytes
-    pixels: memoryview
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the pixels."""
-        return self.pixels.shape or ()
 
 
 class _Panel(NamedTuple):
@@ -45,11 +27,6 @@ class _Panel(NamedTuple):
     title: str
     steps: Sequence[int]
     draw: Callable[[Any], Mapping[str, float]]
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_history(history: History, path: str | Path | BinaryIO, title: str = "") -> None:
@@ -92,16 +69,7 @@ def picture_of(history: History, title: str = "") -> Picture:
         "loss weights", _steps(weights), lambda axes: draw_curves(axes, weights, looks, logarithmic=is_positive(weights))
     )
     small = _small_panels(history, looks, f"{others} others" if others > 0 else "")
-    return rendered(_laid_out(large, small, named, looks, title))
-
-
-def rendered(figure: Any) -> Picture:
-    """What a figure with an Agg canvas comes to, drawn once."""
-    content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font has not: boxes
-        figure.canvas.print_png(content)
-    return Picture(content.getvalue(), figure.canvas.buffer_rgba())
+    return _laid_out(large, small, named, looks, title).rendered()
 
 
 def _rank(curve: Curve) -> float:
@@ -156,41 +124,29 @@ def shares_of_targets(history: History) -> dict[str, Curve]:
 
 def _laid_out(
     large: _Panel, small: Sequence[Sequence[_Panel]], named: Sequence[str], looks: Mapping[str, Style], title: str
-) -> Any:
+) -> Sheet:
     """The weights over the whole height on the left, with all names; the smaller panels in rows beside them. In inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(dpi=_DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    long, short = ({task: _cut(task, most) for task in named} for most in (_LONG, _SHORT))
+    sheet = Sheet()
+    long, short = ({task: cut(task, most) for task in named} for most in (_LONG, _SHORT))
     beside_all = len(named) <= _FEW
-    gutter = 0.4 + _width(canvas, long.values(), _NAMES)
-    narrow = (0.35 + _width(canvas, short.values(), _SMALL_NAMES)) if beside_all else 0.25
-    left, top, bottom, between = 0.62, 0.42 + (0.32 if title else 0), 0.4, 0.68
+    gutter = 0.4 + sheet.width_of(long.values(), _NAMES)
+    narrow = (0.35 + sheet.width_of(short.values(), _SMALL_NAMES)) if beside_all else 0.45
+    top, between = 0.42 + (0.32 if title else 0), 0.68
     columns = max((len(row) for row in small), default=0)
     height = max(4.9, len(named) * LINE * _NAMES / 72)
     wide, less = 4.1, 2.75
-    width = left + wide + gutter + columns * (0.55 + less + narrow)
-    whole = height + top + bottom
-    figure.set_size_inches(width, whole)
-
-    def axes_at(x: float, y: float, w: float, h: float) -> Any:
-        return figure.add_axes((x / width, y / whole, w / width, h / whole))
-
-    _fill(axes_at(left, bottom, wide, height), large, long, looks, _NAMES)
+    sheet.resize(LEFT + wide + gutter + columns * (0.55 + less + narrow), height + top + BOTTOM)
+    _fill(sheet.axes(LEFT, BOTTOM, wide, height), large, long, looks, _NAMES)
     each = (height - between * (len(small) - 1)) / max(len(small), 1)
     for i, row in enumerate(small):
         for k, panel in enumerate(row):
-            x = left + wide + gutter + 0.55 + k * (0.55 + less + narrow)
-            axes = axes_at(x, bottom + (len(small) - 1 - i) * (each + between), less, each)
+            x = LEFT + wide + gutter + 0.55 + k * (0.55 + less + narrow)
+            axes = sheet.axes(x, BOTTOM + (len(small) - 1 - i) * (each + between), less, each)
             _fill(axes, panel, short if beside_all else {}, looks, _SMALL_NAMES)
-    if title:
-        figure.text(
-            left / width, 1 - 0.16 / whole, title, fontsize=12, fontweight="bold", va="top", color="0.1", parse_math=False
-        )
-    figure.text(left / width, 0.06 / whole, "step", fontsize=8, color="0.4", va="bottom")
-    return figure
+    sheet.heading(title)
+    shades = "; dark: the largest weights, light: the smallest" if has_shades(len(named)) else ""
+    sheet.note(f"step{shades}")
+    return sheet
 
 
 def _fill(axes: Any, panel: _Panel, names: Mapping[str, str], looks: Mapping[str, Style], size: float) -> None:
@@ -198,17 +154,3 @@ def _fill(axes: Any, panel: _Panel, names: Mapping[str, str], looks: Mapping[str
     finish(axes, panel.title, panel.steps)
     if names:
         name_ends(axes, ends, names, looks, size)
-
-
-def _cut(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: (most + 1) // 2]}…{name[-(most // 2) + 1 :]}"
-
-
-def _width(canvas: Any, names: Any, size: float) -> float:
-    """Of the longest, in inches."""
-    from matplotlib.font_manager import FontProperties
-
-    font, renderer = FontProperties(size=size), canvas.get_renderer()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        return max((renderer.get_text_width_height_descent(name, font, False)[0] for name in names), default=0.0) / _DPI

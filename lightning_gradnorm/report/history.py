@@ -11,7 +11,8 @@ from typing import NamedTuple
 from lightning_gradnorm.folders import Folder
 from lightning_gradnorm.report.tags import PER_TASK
 
-_EVENTS, _TABLE = "events.out.tfevents.*", "metrics.csv"
+LOGS = _EVENTS, _TABLE = "events.out.tfevents.*", "metrics.csv"
+_HELD_OUT = re.compile(r"(?i)(val|valid|validation|test|eval|dev|held[-_]?out)([-_/.]|$)")  # how such a metric's name begins
 
 
 class Curve(NamedTuple):
@@ -37,13 +38,17 @@ class History:
     def __init__(self, curves: Mapping[str, Mapping[int, float]], notes: tuple[str, ...] = ()) -> None:
         ours = {tag: points for tag, points in curves.items() if tag.partition("/")[0] in PER_TASK and points}
         self._curves = {tag: Curve(sorted(points), [points[step] for step in sorted(points)]) for tag, points in ours.items()}
+        self.held_out = {tag: points[max(points)] for tag, points in sorted(curves.items()) if _HELD_OUT.match(tag) and points}
+        """Held-out metric → its last value."""
         self.notes = notes
 
     def in_order_of(self, tasks: Sequence[str]) -> "History":
         """The same with the tasks in this order, those that are not named after the others: a CSV's columns are sorted."""
         place = {task: number for number, task in enumerate(tasks)}
         ordered = sorted(self._curves.items(), key=lambda item: place.get(item[0].partition("/")[2], len(place)))
-        return History({tag: dict(zip(*curve, strict=True)) for tag, curve in ordered}, self.notes)
+        again = History({tag: dict(zip(*curve, strict=True)) for tag, curve in ordered}, self.notes)
+        again.held_out = self.held_out
+        return again
 
     def of(self, kind: str) -> dict[str, Curve]:
         """Task → curve, for one of the tags of ``PER_TASK``; in the order of logging."""
@@ -55,8 +60,12 @@ class History:
         return tuple(self.of("loss_weight"))
 
 
-def read_history(folder: str | Path) -> History:
+def read_history(folder: str | Path, *, needs_weights: bool = True) -> History:
     """Read a log folder, also one behind a URL: its event files if it has any, else its ``metrics.csv``.
+
+    Args:
+        folder: where they are.
+        needs_weights: whether logs without ``loss_weight/…`` are an error.
 
     Raises:
         FileNotFoundError: if there is no such folder, or neither kind of file in it.
@@ -78,13 +87,17 @@ def read_history(folder: str | Path) -> History:
             f"{folder} holds neither TensorBoard event files nor Lightning's metrics.csv.{hint} Give a folder that a "
             "TensorBoardLogger or CSVLogger wrote."
         )
-    if not history.tasks:
+    if needs_weights and not history.tasks:
         raise ValueError(
             f"{folder} has logs, but no loss_weight/… among them: no balancing callback logged there, or the run was "
             "shorter than log_every_n_steps. Add GradNormCallback() to the Trainer (mode='monitor' changes no weight), or give "
             "another folder."
         )
     return history
+
+
+def _is_wanted(tag: str) -> bool:
+    return tag.partition("/")[0] in PER_TASK or _HELD_OUT.match(tag) is not None
 
 
 def _as_written(name: str) -> list[str | int]:
@@ -108,7 +121,7 @@ def _of_events(files: list[Path]) -> History:
                     for step in [step for step in points if step >= event.step]:
                         del points[step]
             for value in event.summary.value:
-                if value.tag.partition("/")[0] in PER_TASK:
+                if _is_wanted(value.tag):
                     number = value.simple_value if value.HasField("simple_value") else make_ndarray(value.tensor)
                     curves.setdefault(value.tag, {})[event.step] = float(number)  # of a step logged twice, the later
         if not read and file.stat().st_size:
@@ -146,7 +159,7 @@ def _of_csv(file: Path) -> dict[str, dict[int, float]]:
     if "step" not in header:
         raise ValueError(f"{file} has no column 'step', so it is not what Lightning's CSVLogger writes. Give its folder.")
     curves: dict[str, dict[int, float]] = {}
-    ours = [tag for tag in header if tag.partition("/")[0] in PER_TASK]
+    ours = [tag for tag in header if _is_wanted(tag)]
     for number, line in enumerate(lines, start=2):
         row = dict(zip(header, line, strict=False))
         try:

@@ -1,7 +1,7 @@
 """Panels of the figure: curves with their names at their ends, and shares as bands."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_gradnorm.report.history import Curve
@@ -21,7 +21,13 @@ def is_positive(curves: Mapping[str, Curve]) -> bool:
 
 
 def draw_curves(
-    axes: Any, curves: Mapping[str, Curve], styles: Mapping[str, Style], *, logarithmic: bool, width: float = 1.8
+    axes: Any,
+    curves: Mapping[str, Curve],
+    styles: Mapping[str, Style],
+    *,
+    logarithmic: bool,
+    width: float = 1.8,
+    is_faint: bool = False,
 ) -> dict[str, float]:
     """Smooth lines over faint raw ones, those that have no style in grey below; gives the height at which each one ends.
 
@@ -31,20 +37,23 @@ def draw_curves(
         styles: task → style, of those that are named.
         logarithmic: whether the axis is.
         width: of a line, in points.
+        is_faint: whether to draw the smooth lines alone, and these half transparent.
     """
     ends, faint = {}, 0.22 if len(styles) <= 5 else 0.12
     for task in sorted(curves, key=lambda task: task in styles):
         style, raw = styles.get(task, Style(GREY)), thinned(curves[task])
         smooth = smoothed(raw, in_logarithms=logarithmic)
-        few = {"marker": "o", "markersize": 4} if len(raw.steps) < 3 else {}
-        if smooth is not raw and task in styles:
+        few: dict[str, Any] = {"marker": "o", "markersize": 4} if len(raw.steps) < 3 else {}
+        if is_faint:
+            few["alpha"] = 0.4
+        if smooth is not raw and task in styles and not is_faint:
             axes.plot(*raw, color=style.colour, linewidth=0.8, alpha=faint, solid_joinstyle="round", label="_raw")
         thin = width if task in styles else 0.6
         axes.plot(*smooth, color=style.colour, linestyle=style.dash, linewidth=thin, solid_capstyle="round", label=task, **few)
         finite = [value for value in smooth.values if math.isfinite(value)]
         if finite and task in styles:
             ends[task] = finite[-1]
-    _scale(axes, [v for curve in curves.values() for v in curve.values if math.isfinite(v)], logarithmic=logarithmic)
+    scale(axes, [curves], logarithmic=logarithmic)
     return ends
 
 
@@ -83,7 +92,7 @@ def draw_shares(
         level = [0.0] * len(targets[named[0]].steps)
         for task in named[:-1]:
             level = [a + b for a, b in zip(level, targets[task].values, strict=True)]
-            axes.plot(*thinned(Curve(targets[task].steps, level)), color="0.1", linewidth=0.9, linestyle=(0, (4, 2)))
+            axes.plot(*smoothed(thinned(Curve(targets[task].steps, level))), color="0.1", linewidth=0.9, linestyle=(0, (4, 2)))
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.set_xlim(steps[0], steps[-1])
@@ -141,12 +150,17 @@ def name_ends(axes: Any, ends: Mapping[str, float], names: Mapping[str, str], st
     )
 
 
-def _scale(axes: Any, values: Sequence[float], *, logarithmic: bool) -> None:
-    """Limits around all values; round numbers on a logarithmic axis, of which there are at least three."""
+def scale(axes: Any, curves: Iterable[Mapping[str, Curve]], *, logarithmic: bool) -> None:
+    """Limits around all finite values; round numbers on a logarithmic axis, of which there are at least three."""
     from matplotlib.ticker import LogLocator, NullLocator
 
+    values = [value for by_task in curves for curve in by_task.values() for value in curve.values if math.isfinite(value)]
+    if not values:
+        return
     if not logarithmic:
-        axes.margins(y=0.06)
+        low, high = min(values), max(values)
+        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - room, high + room)
         return
     low, high = min(values), max(values)
     middle, reach = math.sqrt(low) * math.sqrt(high), max(math.sqrt(high / low) * 1.1, math.sqrt(_LEAST_RANGE))

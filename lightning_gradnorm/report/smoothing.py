@@ -9,7 +9,7 @@ from lightning_gradnorm.report.history import Curve
 _MOST = 400  # points
 _LEAST = 12  # points of a curve that is worth smoothing
 _QUIET = 2.5
-_WINDOW = 0.025  # of the curve, to either side
+_WINDOW = 0.03  # of the curve, to either side
 
 
 def thinned(curve: Curve) -> Curve:
@@ -22,7 +22,7 @@ def thinned(curve: Curve) -> Curve:
 
 
 def smoothed(curve: Curve, *, in_logarithms: bool = False) -> Curve:
-    """A moving mean over a twentieth of the points; near the ends over those that there are. A quiet curve is left as it is.
+    """A moving mean over a sixteenth of the points; near the ends over those that there are. A quiet curve is left as it is.
 
     Args:
         curve: what is not finite is left out of the means, and stays where there is nothing else.
@@ -36,7 +36,7 @@ def smoothed(curve: Curve, *, in_logarithms: bool = False) -> Curve:
     found = [math.isfinite(value) for value in curve.values]
     sums = _running([there(value) if fine else 0.0 for value, fine in zip(curve.values, found, strict=True)])
     counts = _running([float(fine) for fine in found])
-    half = max(1, round(_WINDOW * count))
+    half = max(2, round(_WINDOW * count))
     values = []
     for i, value in enumerate(curve.values):
         low, high = max(i - half, 0), min(i + half + 1, count)

@@ -33,23 +33,31 @@ def _percent(value: float) -> str:
 
 def cells(row: TaskSummary) -> tuple[str, ...]:
     """One task's row, as text."""
+    shares = f"{_percent(row.share_before)} → {_percent(row.share_after)}"
     return (
         row.task,
         f"{_number(row.start)} → {_number(row.final)}",
         row.way,
-        f"{_percent(row.share_before)} → {_percent(row.share_after)}",
+        "–" if math.isnan(row.share_before) and math.isnan(row.share_after) else shares,
         _number(row.loss_ratio),
     )
 
 
+def _table(rows: Sequence[TaskSummary]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, without what is known of no task."""
+    lines = [cells(row) for row in rows]
+    known = [i for i in range(len(COLUMNS)) if i == 0 or any(line[i] not in ("", "–") for line in lines)]
+    return [COLUMNS[i] for i in known], [[line[i] for i in known] for line in lines]
+
+
 def plain_table(rows: Sequence[TaskSummary], title: str) -> str:
     """The table as lines of text, columns aligned."""
-    return plain_rows(COLUMNS, [cells(row) for row in rows], title)
+    return plain_rows(*_table(rows), title)
 
 
 def print_table(rows: Sequence[TaskSummary], title: str, colours: Mapping[str, str] | None = None) -> None:
     """To the console, with rich where it is installed; names and ways in the tasks' colours."""
-    print_rows(COLUMNS, [cells(row) for row in rows], title, colours or {})
+    print_rows(*_table(rows), title, colours)
 
 
 def print_line(text: str) -> None:

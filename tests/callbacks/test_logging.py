@@ -7,11 +7,14 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from lightning_gradnorm import GradNormCallback
+from lightning_gradnorm import GradNormCallback, LossBalancingCallback, UncertaintyWeighting
+from lightning_gradnorm.report.tags import CHARTS
 from tests.helpers import SCALES, MemoryLogger, TrunkAndHeads, batches, quiet_trainer
 
 TASKS = list(SCALES)
@@ -132,13 +135,37 @@ def test_only_written_steps_are_logged(tmp_path, monkeypatch):
     assert [memory.logged[1][1][f"loss_weight/{task}"] for task in TASKS] == pytest.approx(second_of_pair, rel=1e-6)
 
 
+def charts_of(logger):
+    """Title → regular expressions, of the page of charts."""
+    (event,) = EventAccumulator(logger.log_dir).Reload().Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+
+
+@pytest.mark.parametrize(
+    ("callback", "missing"),
+    [
+        (lambda: GradNormCallback(update_every=3, log_cosines=True, summary=False), set()),
+        (lambda: GradNormCallback(log_cosines=False, summary=False), {"gradient cosines"}),
+        (
+            lambda: LossBalancingCallback(UncertaintyWeighting(), summary=False, log_cosines=False),
+            {"gradient cosines", "weighted gradient norms and their targets", "loss ratios and inverse rates"},
+        ),
+    ],
+    ids=["all", "no cosines", "uncertainty"],
+)
+def test_there_is_a_chart_of_what_is_logged_and_of_nothing_else(tmp_path, callback, missing):
+    logger = TensorBoardLogger(tmp_path)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback()], logger=logger, log_every_n_steps=2)
+    trainer.fit(TrunkAndHeads(), batches(6))
+    assert charts_of(logger).keys() == CHARTS.keys() - missing
+    assert len(CHARTS) == 6
+
+
 def test_tensorboard_has_one_chart_with_all_tasks(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     quiet_trainer(tmp_path, callbacks=[GradNormCallback(summary=False)], logger=logger).fit(TrunkAndHeads(), batches(3))
-    events = EventAccumulator(logger.log_dir).Reload()
-    content = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    layout = layout_pb2.Layout.FromString(content)
-    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    charts = charts_of(logger)
     shown = {
         title: {tag for tag in TAGS if any(re.match(regex, tag) for regex in regexes)} for title, regexes in charts.items()
     }
@@ -169,13 +196,33 @@ def test_weights_on_the_progress_bar_on_request(tmp_path):
     for wanted in (True, False):
         trainer = quiet_trainer(tmp_path, callbacks=[GradNormCallback(progress_bar=wanted, summary=False)])
         trainer.fit(TrunkAndHeads(), batches(3))
-        assert {f"w/{task}" for task in TASKS} <= set(trainer.progress_bar_metrics) or not wanted
-        assert bool(trainer.progress_bar_metrics) == wanted
+        assert set(trainer.progress_bar_metrics) == ({f"w/{task}" for task in TASKS} if wanted else set())
+
+
+def test_the_progress_bar_keeps_its_length(tmp_path):
+    """As Lightning's bar writes its numbers: five characters or six, whatever the weight's size."""
+    assert len(TASKS) == 4, "as many as it has room for"
+    bar = TQDMProgressBar()
+    for scales in (SCALES, {f"t{k}": 10.0**-k for k in range(6)}):
+        callback = GradNormCallback(progress_bar=True, summary=False)
+        trainer = quiet_trainer(tmp_path, callbacks=[callback])
+        trainer.fit(TrunkAndHeads(scales=scales), batches(12))
+        shown = {name: value for name, value in bar.get_metrics(trainer, trainer.lightning_module).items() if name != "v_num"}
+        exact = {task: weight.item() for task, weight in zip(callback.balancer.tasks, callback.logged.values(), strict=False)}
+        assert len(shown) <= 4
+        assert all(4 <= len(Tqdm.format_num(value)) <= 6 for value in shown.values())
+        if scales is SCALES:
+            assert shown == {f"w/{task}": pytest.approx(weight, rel=0.051) for task, weight in exact.items()}
+        else:
+            assert shown == {
+                "w/min": pytest.approx(min(exact.values()), rel=0.051),
+                "w/max": pytest.approx(max(exact.values()), rel=0.051),
+            }
 
 
 def test_cosines_are_left_out_for_many_tasks_unless_asked_for(tmp_path):
-    many = {f"t{k}": 1.0 for k in range(11)}
-    for wanted, count in ((None, 0), (True, 55)):
+    many = {f"t{k}": 1.0 for k in range(5)}
+    for wanted, count in ((None, 0), (True, 10)):
         memory = MemoryLogger()
         callback = GradNormCallback(log_cosines=wanted, summary=False)
         quiet_trainer(tmp_path, callbacks=[callback], logger=memory).fit(TrunkAndHeads(scales=many), batches(2))

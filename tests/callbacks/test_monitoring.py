@@ -1,5 +1,6 @@
 """Monitor mode, hyperparameters, and what is told while training."""
 
+import random
 import re
 import warnings
 
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gradnorm import (
+    DynamicWeightAverage,
     EqualWeights,
     GradNorm,
     GradNormCallback,
@@ -89,10 +91,14 @@ def test_method_and_settings_stand_among_the_runs_hyperparameters(tmp_path, modu
     assert written["loss_balancing/method"] == "GradNorm"
     assert written["loss_balancing/alpha"] == 0.7
     assert written["loss_balancing/priorities/odd"] == 2.0
+    assert written["loss_balancing/settings"] == "alpha=0.7, priorities={'odd': 2.0}"
+    assert written["loss_balancing/update"] == "average", "what is as usual stands in this file"
     own = {"width": 3} if module is WithHyperparameters else {}
     assert own.items() <= written.items()
     plugins = EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams")
-    assert b"loss_balancing/alpha" in b"".join(plugins.values())
+    page = b"".join(plugins.values())
+    assert b"loss_balancing/alpha" in page
+    assert b"loss_balancing/update" not in page, "and not on the page"
     # The module's own hyperparameters, and its checkpoints, are as they were.
     assert dict(model.hparams) == own
     assert dict(model.hparams_initial) == own
@@ -112,7 +118,7 @@ def test_the_data_modules_hyperparameters_stand_there_too(tmp_path):
     logger, model = TensorBoardLogger(tmp_path), WithHyperparameters()
     quiet_trainer(tmp_path, callbacks=[GradNormCallback(summary=False)], logger=logger).fit(model, datamodule=Data())
     page = b"".join(EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams").values())
-    assert all(name in page for name in (b"loss_balancing/alpha", b"width", b"rows"))
+    assert all(name in page for name in (b"loss_balancing/method", b"width", b"rows"))
 
 
 def test_an_error_before_training_leaves_the_modules_hyperparameters_alone(tmp_path):
@@ -136,7 +142,7 @@ def told(balancer, course, every=50, first=0):
     """What is said over a course of (weight, ratio) of task ``a`` beside a quiet task ``b``; each thing once."""
     concerns, said = Concerns(), {}
     for k, (weight, ratio) in enumerate(course):
-        found = concerns.of_step(balancer, ("a", "b"), (weight, 2 - weight), (ratio, 0.5), first + every * k)
+        found = concerns.of_step(balancer, ("a", "b"), (weight, max(2 - weight, 0.1)), (ratio, 0.5), first + every * k)
         said |= {about: message for about, message in found if about not in said}
     return said
 
@@ -148,13 +154,38 @@ def test_a_weight_that_sits_at_its_bound_is_told():
     assert told(balancer, [(1.5 if k % 8 else 1.2, 0.9**k) for k in range(40)]).keys() & {"bound a"} == set()
 
 
+STUCK = [1.0 + 0.03 * (-1) ** k for k in range(48)]  # of the first loss, batch by batch
+
+
+def running_up(k):
+    """A weight that grows with the steps, as where a target grows because all others learn."""
+    return (1.0 + 0.2 * k) ** 1.5
+
+
 def test_a_task_that_cannot_be_learnt_is_told():
-    said = told(GradNorm(0.5), [(1 + 0.04 * k, 1.0 + 0.05 * (-1) ** k) for k in range(24)])
-    assert "The weight of task 'a' rose from" in said["vain a"]
-    assert "cannot be learnt: check its labels" in said["vain a"]
+    said = told(GradNorm(0.5), [(running_up(k), ratio) for k, ratio in enumerate(STUCK)])
+    assert said.keys() == {"vain a"}
+    assert re.match(r"The weight of task 'a' keeps rising, from [\d.]+ to [\d.]+ and [\d.]+ in \d{4} steps", said["vain a"])
+    assert re.search(r"while its loss stays where it was \((1|0\.99\d|1\.0\d) of the first\)", said["vain a"])
     assert said["vain a"].endswith("check its labels and its head, or lower alpha, or set max_weight.")
-    learning = told(GradNorm(), [(1 + 0.04 * k, 0.93**k) for k in range(24)])
-    assert learning == {}
+
+
+@pytest.mark.parametrize(
+    "course",
+    [
+        [(running_up(k), 0.985**k) for k in range(60)],
+        [(running_up(k), 1.0 - 0.1 * min(k / 10, 1)) for k in range(60)],
+        [(running_up(k), 1.0 + 0.03 * k) for k in range(60)],
+        [(min(1 + k, 20.0), 1.0) for k in range(60)],
+        [(1 + 0.04 * k, 1.0) for k in range(60)],
+        [(running_up(k), 1.0) for k in range(15)],
+        [(running_up(k), 1.6 if k < 8 else 1.0) for k in range(60)],
+    ],
+    ids=["learns", "has learnt a little", "its loss rises", "has settled", "hardly rises", "is young", "its loss came back"],
+)
+def test_a_weight_at_its_work_is_nobodys_concern(course):
+    """Physics-informed runs are of every one of these kinds."""
+    assert told(GradNorm(0.5), course) == {}
 
 
 @pytest.mark.parametrize(
@@ -169,25 +200,19 @@ def test_a_task_that_cannot_be_learnt_is_told():
     ],
 )
 def test_only_what_the_method_has_is_a_way_out(balancer, end):
-    assert told(balancer, [(1 + 0.04 * k, 1.0) for k in range(24)])["vain a"].endswith(end)
-
-
-def test_a_task_that_has_learnt_what_it_can_is_not_called_hopeless():
-    said = told(GradNorm(0.5), [(1 + 0.04 * k, 0.3) for k in range(24)])
-    assert "may have learnt what it can" in said["vain a"]
-    assert said["vain a"].endswith("If its validation metrics stand still too, lower alpha or set max_weight.")
-    assert "labels" not in said["vain a"]
-    without = told(ReLoBRaLo(), [(1 + 0.04 * k, 0.3) for k in range(24)])
-    assert without["vain a"].endswith("It may have learnt what it can.")
+    assert told(balancer, [(running_up(k), 1.0) for k in range(48)])["vain a"].endswith(end)
 
 
 def test_weights_that_never_move_are_told():
     said = told(GradNorm(), [(1.0, 0.9)] * 30)
     assert "have not moved in 500 steps" in said["still"]
     assert told(EqualWeights(), [(1.0, 0.9)] * 30) == {}
+    assert told(DynamicWeightAverage(), [(1.0, 0.9)] * 30) == {}, "its first weights stand for two epochs"
     frozen = GradNorm()
     frozen.frozen = True
     assert told(frozen, [(1.0, 0.9)] * 30) == {}
+    alone = Concerns()
+    assert not [found for k in range(30) for found in alone.of_step(GradNorm(), ("a",), (1.0,), (0.9,), 50 * k)]
 
 
 def test_an_average_that_is_resumed_late_is_given_the_time_to_move():
@@ -299,6 +324,17 @@ def test_a_gradient_that_was_small_from_the_start_is_nobodys_concern(tmp_path):
     def say(share):
         return list(concerns.of_scale(trainer, ("a", "b"), (share, share), (1.0, 3.0)))
 
-    assert say(1e-3) == say(2e-3) == say(1e-4) == [], "a twentieth of the largest is the limit"
-    assert len(say(0.9e-4)) == 1
+    for share in (1e-3, 2e-3, *[2e-4] * 30):
+        assert say(share) == [], "a twentieth of the largest is the limit"
+    assert [len(say(2e-5)) for _ in range(12)] == [0] * 6 + [1] * 6
     assert list(concerns.of_scale(trainer, ("a",), (1e-9,), (0.0,))) == []
+
+
+def test_a_noisy_batch_is_nobodys_concern(tmp_path):
+    """One batch against the largest single one was a twentieth on most seeds of the digits."""
+    concerns, draw = Concerns(), random.Random(0)
+    trainer = quiet_trainer(tmp_path)
+    trainer.strategy.optimizers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)])]
+    for _ in range(2000):
+        share = draw.lognormvariate(0, 0.8)
+        assert not list(concerns.of_scale(trainer, ("a", "b"), (share, share), (1.0, 3.0)))

@@ -267,7 +267,7 @@ def test_other_loggers_still_get_theirs(tmp_path):
     ("where", "said"),
     [
         ("run_folder", "The report of the fit could not be written: .* the folder of CSVLogger's run"),
-        ("drawn", "The figure of the fit could not be drawn: .* written without"),
+        ("picture_of", "The figure of the fit could not be drawn: .* written without"),
         ("RunReport.print", "The table of the fit could not be printed: .* callback.report has its rows"),
         ("Reporting.report", "The report of the fit could not be written: .* callback.report has what there is"),
     ],
@@ -279,7 +279,7 @@ def test_nothing_that_goes_wrong_at_the_end_ends_the_fit(tmp_path, monkeypatch, 
     monkeypatch.setattr(f"lightning_gradnorm.callbacks.reporting.{where}", fails)
     with pytest.warns(UserWarning, match=said):
         assert fit(tmp_path, CSVLogger(tmp_path)).balancer.steps == 4
-    assert len(list(tmp_path.rglob("loss_weights.yaml"))) == (where in ("drawn", "RunReport.print"))
+    assert len(list(tmp_path.rglob("loss_weights.yaml"))) == (where in ("picture_of", "RunReport.print"))
 
 
 @pytest.mark.parametrize(
@@ -322,5 +322,5 @@ def test_the_tables_steps_are_the_runs(tmp_path, capsys):
     content = read_file(next(tmp_path.rglob("loss_weights.yaml")))
     assert (content["steps"], content["measured_steps"]) == (160, 17)
     again, _ = report_of(next(tmp_path.rglob("loss_weights.yaml")).parent)
-    assert again.title == report.title
+    assert again.heading == report.heading
     assert again.verdict == report.verdict

@@ -1,25 +1,36 @@
-"""The figure: every task's curve is on it, whatever its values, and its name beside it."""
+"""The figure: every task's curve is on it, whatever its values, and its name where the curve ends."""
 
+import itertools
 import math
 
 import pytest
 from matplotlib import pyplot
-from matplotlib.figure import Figure
+from matplotlib.colors import to_hex
 
 from lightning_gradnorm.report.figure import draw_history
 from lightning_gradnorm.report.history import History
+from lightning_gradnorm.report.palette import GREY
+from lightning_gradnorm.report.sheet import Sheet
 from lightning_gradnorm.report.tags import PER_TASK
 
 KINDS = tuple(kind for kind in PER_TASK if kind != "inverse_rate")
 MEASURED = ("loss_weight", "loss_ratio", "task_loss")  # by a method that needs no gradients
+WEIGHTS, BEFORE, AFTER, RATIOS, LOSSES = range(5)
+TITLES = [
+    "loss weights",
+    "gradient shares, unweighted",
+    "gradient shares, weighted",
+    "loss ratios, L(t) / L(0)",
+    "losses, unweighted",
+]
 
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
     """Draws a history; gives the figure behind the PNG."""
     figures = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure) or save(figure, path))
+    render = Sheet.rendered
+    monkeypatch.setattr(Sheet, "rendered", lambda sheet: figures.append(sheet.figure) or render(sheet))
 
     def draw(history, title=""):
         path = tmp_path / "figure.png"
@@ -31,68 +42,139 @@ def drawn(monkeypatch, tmp_path):
 
 
 def history(tasks, value=lambda task, step: 1.5**task * (1 + step % 7), steps=50, kinds=KINDS, name="task {}".format):
-    return History({f"{kind}/{name(i)}": {10 * s: value(i, s) for s in range(steps)} for i in range(tasks) for kind in kinds})
+    """Norms are such that the shares of 1, 2, 3, … tasks are as 1 : 2 : 3, whatever the values."""
+    points = {f"{kind}/{name(i)}": {10 * s: value(i, s) for s in range(steps)} for i in range(tasks) for kind in kinds}
+    norms = ("grad_norm", "target_norm")
+    return History(
+        points
+        | {
+            f"{kind}/{name(i)}": dict.fromkeys(range(0, 10 * steps, 10), i + 1.0)
+            for i in range(tasks)
+            for kind in norms
+            if kind in kinds
+        }
+    )
+
+
+def titles(figure):
+    return [axes.get_title(loc="left").partition(" (")[0] for axes in figure.axes]
 
 
 def curves(axes):
-    return [line for line in axes.lines if len(line.get_xdata())]
+    """Task → its line; without the faint raw ones."""
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
 
 
-def boxes(figure):
-    """Where legend and panels stand, labels included; the figure's own corners last."""
-    renderer = figure.canvas.get_renderer()
-    (legend,) = figure.legends
-    return legend.get_window_extent(renderer), [axes.get_tightbbox(renderer) for axes in figure.axes], figure.bbox
+def raw(axes):
+    return [line for line in axes.lines if line.get_label() == "_raw"]
 
 
-@pytest.mark.parametrize("tasks", [1, 3, 20, 60])
-def test_every_task_is_drawn_and_named(drawn, tasks):
+def names(axes):
+    return {text.get_text(): text for text in axes.texts}
+
+
+def colours(axes):
+    return {task: to_hex(line.get_color()).upper() for task, line in curves(axes).items()}
+
+
+def bands(axes):
+    return {band.get_label(): band for band in axes.collections if not band.get_label().startswith("_")}
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 16, 20, 60])
+def test_every_task_is_drawn_and_named_at_its_end_in_its_colour(drawn, tasks):
     figure = drawn(history(tasks), "GradNorm after 50 steps")
-    assert [axes.get_title(loc="left").split(" (")[0] for axes in figure.axes] == [
-        "loss weights",
-        "weighted gradient norms",
-        "loss ratios L(t) / L(0)",
-        "task losses, unweighted",
-    ]
-    assert [len(curves(axes)) for axes in figure.axes] == [tasks, 2 * tasks, tasks, tasks]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"task {i}" for i in range(tasks)]
-    assert figure.get_suptitle() == "GradNorm after 50 steps"
-    looks = {(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()}
-    assert len(looks) == min(tasks, 28)
+    every = {f"task {i}" for i in range(tasks)}
+    assert titles(figure) == TITLES
+    assert "GradNorm after 50 steps" in {text.get_text() for text in figure.texts}
+    first = colours(figure.axes[WEIGHTS])
+    assert first.keys() == every
+    assert len({(line.get_color(), line.get_linestyle()) for line in curves(figure.axes[WEIGHTS]).values()}) == tasks
     for axes in figure.axes:
-        for k, line in enumerate(curves(axes)):
+        whole = axes is figure.axes[WEIGHTS] or tasks <= 20
+        assert names(axes).keys() == (every if whole else set())
+        assert all(to_hex(text.get_color()).upper() == first[task] for task, text in names(axes).items())
+    for kind in (WEIGHTS, RATIOS, LOSSES):
+        assert colours(figure.axes[kind]) == first
+        for line in curves(figure.axes[kind]).values():
             assert list(line.get_xdata()) == list(range(0, 500, 10))
-            assert line.get_ydata()[3] == 1.5 ** (k % tasks) * 4
-            named = figure.legends[0].get_lines()[k % tasks]
-            assert (line.get_color(), line.get_linestyle()) == (named.get_color(), named.get_linestyle())
+    for kind in (BEFORE, AFTER):
+        assert {task: to_hex(band.get_facecolor()[0]).upper() for task, band in bands(figure.axes[kind]).items()} == first
+
+
+def test_raw_values_stand_faint_behind_a_smooth_line_and_a_quiet_curve_is_left_as_it_is(drawn):
+    figure = drawn(history(2, lambda task, step: 1 + step % 2))
+    for kind in (WEIGHTS, RATIOS, LOSSES):
+        axes = figure.axes[kind]
+        assert len(raw(axes)) == 2
+        assert all(line.get_alpha() < 0.3 for line in raw(axes))
+        for behind, line in zip(raw(axes), curves(axes).values(), strict=True):
+            assert list(behind.get_ydata()) == [1.0, 2.0] * 25
+            assert max(line.get_ydata()[3:-3]) - min(line.get_ydata()[3:-3]) < 0.3
+    figure = drawn(history(2, lambda task, step: 2.0 ** (step / 10)))
+    assert not raw(figure.axes[WEIGHTS])
+    assert list(curves(figure.axes[WEIGHTS])["task 0"].get_ydata()) == [2.0 ** (step / 10) for step in range(50)]
+
+
+def test_shares_sum_to_one_before_and_after(drawn):
+    points = {f"loss_weight/{task}": {0: weight, 1: weight} for task, weight in (("a", 4.0), ("b", 0.5))}
+    points |= {f"grad_norm/{task}": {0: norm, 1: norm} for task, norm in (("a", 1.0), ("b", 1.0))}
+    figure = drawn(History(points))
+    ends = {}
+    for kind in (1, 2):
+        ends[kind] = {task: band.get_paths()[0].vertices[:, 1] for task, band in bands(figure.axes[kind]).items()}
+        assert figure.axes[kind].get_ylim() == (0.0, 1.0)
+    assert (ends[1]["b"].min(), ends[1]["b"].max()) == pytest.approx((0, 2 / 2.25)), "norms 1/4 and 2 as they are"
+    assert (ends[1]["a"].min(), ends[1]["a"].max()) == pytest.approx((2 / 2.25, 1))
+    assert (ends[2]["b"].min(), ends[2]["b"].max()) == pytest.approx((0, 0.5)), "alike once weighted"
+
+
+def test_targets_are_drawn_where_they_differ(drawn):
+    alike = {f"target_norm/task {i}": dict.fromkeys(range(0, 500, 10), 2.0) for i in range(3)}
+    points = history(3)
+    everything = {f"{kind}/{task}": dict(zip(*c, strict=True)) for kind in KINDS for task, c in points.of(kind).items()}
+    for targets, dashed in (({}, 2), (alike, 0)):
+        figure = drawn(History(everything | targets))
+        lines = [line for line in figure.axes[AFTER].lines if line.get_linestyle() == "--"]
+        assert len(lines) == dashed
+        assert ("dashed" in figure.axes[AFTER].get_title(loc="left")) == bool(dashed)
+    figure = drawn(History(everything))
+    levels = sorted(line.get_ydata()[-1] for line in figure.axes[AFTER].lines if line.get_linestyle() == "--")
+    assert levels == pytest.approx([3 / 6, 5 / 6]), "the last task at the bottom"
 
 
 def test_of_very_many_tasks_those_at_the_ends_are_named_and_the_others_grey(drawn):
     figure = drawn(history(200, value=lambda task, step: 1 + (37 * task % 200) + step, steps=5))
-    named = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert named == [f"task {i}" for i in range(200) if not 30 <= 37 * i % 200 < 170] + ["140 others, between these"]
-    assert [len(curves(axes)) for axes in figure.axes] == [60, 120, 60, 60]
-    for axes in figure.axes:
-        (others,) = (drawn for drawn in axes.collections if len(drawn.get_segments()))
-        assert len(others.get_segments()) == 140
-        lowest, highest = axes.get_ylim()
+    named = {f"task {i}" for i in range(200) if not 30 <= 37 * i % 200 < 170}
+    assert names(figure.axes[WEIGHTS]).keys() == named
+    assert any("dark: the largest weights" in text.get_text() for text in figure.texts)
+    for kind in (WEIGHTS, RATIOS, LOSSES):
+        grey = {task for task, colour in colours(figure.axes[kind]).items() if colour == GREY}
+        assert len(grey) == 140
+        assert not grey & named
+        lowest, highest = figure.axes[kind].get_ylim()
         assert lowest < 1 and highest > 204, "all can be seen"
-    legend, panels, whole = boxes(figure)
-    assert not any(panel.overlaps(legend) for panel in panels)
-    assert legend.x1 <= whole.x1
+    assert set(bands(figure.axes[AFTER])) == named | {"140 others"}
 
 
 @pytest.mark.parametrize("tasks", [1, 3, 20, 60])
-def test_nothing_covers_anything(drawn, tasks):
-    long = "a name that nobody would want to read on a figure, of task {}".format
-    for name in ("{}".format, long):
-        figure = drawn(history(tasks, name=name), "GradNorm after 50 steps")
-        legend, panels, whole = boxes(figure)
-        assert whole.y0 <= legend.y0 and legend.x1 <= whole.x1
-        for i, panel in enumerate(panels):
-            assert whole.x0 <= panel.x0 and panel.width > 600, "pixels"
-            assert not any(panel.overlaps(other) for other in [legend, *panels[i + 1 :]])
-        assert len({text.get_text() for text in figure.legends[0].get_texts()}) == tasks
+@pytest.mark.parametrize("name", ["{}".format, "a name that nobody would want to read on a figure, of task {}".format])
+def test_nothing_covers_anything(drawn, tasks, name):
+    figure = drawn(history(tasks, value=lambda task, step: 5.0, name=name), "GradNorm after 50 steps")
+    renderer = figure.canvas.get_renderer()
+    panels = [axes.get_tightbbox(renderer) for axes in figure.axes]
+    whole = figure.bbox
+    for i, panel in enumerate(panels):
+        assert whole.x0 <= panel.x0 and panel.x1 <= whole.x1 + 1
+        assert whole.y0 <= panel.y0 and panel.y1 <= whole.y1
+        assert figure.axes[i].get_window_extent().width > 300, "pixels"
+        assert not any(panel.overlaps(other) for other in panels[i + 1 :])
+    for axes in figure.axes:
+        boxes = sorted((text.get_window_extent(renderer) for text in axes.texts), key=lambda box: box.y0)
+        middles = [(box.y0 + box.y1) / 2 for box in boxes]
+        sizes = {text.get_fontsize() for text in axes.texts}
+        assert all(above - below > 0.99 * min(sizes) / 72 * figure.dpi for below, above in itertools.pairwise(middles))
+    assert len(names(figure.axes[WEIGHTS])) == tasks
 
 
 @pytest.mark.parametrize(
@@ -111,49 +193,49 @@ def test_nothing_covers_anything(drawn, tasks):
 )
 def test_values_of_any_kind(drawn, value):
     figure = drawn(history(2, value))
-    lines = [line for axes in figure.axes for line in curves(axes)]
-    for line in lines:
-        task = next(k for k, named in enumerate(figure.legends[0].get_lines()) if named.get_color() == line.get_color())
-        assert list(line.get_ydata()) == pytest.approx([value(task, step) for step in range(50)], nan_ok=True)
-    positive = all(not value(task, step) <= 0 for task in range(2) for step in range(50))
-    assert all(axes.get_yscale() == "linear" for axes in figure.axes) or positive
+    finite = [value(task, step) for task in range(2) for step in range(50) if math.isfinite(value(task, step))]
+    for kind in (figure.axes[0], *figure.axes[-2:]):
+        lowest, highest = kind.get_ylim()
+        assert kind.get_yscale() == "linear" or min(finite) > 0
+        assert all(lowest <= one <= highest for one in finite)
+        assert names(kind).keys() == ({"task 0", "task 1"} if finite else set())
 
 
 def test_scales_are_logarithmic_where_values_differ_by_orders_of_magnitude(drawn):
-    for largest, scale in ((15.0, "linear"), (25.0, "log"), (1e6, "log")):
+    for largest, scale in ((4.0, "linear"), (6.0, "log"), (1e6, "log")):
         figure = drawn(history(2, lambda task, step, largest=largest: largest if task else 1.0))
-        assert {axes.get_yscale() for axes in figure.axes} == {scale}
+        assert {figure.axes[kind].get_yscale() for kind in (RATIOS, LOSSES)} == {scale}
+        assert figure.axes[WEIGHTS].get_yscale() == "log", "the weights' always is"
+    figure = drawn(history(2, lambda task, step: 1.0 + 0.001 * step))
+    lowest, highest = figure.axes[WEIGHTS].get_ylim()
+    assert highest / lowest == pytest.approx(4), "what hardly moves is seen to"
 
 
 def test_a_single_step_can_be_seen(drawn):
     figure = drawn(history(3, steps=1))
-    assert all(line.get_marker() == "o" for axes in figure.axes for line in curves(axes))
-    assert all(line.get_marker() == "None" for line in curves(drawn(history(3)).axes[0]))
+    for kind in (WEIGHTS, RATIOS, LOSSES):
+        assert all(line.get_marker() == "o" for line in curves(figure.axes[kind]).values())
+    assert all(line.get_marker() == "None" for line in curves(drawn(history(3)).axes[0]).values())
 
 
-def test_without_gradient_norms_their_panel_is_left_out(drawn):
-    figure = drawn(history(3, kinds=MEASURED))
-    assert [axes.get_title(loc="left") for axes in figure.axes if axes.axison] == [
-        "loss weights",
-        "loss ratios L(t) / L(0)",
-        "task losses, unweighted",
-    ]
-    assert len(drawn(history(3, kinds=("loss_weight",))).axes) == 2
+def test_without_gradient_norms_their_panels_are_left_out(drawn):
+    assert titles(drawn(history(3, kinds=MEASURED))) == [TITLES[WEIGHTS], TITLES[RATIOS], TITLES[LOSSES]]
+    assert titles(drawn(history(3, kinds=("loss_weight",)))) == [TITLES[WEIGHTS]]
 
 
 def test_tasks_that_differ_in_what_they_logged(drawn):
     points = {"loss_weight/a": {0: 1.0, 1: 2.0}, "loss_weight/b": {1: 1.0}, "task_loss/b": {1: 3.0}, "task_loss/gone": {0: 1.0}}
     figure = drawn(History(points))
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
-    assert [len(curves(axes)) for axes in figure.axes] == [2, 1]
+    assert names(figure.axes[0]).keys() == {"a", "b"}
+    assert [len(curves(axes)) for axes in figure.axes] == [2, 2]
+    assert colours(figure.axes[1]) == {"b": colours(figure.axes[0])["b"], "gone": GREY}
 
 
 @pytest.mark.parametrize("name", ["größe", "_u/_t", "$\\frac{", "$x$", "100 %", "two words"])
 def test_names_stand_as_they_are(drawn, name):
     figure = drawn(history(2, name=lambda i: name if i else "_"))
-    texts = figure.legends[0].get_texts()
-    assert [text.get_text() for text in texts] == ["_", name]
-    assert not any(text.get_parse_math() for text in texts)
+    assert names(figure.axes[0]).keys() == {"_", name}
+    assert not any(text.get_parse_math() for text in figure.axes[0].texts)
 
 
 def test_pyplot_is_left_alone(drawn):

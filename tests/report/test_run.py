@@ -57,8 +57,8 @@ def test_the_folder_gives_the_table_of_the_end_of_fit(tmp_path, logger, callback
     report, history = report_of(folder)
     assert fields(report.rows) == fields(callback.report.rows)
     assert len(report.rows) == 4
-    assert report.title == callback.report.title
-    assert "after 24 steps" in report.title
+    assert report.heading == callback.report.heading
+    assert "after 24 steps" in report.heading
     assert report.verdict == callback.report.verdict
     assert report.verdict in printed
     assert report.settings == callback.report.settings
@@ -76,7 +76,7 @@ def test_without_the_file_it_is_over_the_logged_steps(tmp_path, logger):
     folder = fit(tmp_path, callback, logger=LOGGERS[logger], steps=10)
     (folder / "loss_weights.yaml").unlink()
     report, _ = report_of(folder)
-    assert report.title.startswith("The run after the 10 logged steps (")
+    assert report.heading == "The run after the 10 logged steps"
     assert report.verdict.startswith("After the first 1 logged steps the weight of ")
     ours = {row.task: row for row in report.rows}
     theirs = {row.task: row for row in callback.report.rows}
@@ -111,7 +111,21 @@ def test_numbers_that_can_be_done_in_the_head(monkeypatch):
     assert (a.share_before, b.share_before) == (0.75, 0.25), "3 and 1, unweighted, as at the end of fit"
     assert (a.share_after, b.share_after) == (0.25, 0.75)
     assert (a.loss_ratio, b.loss_ratio) == (0.25, 1.0)
-    assert report.verdict.startswith("After the first 1 logged steps the weight of 'b' varied by 50% of its mean")
+    assert report.verdict == (
+        "After the first 1 logged steps the weight of 'b' moved by 50% of its mean: leave the balancing on. Whether fixed "
+        "weights do as well, a run with FixedWeights.from_file('loss_weights.yaml') says."
+    )
+    assert (a.way[0], a.way[-1], b.way[0]) == ("▆", "█", "▁"), "2 and 4 on a scale from 0.5 to 4"
+
+
+def test_steady_weights_are_told_what_to_do_with_them_and_weights_that_never_moved_nothing(monkeypatch):
+    report, _ = from_curves(monkeypatch, loss_weight={"a": [1.0] + [4.0, 4.1] * 10})
+    assert report.verdict.startswith(
+        "After the first 2 logged steps every weight stayed within 1% of its mean: fixed weights would do"
+    )
+    assert report.verdict.endswith("To train with them: LossBalancingCallback(FixedWeights.from_file('loss_weights.yaml')).")
+    still, _ = from_curves(monkeypatch, loss_weight={"a": [1.0] * 20})
+    assert still.verdict == ""
 
 
 def test_the_table_of_very_many_tasks_has_the_smallest_and_the_largest_weights(monkeypatch, capsys):
@@ -130,7 +144,7 @@ def test_a_run_that_diverged_or_measured_no_norms_has_a_report(monkeypatch):
     assert [rows["a"].final, rows["a"].mean, rows["a"].std] == pytest.approx([math.inf, math.nan, math.nan], nan_ok=True)
     assert math.isnan(rows["b"].mean)
     assert all(math.isnan(row.share_after) and math.isnan(row.loss_ratio) for row in rows.values())
-    assert report.verdict == "From the first step on every weight stayed within 0% of its mean: fixed weights would do."
+    assert report.verdict == "", "no weight moved that is known"
     assert all(f"\n{task} " in str(report) for task in "abcd")
 
 

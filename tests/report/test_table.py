@@ -1,6 +1,7 @@
 """The table at the end of fit, drawn by rich and as plain text."""
 
 import importlib.util
+import io
 import math
 import re
 
@@ -10,8 +11,8 @@ from lightning_gradnorm.report.table import COLUMNS, cells, plain_table, print_t
 from lightning_gradnorm.report.task_summary import TaskSummary
 
 NAN = math.nan
-DEPTH = TaskSummary("depth", 1.0, 0.75, 0.1, 0.5, 0.25, 0.5, 0.125)
-ROWS = [DEPTH, TaskSummary("größe/温度 4", 1.0, 1.25, 0.1, 1.5, NAN, NAN, 0.5)]
+DEPTH = TaskSummary("depth", 1.0, 0.75, 0.1, 0.5, 0.25, 0.5, 0.125, way="▄▃▂▁")
+ROWS = [DEPTH, TaskSummary("größe/温度 4", 1.0, 1.25, 0.1, 1.5, NAN, NAN, 0.5, way="▄▅▆▇")]
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def without_rich(monkeypatch):
 
 
 def test_the_cells_of_a_row():
-    assert cells(DEPTH) == ("depth", "1", "0.75", "0.5", "25.0 %", "50.0 %", "0.125")
+    assert cells(DEPTH) == ("depth", "1 → 0.5", "▄▃▂▁", "25.0 % → 50.0 %", "0.125")
     assert len(cells(DEPTH)) == len(COLUMNS)
 
 
@@ -51,7 +52,8 @@ def test_the_cells_of_a_row():
 )
 def test_numbers_of_any_size_take_little_room(value, text):
     row = TaskSummary("a", value, value, 0.0, value, 0.5, 0.5, value)
-    assert [cells(row)[i] for i in (1, 2, 3, 6)] == [text] * 4
+    assert cells(row)[1] == f"{text} → {text}"
+    assert cells(row)[4] == text
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,32 @@ def test_numbers_of_any_size_take_little_room(value, text):
 )
 def test_shares_are_percentages(value, text):
     row = TaskSummary("a", 1.0, 1.0, 0.0, 1.0, value, value, 1.0)
-    assert cells(row)[4:6] == (text, text)
+    assert cells(row)[3] == (f"{text} → {text}" if value == value else "–")
+
+
+def test_what_is_known_of_no_task_has_no_column():
+    unmeasured = [TaskSummary(task, 1.0, 1.0, 0.0, 2.0, NAN, NAN, 0.5) for task in "ab"]
+    header = plain_table(unmeasured, "DWA, 7 steps").splitlines()[1]
+    assert re.split(r"  +", header) == ["task", "weight", "loss ratio"]
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "rich"])
+def test_a_console_of_ascii_has_the_same_table_in_its_letters(monkeypatch, plain, request):
+    if plain:
+        request.getfixturevalue("without_rich")
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    print_table([DEPTH], "GradNorm, 7 steps")
+    last = written.getvalue().decode("ascii").splitlines()[-1]
+    assert re.split(r"  +", last) == ["depth", "1 > 0.5", ":-._", "25.0 % > 50.0 %", "0.125"]
+
+
+def test_rich_shows_each_task_in_its_colour(capsys, width, monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    print_table([DEPTH], "GradNorm, 7 steps", {"depth": "#0072B2"})
+    assert capsys.readouterr().out.count("\x1b[38;2;0;114;178m") == 2, "name and way"
 
 
 def test_the_plain_table_is_aligned():
@@ -107,7 +134,7 @@ def test_a_name_is_printed_as_it_is(capsys, width, task):
 def test_on_a_narrow_console_no_digit_is_lost(capsys, width, task):
     """Where nothing says how wide the output is, as in a job's log, rich takes 80 columns; a name may be cut, no number."""
     width(80)
-    row = TaskSummary(task, 1.0, 1.235e-08, 0.0, 1.235e08, 0.25, 0.0009, 1.235e-08)
+    row = TaskSummary(task, 1.0, 1.235e-08, 0.0, 1.235e08, 0.25, 0.0009, 1.235e-08, way="▁▂▃▄▅▆▇███")
     line = next(line for line in printed(capsys, [row]).splitlines() if "25.0 %" in line)
     assert [cell.strip() for cell in re.split("[│|┃]", line)[2:-1]] == list(cells(row)[1:])
 

@@ -83,7 +83,12 @@ def test_a_task_may_be_named_like_a_quantity(tasks):
 def test_what_the_event_file_holds(tmp_path):
     """Written as the callback does, and read back as TensorBoard does."""
     with SummaryWriter(tmp_path) as writer:
-        writer.add_custom_scalars(custom_scalars_layout())
+        writer.add_custom_scalars(
+            custom_scalars_layout(
+                [f"{tag}/a" for tag in ("loss_weight", "grad_norm", "loss_ratio", "task_loss", "grad_cosine")]
+                + ["total_loss/weighted"]
+            )
+        )
         for tag, value in all_tags().items():
             writer.add_scalar(tag, value, 1)
     events = EventAccumulator(str(tmp_path))

@@ -1,0 +1,99 @@
+"""TensorBoard's HParams page: method, settings and the held-out metrics of every run, so that its table sorts."""
+
+import warnings
+
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
+
+from lightning_gradnorm import EqualWeights, GradNorm, LossBalancingCallback, UncertaintyWeighting
+from lightning_gradnorm.report.run import report_of
+from tests.helpers import TrunkAndHeads, batches, quiet_trainer
+
+
+class Validated(TrunkAndHeads):
+    """Logs a metric in validation, and one in training."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("speed", 3.0)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("accuracy", 0.5 + 0.1 * self.current_epoch)
+
+
+def page_of(logger):
+    """Columns of hyperparameters, of metrics, and the run's own values."""
+    content = EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams")
+    experiment = metadata.parse_experiment_plugin_data(content[metadata.EXPERIMENT_TAG])
+    values = metadata.parse_session_start_info_plugin_data(content[metadata.SESSION_START_INFO_TAG]).hparams
+    plain = {name: getattr(value, value.WhichOneof("kind")) for name, value in values.items()}
+    return [column.name for column in experiment.hparam_infos], [m.name.tag for m in experiment.metric_infos], plain
+
+
+def fit(folder, balancer, *, module=Validated, error=None, **settings):
+    logger = TensorBoardLogger(folder, default_hp_metric=settings.pop("default_hp_metric", True))
+    callback = LossBalancingCallback(balancer, summary=settings.pop("summary", False))
+    trainer = quiet_trainer(folder, callbacks=[callback], logger=logger, num_sanity_val_steps=1, **settings)
+    validation = batches(1) if module is Validated else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Checkpoint directory")
+        trainer.fit(module(), batches(3), validation)
+    return logger
+
+
+@pytest.mark.parametrize(
+    ("balancer", "settings"),
+    [
+        (lambda: GradNorm(), "default"),
+        (lambda: GradNorm(0.5, min_weight=0.1), "alpha=0.5, min_weight=0.1"),
+        (lambda: UncertaintyWeighting(lr=0.1), "lr=0.1"),
+        (lambda: EqualWeights(), "default"),
+    ],
+)
+def test_the_page_has_method_settings_and_held_out_metrics(tmp_path, balancer, settings):
+    columns, metrics, values = page_of(fit(tmp_path, balancer(), max_epochs=2))
+    assert metrics == ["accuracy"]
+    assert values["loss_balancing/method"] == type(balancer()).__name__
+    assert values["loss_balancing/settings"] == settings
+    assert {"loss_balancing/method", "loss_balancing/settings"} <= set(columns), "whichever run the page takes its columns from"
+    assert len(columns) == 2 + (0 if settings == "default" else settings.count("="))
+
+
+def test_the_metrics_value_is_that_of_the_last_validation(tmp_path):
+    logger = fit(tmp_path, GradNorm(), max_epochs=3)
+    scalars = EventAccumulator(logger.log_dir).Reload().Scalars("accuracy")
+    assert scalars[-1].value == pytest.approx(0.7)
+    assert len({event.step for event in scalars}) == 3, "what the page is told stands where the metric is logged"
+
+
+def test_the_report_has_the_held_out_metrics_too(tmp_path):
+    logger = fit(tmp_path, GradNorm(), max_epochs=2, summary=True)
+    report, _ = report_of(logger.log_dir)
+    assert report.held_out == {"accuracy": pytest.approx(0.6)}
+
+
+def test_without_a_validation_the_page_is_there_from_the_start(tmp_path):
+    columns, metrics, _ = page_of(fit(tmp_path, GradNorm(), module=TrunkAndHeads))
+    assert metrics == ["hp_metric"]
+    assert "loss_balancing/method" in columns
+
+
+def test_a_fit_that_ends_before_its_first_validation_is_on_the_page(tmp_path):
+    class Breaks(Validated):
+        def on_train_epoch_start(self):
+            raise OSError("boom")
+
+    logger = TensorBoardLogger(tmp_path)
+    callback = LossBalancingCallback(GradNorm(), summary=False)
+    with pytest.raises(OSError, match="boom"):
+        quiet_trainer(tmp_path, callbacks=[callback], logger=logger).fit(Breaks(), batches(3), batches(1))
+    assert page_of(logger)[1] == ["hp_metric"]
+
+
+def test_a_logger_that_is_to_have_no_such_page_has_none(tmp_path):
+    logger = fit(tmp_path, GradNorm(), default_hp_metric=False)
+    assert EventAccumulator(logger.log_dir).Reload().Tags().get("hparams", []) == []
+    with pytest.raises(KeyError):
+        EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams")

@@ -108,7 +108,7 @@ KNOW_LIGHTNING = {"callbacks", "cli"}
 # What else a room may stand on, beside torch and the standard library.
 THIRD_PARTY = {
     "balancers": {"numpy"},
-    "report": {"rich", "matplotlib", "tensorboard"},
+    "report": {"rich", "matplotlib", "tensorboard", "yaml"},
     "weights_file": {"yaml"},
     "term_weight": {"yaml"},
     "folders": {"fsspec"},

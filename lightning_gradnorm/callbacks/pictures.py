@@ -22,6 +22,10 @@ class Pictures:
     Args:
         enabled: whether any is drawn while training.
         clock: seconds, of which differences count.
+
+    Attributes:
+        count: pictures that were drawn in this fit, before its end.
+        spent: seconds that they took.
     """
 
     def __init__(self, enabled: bool, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -32,7 +36,8 @@ class Pictures:
 
     def start(self) -> None:
         """A fit begins."""
-        self._began, self._last, self._spent, self._needed = self._clock(), 0.0, 0.0, 0.0
+        self._began, self._last, self._needed = self._clock(), 0.0, 0.0
+        self.count, self.spent = 0, 0.0
         self._refused.clear()
 
     def is_due(self, trainer: Trainer) -> bool:
@@ -41,7 +46,7 @@ class Pictures:
             return False
         elapsed = self._clock() - self._began
         needs = self._needed or (_FIRST if "matplotlib.figure" in sys.modules else _COLD)
-        if elapsed * _SHARE < self._spent + needs or elapsed < _GROWTH * self._last:
+        if elapsed * _SHARE < self.spent + needs or elapsed < _GROWTH * self._last:
             return False
         return can_draw() and self.has_takers(trainer)
 
@@ -57,7 +62,7 @@ class Pictures:
             self.send(trainer, picture)
         now = self._clock()
         self._last, self._needed = now - self._began, now - before
-        self._spent += self._needed
+        self.count, self.spent = self.count + 1, self.spent + self._needed
 
     def send(self, trainer: Trainer, picture: Picture) -> None:
         """To every logger that takes images; one that fails to is asked no more."""

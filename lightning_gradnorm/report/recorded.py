@@ -82,7 +82,7 @@ def _read(name: str, place: str | Path) -> RecordedRun:
     hyperparameters = _hyperparameters(folder)
     method = str(hyperparameters.pop(f"{_OURS}method", "") or written.get("method", ""))
     settings = {f"{_OURS}{key}": value for key, value in _flat(written.get("settings") or {}).items()} | hyperparameters
-    held_out = {**history.held_out, **(written.get("held_out") or {})}
+    held_out = dict(sorted({**history.held_out, **(written.get("held_out") or {})}.items()))
     return RecordedRun(name, method or _label(name), settings, history, held_out)
 
 

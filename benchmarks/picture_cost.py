@@ -67,10 +67,10 @@ def main() -> None:
         size = sum(path.stat().st_size for path in Path(logger.log_dir).glob("events*"))
     pictures = callback._reporting.pictures
     each = pictures.spent / pictures.count if pictures.count else 0.0
-    print(
-        f"{args.steps} steps of {args.milliseconds:g} ms, {args.tasks} tasks, {elapsed:.0f} s: {pictures.count} pictures before "
-        f"the end, {1000 * each:.0f} ms each, {pictures.spent / elapsed:.2%} of the fit; event file {size / 2**20:.1f} MiB"
-    )
+    print(f"{args.steps} steps of {args.milliseconds:g} ms, {args.tasks} tasks: {elapsed:.0f} s")
+    share, megabytes = pictures.spent / elapsed, size / 2**20
+    print(f"{pictures.count} pictures before the end, {1000 * each:.0f} ms each: {share:.2%} of the fit")
+    print(f"The event file is of {megabytes:.1f} MiB")
 
 
 if __name__ == "__main__":

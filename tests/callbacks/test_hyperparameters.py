@@ -2,12 +2,16 @@
 
 import warnings
 
+import lightning as L
 import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
-from lightning_gradnorm import EqualWeights, GradNorm, LossBalancingCallback, UncertaintyWeighting
+from lightning_gradnorm import EqualWeights, GradNorm, GradNormCallback, LossBalancingCallback, UncertaintyWeighting
 from lightning_gradnorm.report.run import report_of
 from tests.helpers import TrunkAndHeads, batches, quiet_trainer
 
@@ -97,3 +101,70 @@ def test_a_logger_that_is_to_have_no_such_page_has_none(tmp_path):
     assert EventAccumulator(logger.log_dir).Reload().Tags().get("hparams", []) == []
     with pytest.raises(KeyError):
         EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams")
+
+
+# -- beside the module's own -------------------------------------------------------------------------------------------
+
+
+class WithHyperparameters(TrunkAndHeads):
+    def __init__(self, width=3):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize("module", [TrunkAndHeads, WithHyperparameters])
+def test_method_and_settings_stand_among_the_runs_hyperparameters(tmp_path, module):
+    logger = TensorBoardLogger(tmp_path)
+    callback = GradNormCallback(alpha=0.7, priorities={"odd": 2.0}, summary=False)
+    keeping = ModelCheckpoint(tmp_path, filename="last")
+    model = module()
+    trainer = quiet_trainer(tmp_path, callbacks=[callback, keeping], logger=logger, enable_checkpointing=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Checkpoint directory")
+        trainer.fit(model, batches(3))
+    written = yaml.safe_load((tmp_path / "lightning_logs" / "version_0" / "hparams.yaml").read_text())
+    assert written["loss_balancing/method"] == "GradNorm"
+    assert written["loss_balancing/alpha"] == 0.7
+    assert written["loss_balancing/priorities/odd"] == 2.0
+    assert written["loss_balancing/settings"] == "alpha=0.7, priorities={'odd': 2.0}"
+    assert written["loss_balancing/update"] == "average", "what is as usual stands in this file"
+    own = {"width": 3} if module is WithHyperparameters else {}
+    assert own.items() <= written.items()
+    plugins = EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams")
+    page = b"".join(plugins.values())
+    assert b"loss_balancing/alpha" in page
+    assert b"loss_balancing/update" not in page, "and not on the page"
+    # The module's own hyperparameters, and its checkpoints, are as they were.
+    assert dict(model.hparams) == own
+    assert dict(model.hparams_initial) == own
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint.get("hyper_parameters", {}) == own
+
+
+def test_the_data_modules_hyperparameters_stand_there_too(tmp_path):
+    class Data(L.LightningDataModule):
+        def __init__(self, rows=24):
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self):
+            return batches(3)
+
+    logger, model = TensorBoardLogger(tmp_path), WithHyperparameters()
+    quiet_trainer(tmp_path, callbacks=[GradNormCallback(summary=False)], logger=logger).fit(model, datamodule=Data())
+    page = b"".join(EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams").values())
+    assert all(name in page for name in (b"loss_balancing/method", b"width", b"rows"))
+
+
+def test_an_error_before_training_leaves_the_modules_hyperparameters_alone(tmp_path):
+    class Breaks(L.Callback):
+        def on_sanity_check_start(self, *args):
+            raise OSError("no disk")
+
+    model = WithHyperparameters()
+    model.validation_step = lambda batch, batch_idx: None
+    callbacks = [Breaks(), GradNormCallback(summary=False)]
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks, num_sanity_val_steps=1)
+    with pytest.raises(OSError, match="no disk"):
+        trainer.fit(model, batches(3), batches(3))
+    assert dict(model.hparams_initial) == {"width": 3}

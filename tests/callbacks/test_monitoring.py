@@ -4,13 +4,9 @@ import random
 import re
 import warnings
 
-import lightning as L
 import pytest
 import torch
-import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gradnorm import (
     DynamicWeightAverage,
@@ -66,73 +62,6 @@ def test_a_frozen_balancer_goes_on_from_where_it_was(tmp_path):
 def test_a_mode_that_is_none():
     with pytest.raises(ValueError, match="mode is one of 'balance', 'monitor'; got 'watch'"):
         GradNormCallback(mode="watch")
-
-
-# -- hyperparameters -------------------------------------------------------------------------------------------------
-
-
-class WithHyperparameters(TrunkAndHeads):
-    def __init__(self, width=3):
-        super().__init__()
-        self.save_hyperparameters()
-
-
-@pytest.mark.parametrize("module", [TrunkAndHeads, WithHyperparameters])
-def test_method_and_settings_stand_among_the_runs_hyperparameters(tmp_path, module):
-    logger = TensorBoardLogger(tmp_path)
-    callback = GradNormCallback(alpha=0.7, priorities={"odd": 2.0}, summary=False)
-    keeping = ModelCheckpoint(tmp_path, filename="last")
-    model = module()
-    trainer = quiet_trainer(tmp_path, callbacks=[callback, keeping], logger=logger, enable_checkpointing=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Checkpoint directory")
-        trainer.fit(model, batches(3))
-    written = yaml.safe_load((tmp_path / "lightning_logs" / "version_0" / "hparams.yaml").read_text())
-    assert written["loss_balancing/method"] == "GradNorm"
-    assert written["loss_balancing/alpha"] == 0.7
-    assert written["loss_balancing/priorities/odd"] == 2.0
-    assert written["loss_balancing/settings"] == "alpha=0.7, priorities={'odd': 2.0}"
-    assert written["loss_balancing/update"] == "average", "what is as usual stands in this file"
-    own = {"width": 3} if module is WithHyperparameters else {}
-    assert own.items() <= written.items()
-    plugins = EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams")
-    page = b"".join(plugins.values())
-    assert b"loss_balancing/alpha" in page
-    assert b"loss_balancing/update" not in page, "and not on the page"
-    # The module's own hyperparameters, and its checkpoints, are as they were.
-    assert dict(model.hparams) == own
-    assert dict(model.hparams_initial) == own
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert checkpoint.get("hyper_parameters", {}) == own
-
-
-def test_the_data_modules_hyperparameters_stand_there_too(tmp_path):
-    class Data(L.LightningDataModule):
-        def __init__(self, rows=24):
-            super().__init__()
-            self.save_hyperparameters()
-
-        def train_dataloader(self):
-            return batches(3)
-
-    logger, model = TensorBoardLogger(tmp_path), WithHyperparameters()
-    quiet_trainer(tmp_path, callbacks=[GradNormCallback(summary=False)], logger=logger).fit(model, datamodule=Data())
-    page = b"".join(EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams").values())
-    assert all(name in page for name in (b"loss_balancing/method", b"width", b"rows"))
-
-
-def test_an_error_before_training_leaves_the_modules_hyperparameters_alone(tmp_path):
-    class Breaks(L.Callback):
-        def on_sanity_check_start(self, *args):
-            raise OSError("no disk")
-
-    model = WithHyperparameters()
-    model.validation_step = lambda batch, batch_idx: None
-    callbacks = [Breaks(), GradNormCallback(summary=False)]
-    trainer = quiet_trainer(tmp_path, callbacks=callbacks, num_sanity_val_steps=1)
-    with pytest.raises(OSError, match="no disk"):
-        trainer.fit(model, batches(3), batches(3))
-    assert dict(model.hparams_initial) == {"width": 3}
 
 
 # -- what is told ----------------------------------------------------------------------------------------------------

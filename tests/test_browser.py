@@ -40,7 +40,10 @@ return found;
 PICTURES = """
 const inside = (node, out) => {
   if (node.shadowRoot) inside(node.shadowRoot, out);
-  for (const child of node.children || []) { if (child.tagName === "IMG" && child.naturalWidth) out.push(child); inside(child, out); }
+  for (const child of node.children || []) {
+    if (child.tagName === "IMG" && child.naturalWidth) out.push(child);
+    inside(child, out);
+  }
   return out;
 };
 return inside(document.body, []).map(n => [n.naturalWidth, n.naturalHeight]).filter(size => size[0] > 300);

@@ -18,20 +18,22 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-# Presses the button for a logarithmic axis of every chart with one of these headings; TensorBoard's elements keep theirs in
-# shadow trees. Gives how many it pressed.
-PRESS = """
+# The elements of a kind, also in shadow trees, which is where TensorBoard's keep theirs.
+INSIDE = """
 const inside = (node, wanted, out) => {
   if (node.shadowRoot) inside(node.shadowRoot, wanted, out);
   for (const child of node.children || []) { if (wanted(child)) out.push(child); inside(child, wanted, out); }
   return out;
 };
+"""
+# Presses the button for a logarithmic axis of every chart with one of these headings; gives how many it pressed.
+PRESS = f"""{INSIDE}
 let pressed = 0;
-for (const card of inside(document.body, n => n.tagName === "TF-CUSTOM-SCALAR-MULTI-LINE-CHART-CARD", [])) {
+for (const card of inside(document.body, n => n.tagName === "TF-CUSTOM-SCALAR-MULTI-LINE-CHART-CARD", [])) {{
   const heading = inside(card, n => n.tagName === "TF-CARD-HEADING", [])[0];
   const button = inside(card, n => (n.title || "").includes("log scale"), [])[0];
-  if (button && arguments[0].includes(heading.displayName)) { button.click(); pressed += 1; }
-}
+  if (button && arguments[0].includes(heading.displayName)) {{ button.click(); pressed += 1; }}
+}}
 return pressed;
 """
 

@@ -148,7 +148,7 @@ def _run(
 ) -> Run:
     torch.manual_seed(seed)
     module, *loaders = make()
-    balancing = LossBalancingCallback(balancer, summary=False)
+    balancing = LossBalancingCallback(balancer, summary=False, pictures=False)
     times = StepTimes()
     fit = trainer(callbacks=[balancing, times], logger=False)
     fit.fit(module, *loaders)

@@ -19,14 +19,11 @@ CHARTS = {
     "gradient cosines": 3,
     "total loss": 2,
 }
-# Heading, matching tags and drawn lines of every chart: TensorBoard's elements keep theirs in shadow trees.
-LOOK = """
+# Heading, matching tags and drawn lines of every chart.
+LOOK = (
+    shots.INSIDE
+    + """
 const found = [];
-const inside = (node, wanted, out) => {
-  if (node.shadowRoot) inside(node.shadowRoot, wanted, out);
-  for (const child of node.children || []) { if (wanted(child)) out.push(child); inside(child, wanted, out); }
-  return out;
-};
 for (const card of inside(document.body, n => n.tagName === "TF-CUSTOM-SCALAR-MULTI-LINE-CHART-CARD", [])) {
   const heading = inside(card, n => n.tagName === "TF-CARD-HEADING", [])[0];
   const lines = inside(card, n => n.tagName === "path" && (n.getAttribute("d") || "").split("L").length > 3
@@ -35,19 +32,14 @@ for (const card of inside(document.body, n => n.tagName === "TF-CUSTOM-SCALAR-MU
 }
 return found;
 """
-
+)
 # Width and height of every picture that has come.
-PICTURES = """
-const inside = (node, out) => {
-  if (node.shadowRoot) inside(node.shadowRoot, out);
-  for (const child of node.children || []) {
-    if (child.tagName === "IMG" && child.naturalWidth) out.push(child);
-    inside(child, out);
-  }
-  return out;
-};
-return inside(document.body, []).map(n => [n.naturalWidth, n.naturalHeight]).filter(size => size[0] > 300);
+PICTURES = (
+    shots.INSIDE
+    + """
+return inside(document.body, n => n.tagName === "IMG" && n.naturalWidth > 300, []).map(n => [n.naturalWidth, n.naturalHeight]);
 """
+)
 
 pytestmark = [
     pytest.mark.slow,

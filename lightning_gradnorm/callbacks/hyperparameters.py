@@ -22,7 +22,13 @@ class Hyperparameters:
     """
 
     def __init__(self) -> None:
-        self.held_out: dict[str, float] = {}
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"held_out": dict(self.held_out)}  # loggers and the module's hyperparameters are of a fit under way
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.held_out: dict[str, float] = state.get("held_out", {})
         """Held-out metric → its value in the last validation."""
         self._all: dict[str, Any] = {}
         self._on_page: dict[str, Any] = {}

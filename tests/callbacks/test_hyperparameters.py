@@ -1,5 +1,6 @@
 """TensorBoard's HParams page: method, settings and the held-out metrics of every run, so that its table sorts."""
 
+import pickle
 import warnings
 
 import lightning as L
@@ -168,3 +169,23 @@ def test_an_error_before_training_leaves_the_modules_hyperparameters_alone(tmp_p
     with pytest.raises(OSError, match="no disk"):
         trainer.fit(model, batches(3), batches(3))
     assert dict(model.hparams_initial) == {"width": 3}
+
+
+def test_a_copy_made_before_the_first_validation_has_no_part_of_the_fit(tmp_path):
+    class Copies(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.kept = pickle.loads(pickle.dumps(balancing))
+
+    class Unpicklable(Validated):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"activation": lambda x: x}, logger=True)
+
+    balancing, copies = LossBalancingCallback(GradNorm(), summary=False), Copies()
+    logger = TensorBoardLogger(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = quiet_trainer(tmp_path, callbacks=[balancing, copies], logger=logger)
+        trainer.fit(Unpicklable(), batches(3), batches(1))
+    assert copies.kept.report.held_out == {}
+    assert balancing.report.held_out == {"accuracy": 0.5}

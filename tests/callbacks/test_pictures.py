@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import types
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -81,6 +82,15 @@ def test_pictures_take_less_than_half_a_percent_and_grow_rare(tmp_path, seconds,
 
 def test_a_short_fit_has_none_before_its_end(tmp_path):
     assert drawn_at(quiet_trainer(tmp_path, logger=Taking()), 50, 0.3) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_process_draws(rank):
+    clock = Clock()
+    shown = Pictures(True, clock)
+    trainer = types.SimpleNamespace(is_global_zero=rank == 0, loggers=[Taking()], fast_dev_run=False)
+    clock.now += 1e6
+    assert shown.is_due(trainer) == (rank == 0)
 
 
 # -- who ---------------------------------------------------------------------------------------------------------------

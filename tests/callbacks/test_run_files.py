@@ -123,7 +123,7 @@ def test_each_run_has_its_files_in_its_own_folder(tmp_path, kind):
             assert bool(history.tasks) == (kind in ("csv", "tensorboard"))
             assert kind in ("csv", "tensorboard") or "No curves, so no figure" in history.notes[0]
     assert folders[0] != folders[1]
-    assert len(list(tmp_path.rglob("loss_weights.yaml"))) == len(list(tmp_path.rglob("*.png"))) == 2
+    assert len(list(tmp_path.rglob("loss_weights.yaml"))) == len(list(tmp_path.rglob("loss_balancing.png"))) == 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -80,3 +80,14 @@ def plain_keys(of_tasks: Mapping[Any, V] | HasItems[V]) -> dict[str, V]:
         TypeError: if a name is not a string.
     """
     return {plain_name(task): value for task, value in of_tasks.items()}
+
+
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """As loggers take them: nested ones with a slash, ``priorities/depth``; what is no number, word or truth value as text."""
+    flat: dict[str, str | int | float | bool] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{key}": inner for key, inner in flat_settings(value).items()}
+        else:
+            flat[name] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flat

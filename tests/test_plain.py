@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gradnorm.plain import plain_keys, plain_name, plain_names, plain_number
+from lightning_gradnorm.plain import flat_settings, plain_keys, plain_name, plain_names, plain_number
 
 
 class Task(str, enum.Enum):
@@ -126,3 +126,15 @@ class Series:
 def test_keys_become_plain(form):
     keys = plain_keys(form({np.str_("a"): 1, Task.DEPTH: 2}))
     assert keys == {"a": 1, "depth": 2} and {type(key) for key in keys} == {str}
+
+
+def test_settings_as_loggers_take_them():
+    settings = {"alpha": 0.5, "update": "paper", "lr": None, "residuals": ["pde"], "priorities": {"a": 2.0, "b": {"c": True}}}
+    assert flat_settings(settings) == {
+        "alpha": 0.5,
+        "update": "paper",
+        "lr": "None",
+        "residuals": "['pde']",
+        "priorities/a": 2.0,
+        "priorities/b/c": True,
+    }

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, rank_zero_info, setting_of
+from lightning_gradnorm.plain import flat_settings
 from lightning_gradnorm.weights_file import FILE_NAME
 
 _GROUP = "loss_balancing"
@@ -45,8 +46,8 @@ class Hyperparameters:
         own = {name: value for owner in owners for name, value in owner.hparams_initial.items() if name != "_class_path"}
         told = _unusual(balancer)
         ours = {"method": balancer.state_name, "settings": ", ".join(f"{k}={v}" for k, v in told.items()) or "default"}
-        self._on_page = own | {f"{_GROUP}/{name}": value for name, value in (*ours.items(), *_flat(told))}
-        self._all = self._on_page | {f"{_GROUP}/{name}": value for name, value in _flat(balancer.settings())}
+        self._on_page = own | {f"{_GROUP}/{name}": value for name, value in (*ours.items(), *flat_settings(told).items())}
+        self._all = self._on_page | {f"{_GROUP}/{name}": value for name, value in flat_settings(balancer.settings()).items()}
         self.held_out, self._waiting = {}, []
         loggers: list[Any] = trainer.loggers
         for logger in loggers:
@@ -105,14 +106,3 @@ def _unusual(balancer: LossBalancer) -> dict[str, Any]:
     except (TypeError, ValueError):
         usual = {}
     return {name: value for name, value in balancer.settings().items() if name not in usual or usual[name] != value}
-
-
-def _flat(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Plain values, with what is nested spelled out: ``priorities/depth``."""
-    flat: list[tuple[str, Any]] = []
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat += [(f"{name}/{key}", inner) for key, inner in _flat(value)]
-        else:
-            flat.append((name, value if isinstance(value, str | int | float | bool) else str(value)))
-    return flat

@@ -1,13 +1,14 @@
 """Runs as their log folders tell of them: which method, which settings, what came of it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from lightning_gradnorm.folders import Folder
+from lightning_gradnorm.plain import flat_settings
 from lightning_gradnorm.report.history import LOGS, History, read_history
 from lightning_gradnorm.weights_file import FILE_NAME, read_file
 
@@ -81,7 +82,7 @@ def _read(name: str, place: str | Path) -> RecordedRun:
         history = History({})
     hyperparameters = _hyperparameters(folder)
     method = str(hyperparameters.pop(f"{_OURS}method", "") or written.get("method", ""))
-    settings = {f"{_OURS}{key}": value for key, value in _flat(written.get("settings") or {}).items()} | hyperparameters
+    settings = {f"{_OURS}{key}": value for key, value in flat_settings(written.get("settings") or {}).items()} | hyperparameters
     held_out = dict(sorted({**history.held_out, **(written.get("held_out") or {})}.items()))
     return RecordedRun(name, method or _label(name), settings, history, held_out)
 
@@ -95,17 +96,6 @@ def _hyperparameters(folder: Folder) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError):  # objects of the user's own
         return {}
     return {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As the loggers have them: what is nested with a slash, what is no number, word or truth value as text."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}/{key}": inner for key, inner in _flat(value).items()}
-        else:
-            flat[name] = value if isinstance(value, str | int | float | bool) else str(value)
-    return flat
 
 
 def _label(name: str) -> str:

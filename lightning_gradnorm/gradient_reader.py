@@ -123,9 +123,15 @@ class GradientReader(ABC):
     def discard(self) -> None:
         """Let go of the graph, and of all that was read."""
 
-    def measurement(self) -> Measurement:
-        """The losses and unweighted gradient norms as a balancer's ``update`` takes them, once ``root.backward()`` has run."""
-        return Measurement(self.tasks, stack_scalars(self._losses), self.gradients().norms())
+    def measurement(self, *, gramian: bool = False) -> Measurement:
+        """The losses and unweighted gradient norms as a balancer's ``update`` takes them, once ``root.backward()`` has run.
+
+        Args:
+            gramian: whether the gradients' inner products are wanted too; they need ``keep=True``.
+        """
+        gradients = self.gradients()
+        inner = gradients.gramian() if gramian else None
+        return Measurement(self.tasks, stack_scalars(self._losses), gradients.norms(), gramian=inner)
 
 
 def check_reached(graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:

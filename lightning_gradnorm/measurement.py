@@ -20,6 +20,7 @@ class Measurement(NamedTuple):
         kpis: each task's key performance indicator (an accuracy, say), shape ``[T]``, or ``None``.
         ntk_traces: the mean of ‖∇_W r‖² over the points of the task, whose loss is the mean of r², shape ``[T]``, or ``None``:
             the trace of its tangent kernel over the number of points.
+        gramian: ⟨∇_W L_i, ∇_W L_j⟩, the inner products of the unweighted losses' gradients on W, shape ``[T, T]``, or ``None``.
     """
 
     tasks: tuple[str, ...]
@@ -29,6 +30,7 @@ class Measurement(NamedTuple):
     gradient_means: Tensor | None = None
     kpis: Tensor | None = None
     ntk_traces: Tensor | None = None
+    gramian: Tensor | None = None
 
     def only(self, positions: Sequence[int]) -> "Measurement":
         """Of the tasks at these positions, as if the others were absent.
@@ -38,12 +40,14 @@ class Measurement(NamedTuple):
         """
         index = torch.tensor(positions, device=self.losses.device)
         others = {name: vector[index] for name, vector in self._asdict().items() if isinstance(vector, Tensor)}
+        if self.gramian is not None:
+            others["gramian"] = self.gramian[index][:, index]
         return self._replace(tasks=tuple(self.tasks[position] for position in positions), **others)
 
 
 def is_of_gradients(field: str) -> bool:
     """Whether a field of a measurement is of the tasks' gradients on the shared layer, and 0 for a task that has none."""
-    return field.startswith(("gradient_", "ntk_"))
+    return field == "gramian" or field.startswith(("gradient_", "ntk_"))
 
 
 def reading_is_free(tensor: Tensor) -> bool:

@@ -60,15 +60,25 @@ class TaskGradients:
         signs = self.cotangents.sign()
         if not self.factors:
             return cosines(self._rows(self.gradients, self.parameters)) * torch.outer(signs, signs)
+        inner = self._inner()
+        norms = inner.diagonal().clamp_min(0).sqrt()
+        return inner / torch.outer(norms, norms) * torch.outer(signs, signs)
+
+    def gramian(self) -> Tensor:
+        """⟨∇_W L_i, ∇_W L_j⟩ of the unweighted losses, ``[T, T]``, as wide as the device allows."""
+        self._check_kept()
+        inner = self._inner() if self.factors else gramian_of(self._rows(self.gradients, self.parameters))
+        return inner / torch.outer(self.cotangents, self.cotangents)
+
+    def _inner(self) -> Tensor:
+        """⟨c_i ∇_W L_i, c_j ∇_W L_j⟩, ``[T, T]``, where there are factors."""
         device = self.cotangents.device
         inner = torch.stack([factors.inner().to(device) for factors in self.factors.values()]).sum(0)
         others = [k for k in range(len(self.parameters)) if k not in self.factors]
         if others:
             rows = self._rows([[row[k] for k in others] for row in self.gradients], [self.parameters[k] for k in others])
-            rows = rows.to(inner)
-            inner = inner + rows @ rows.mT
-        norms = inner.diagonal().clamp_min(0).sqrt()
-        return inner / torch.outer(norms, norms) * torch.outer(signs, signs)
+            inner = inner + gramian_of(rows.to(inner))
+        return inner
 
     def flat(self) -> Tensor:
         """∇_W L_i of the unweighted losses, shape ``[T, ∣W∣]``, in at least float32; 0 where a task uses none of it."""
@@ -171,6 +181,21 @@ def _norm_of_one(gradient: Tensor) -> Tensor:
 def cosines(gradients: Tensor) -> Tensor:
     """Cosine of the angle between every two rows, ``[T, ∣W∣]`` → ``[T, T]``; NaN beside a row of zeros."""
     if gradients.shape[1]:
-        gradients = gradients / gradients.abs().amax(1, keepdim=True)  # so that squares neither over- nor underflow
+        gradients = gradients / _largest(gradients)
     unit = gradients / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
     return torch.mm(unit, unit.T)
+
+
+def gramian_of(gradients: Tensor) -> Tensor:
+    """Inner products of every two rows, ``[T, |W|]`` → ``[T, T]``, as wide as the device allows."""
+    if not gradients.shape[1]:
+        return gradients.new_zeros(len(gradients), len(gradients), dtype=widest_float(gradients.device))
+    largest = _largest(gradients)
+    unit = gradients / largest.where(largest > 0, 1)
+    sizes = largest.flatten().to(widest_float(gradients.device))
+    return torch.mm(unit, unit.T).to(sizes) * torch.outer(sizes, sizes)
+
+
+def _largest(gradients: Tensor) -> Tensor:
+    """Largest |entry| of each row, ``[T, 1]``: over it, squares neither over- nor underflow."""
+    return gradients.abs().amax(1, keepdim=True)

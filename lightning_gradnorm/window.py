@@ -1,12 +1,13 @@
 """One optimiser step's measurement, out of its micro-batches and ranks."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.measurement import Measurement, is_of_gradients, stack_scalars, widest_float
-from lightning_gradnorm.task_gradients import TaskGradients, cosines
+from lightning_gradnorm.task_gradients import TaskGradients, cosines, gramian_of
 
 AllReduceSum = Callable[[Tensor], Tensor]
 Numbers = Mapping[str, Mapping[str, Tensor]]  # field of a measurement → task name → scalar
@@ -20,6 +21,11 @@ def _mean(total: Tensor, count: int | Tensor) -> Tensor:
     return total if isinstance(count, int) and count == 1 else total / count
 
 
+def _in_order(pair: tuple[str, str]) -> tuple[str, str]:
+    one, other = pair
+    return pair if one < other else (other, one)
+
+
 class MeasurementWindow:
     """Adds up the micro-batches of one optimiser step, and then the ranks.
 
@@ -30,10 +36,11 @@ class MeasurementWindow:
         of_features: whether the gradients are of features, each micro-batch having its own, instead of parameters: their
             squared norms add up then.
         besides: fields of a measurement that every task brings a number for, which is averaged as its loss is.
+        pairs: whether the inner products of every two tasks' gradients are wanted too.
     """
 
-    def __init__(self, *, of_features: bool = False, besides: Sequence[str] = ()) -> None:
-        self._of_features = of_features
+    def __init__(self, *, of_features: bool = False, besides: Sequence[str] = (), pairs: bool = False) -> None:
+        self._of_features, self._pairs = of_features, pairs
         self._noted: list[tuple[Mapping[str, Tensor], Tensor, Numbers]] = []  # micro-batches not added up yet
         self._applied: dict[str, Tensor] = {}
         self._losses: dict[str, Tensor] = {}
@@ -41,6 +48,9 @@ class MeasurementWindow:
         self._counts: dict[str, int | Tensor] = {}
         self._only: TaskGradients | None = None  # while there is one micro-batch, its gradients as they came: no copy
         self._sums: dict[str, Tensor] = {}
+        self._products: dict[
+            tuple[str, str], Tensor
+        ] = {}  # of features, Σ ⟨g_a, g_b⟩ over the micro-batches, in one order each
         self._measured = False
 
     def __bool__(self) -> bool:
@@ -110,7 +120,14 @@ class MeasurementWindow:
             self._only = None
 
     def _add_flat(self, gradients: TaskGradients) -> None:
-        rows = gradients.norms().square().unsqueeze(1) if self._of_features else gradients.flat()
+        if self._of_features and self._pairs:
+            inner = gradients.gramian()
+            rows = inner.diagonal().unsqueeze(1)
+            for (a, one), (b, other) in itertools.combinations(enumerate(gradients.tasks), 2):
+                pair = _in_order((one, other))
+                self._products[pair] = _summed(self._products.get(pair), inner[a, b])
+        else:
+            rows = gradients.norms().square().unsqueeze(1) if self._of_features else gradients.flat()
         for task, gradient in zip(gradients.tasks, rows, strict=True):
             self._sums[task] = _summed(self._sums.get(task), gradient)
 
@@ -129,16 +146,20 @@ class MeasurementWindow:
         self._add_up()
         self._spread_out()
         besides = [field for field in self._besides if entries or not is_of_gradients(field)]
-        scalars = 2 + len(besides)
-        packed = torch.zeros(len(tasks), entries + scalars, dtype=dtype, device=device)
-        for row, task in zip(packed, tasks, strict=True):
+        pairs = list(itertools.combinations(tasks, 2)) if entries and self._of_features and self._pairs else []
+        width = entries + len(besides) + 2
+        packed = torch.zeros(len(tasks) * width + len(pairs), dtype=dtype, device=device)
+        for row, task in zip(packed[: len(tasks) * width].view(len(tasks), width), tasks, strict=True):
             if task in self._losses:
                 if entries:
                     row[:entries] = self._sums.pop(task)
                 numbers = [*(self._besides[field][task] for field in besides), self._losses[task]]
                 row[entries:-1] = torch.stack([value.to(device, dtype) for value in numbers])
                 row[-1] = self._counts[task]
-        reduced = all_reduce(packed.view(-1)).view(len(tasks), entries + scalars)
+        for place, pair in enumerate(pairs, len(tasks) * width):
+            packed[place] = self._products.get(_in_order(pair), 0)
+        whole = all_reduce(packed)
+        reduced, products = whole[: len(tasks) * width].view(len(tasks), width), whole[len(tasks) * width :]
         here = set(self._losses)
         # What this rank had is present; of what it had not, it asks.
         present = [k for k, task in enumerate(tasks) if task in here or bool(reduced[k, -1] > 0)]
@@ -147,6 +168,7 @@ class MeasurementWindow:
             self._besides[field] = {tasks[k]: reduced[k, place].to(widest_float(device)) for k in present}
         self._counts = {tasks[k]: reduced[k, -1] for k in present}
         self._sums = {tasks[k]: reduced[k, :entries] for k in present} if entries else {}
+        self._products = {_in_order(pair): product for pair, product in zip(pairs, products.unbind(), strict=True)}
         self._measured = bool(self._sums)
 
     def measurement(self, *, magnitudes: bool = False) -> Measurement | None:
@@ -165,16 +187,14 @@ class MeasurementWindow:
             if held
         }
         maxima, means = self._magnitudes() if magnitudes and self._measured else (None, None)
-        return Measurement(self.tasks, losses, self._norms() if self._measured else None, maxima, means, **besides)
+        gramian = self._gramian() if self._pairs and self._measured else None
+        norms = self._norms() if self._measured and gramian is None else None
+        norms = norms if gramian is None else gramian.diagonal().clamp_min(0).sqrt()
+        return Measurement(self.tasks, losses, norms, maxima, means, **besides, gramian=gramian)
 
     def _magnitudes(self) -> tuple[Tensor, Tensor]:
         """Largest |g| and mean |g| over the entries of each task's mean gradient, ``[T]`` each."""
-        counts = self._counts.values()
-        rows = (
-            self._only.flat()
-            if self._only is not None
-            else torch.stack([s / c for s, c in zip(self._sums.values(), counts, strict=True)])
-        )
+        rows = self._only.flat() if self._only is not None else torch.stack(self._mean_gradients())
         rows = rows.abs().to(widest_float(rows.device))
         return rows.amax(1), rows.mean(1)
 
@@ -189,5 +209,21 @@ class MeasurementWindow:
             return self._only.norms()
         if self._of_features:
             return torch.stack([self._sums[task].sum().sqrt() / count for task, count in self._counts.items()])
-        means = [self._sums[task] / count for task, count in self._counts.items()]
+        means = self._mean_gradients()
         return torch.stack([torch.linalg.vector_norm(mean, dtype=widest_float(mean.device)) for mean in means])
+
+    def _mean_gradients(self) -> list[Tensor]:
+        return [self._sums[task] / count for task, count in self._counts.items()]
+
+    def _gramian(self) -> Tensor:
+        if self._only is not None:
+            return self._only.gramian()
+        if not self._of_features:
+            return gramian_of(torch.stack(self._mean_gradients()))
+        inner = torch.diag(torch.cat([self._sums[task] for task in self._counts]))
+        for (a, one), (b, other) in itertools.combinations(enumerate(self._counts), 2):
+            inner[a, b] = inner[b, a] = self._products.get(_in_order((one, other)), 0.0)
+        counts = torch.stack(
+            [torch.as_tensor(count, dtype=inner.dtype, device=inner.device) for count in self._counts.values()]
+        )
+        return inner / torch.outer(counts, counts)

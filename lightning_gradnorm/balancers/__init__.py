@@ -8,11 +8,13 @@ from lightning_gradnorm.balancers.dwa import DynamicWeightAverage
 from lightning_gradnorm.balancers.fixed import EqualWeights, FixedWeights
 from lightning_gradnorm.balancers.geometric import GeometricLoss
 from lightning_gradnorm.balancers.gradnorm import GradNorm
+from lightning_gradnorm.balancers.gramian import GramianWeighting
 from lightning_gradnorm.balancers.loss_ratio import LossRatioBalancing
 from lightning_gradnorm.balancers.ntk import NTKWeighting
 from lightning_gradnorm.balancers.random_weights import RandomLossWeighting
 from lightning_gradnorm.balancers.relobralo import ReLoBRaLo
 from lightning_gradnorm.balancers.rule import RuleBalancer
+from lightning_gradnorm.balancers.scalarizer import ScalarizerBalancer
 from lightning_gradnorm.balancers.softadapt import SoftAdapt
 from lightning_gradnorm.balancers.uncertainty import UncertaintyWeighting
 
@@ -24,6 +26,7 @@ __all__ = [
     "FixedWeights",
     "GeometricLoss",
     "GradNorm",
+    "GramianWeighting",
     "LearningRateAnnealing",
     "LossBalancer",
     "LossRatioBalancing",
@@ -31,6 +34,7 @@ __all__ = [
     "RandomLossWeighting",
     "ReLoBRaLo",
     "RuleBalancer",
+    "ScalarizerBalancer",
     "SoftAdapt",
     "UncertaintyWeighting",
 ]

@@ -26,6 +26,7 @@ _WAYS_TO = {  # field of a measurement → what is said where it is missing
     "gradient_norms": _NORMS,
     "gradient_maxima": _NORMS,
     "gradient_means": _NORMS,
+    "gramian": _NORMS,
     "kpis": "each task's key performance indicator, and the measurement has none. Pass them with the losses: "
     "self.total_loss(losses, kpis={'task': accuracy, …}).",
     "ntk_traces": "each task's residuals, for the trace of their tangent kernel, and the measurement has none. Use "

@@ -15,6 +15,7 @@ def mask_of(measurement: Measurement, needs: Iterable[str]) -> Tensor | None:
     for name in needs:
         if is_of_gradients(name):
             sizes: Tensor = getattr(measurement, name)
+            sizes = sizes.diagonal() if sizes.ndim > 1 else sizes
             return None if reading_is_free(sizes) and 0.0 not in sizes.tolist() else sizes != 0
     return None
 

@@ -28,6 +28,11 @@ class NamedTasks:
         """The tasks learnt so far, or else the declared ones."""
         return self.tasks or self._declared or ()
 
+    def _in_order(self, tasks: Sequence[str]) -> list[int]:
+        """Positions of these, in the order in which tasks came first, or were declared."""
+        known = (*self.known_tasks, *(task for task in tasks if task not in self.known_tasks))
+        return sorted(range(len(tasks)), key=[known.index(task) for task in tasks].__getitem__)
+
     def _check_names(self, tasks: Sequence[str]) -> None:
         if not tasks:
             raise ValueError(f"{type(self).__name__} weighs at least one task's loss, got none.")

@@ -34,13 +34,16 @@ class Measuring:
     def __init__(self, reading: SharedReading, balancer: LossBalancer) -> None:
         self.reading, self._balancer = reading, balancer
         self._besides = [field for field in ("kpis", "ntk_traces") if field in balancer.needs]
-        self._keeps = "gradient_means" in balancer.needs
+        self._pairs = "gramian" in balancer.needs
+        self._keeps = self._pairs or "gradient_means" in balancer.needs
         self._reached: set[str] = set()  # the tasks whose gradient on W was read before
         self.new_window()
 
     def new_window(self) -> None:
         """Another optimiser step."""
-        self.window = MeasurementWindow(of_features=self.reading.norm_of == "features", besides=self._besides)
+        self.window = MeasurementWindow(
+            of_features=self.reading.norm_of == "features", besides=self._besides, pairs=self._pairs
+        )
         self.traces: dict[str, Tensor] = {}
         self._batches = 0
         self._left_out = False  # the rest of the step, which cannot be measured

@@ -1,0 +1,137 @@
+"""Weights from the Gram matrix of the tasks' gradients, by any weighting that is a function of it: TorchJD's, or one's own."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.balancers.checks import check_range, check_that
+from lightning_gradnorm.balancers.learnt import Learnt
+from lightning_gradnorm.balancers.rule import RuleBalancer
+from lightning_gradnorm.measurement import Measurement
+
+LEAST = 1e-6
+"""What a weight is at least, over the largest in size: of a task with the weight 0, nothing more could be read."""
+
+
+def kept_readable(weights: Tensor, *, allow_negative: bool) -> Tensor:
+    """The weights with none nearer to 0 than ``LEAST`` of the largest, and none below it, if negative ones are not allowed.
+
+    Args:
+        weights: shape ``[T]``, finite.
+        allow_negative: whether a negative weight keeps its sign.
+    """
+    least = LEAST * weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
+    if not allow_negative:
+        return torch.maximum(weights, least)
+    signs = torch.where(weights < 0, -1.0, 1.0).to(weights)
+    return torch.where(weights.abs() < least, signs * least, weights)
+
+
+class GramianWeighting(RuleBalancer):
+    """w = weighting(G), with G_ij = ⟨∇_W L_i, ∇_W L_j⟩: gradient surgery on the shared layer without a second backward.
+
+    UPGrad, MGDA, CAGrad, IMTL-G, Aligned-MTL, PCGrad and others are such functions; TorchJD has them, and its ``Weighting``
+    objects are taken as they are::
+
+        from torchjd.aggregation import UPGradWeighting
+
+        LossBalancingCallback(GramianWeighting(UPGradWeighting()))
+
+    What TorchJD does in the step itself, from the gradients on all shared parameters and with a backward per task, is done here
+    from the gradients on the last shared layer, one step later: G of step t gives the weights of step t + 1, averaged over the
+    steps before. So no direction is without conflict for certain; ``grad_cosine`` shows how much of it there is.
+
+    The weights are the weighting's, on its scale: most of TorchJD's have the mean of the losses, 1/T each, where nothing
+    conflicts. The first step applies weights of one.
+
+    The weighting runs on the CPU, in float64 and under random numbers of its own, which are a function of the step: the same on
+    every rank and after a resume. It sees the tasks that took part in the step, in the order in which they came first, or were
+    declared. What it has learnt is saved and restored.
+
+    Args:
+        weighting: G, ``[T, T]`` → weights, ``[T]``.
+        ema_decay: β of the average of the weights, at least 0 and below 1: of the first updates their mean, from 1 / (1 − β) on
+            exponential. 0: those of the last measured step.
+        allow_negative: whether a negative weight is applied, which makes its task's loss rise. Else it is cut off at next to 0,
+            with a warning.
+        tasks: all tasks' names, if they are to be fixed from the start.
+        update_every: of how many optimiser steps one is measured and updates the weights.
+
+    Raises:
+        ValueError: for a setting outside its range; at a step, if the weighting gives something else than T numbers.
+        TypeError: if the weighting cannot be called.
+    """
+
+    needs = ("gramian",)
+
+    def __init__(
+        self,
+        weighting: Callable[[Tensor], Tensor],
+        *,
+        ema_decay: float = 0.9,
+        allow_negative: bool = False,
+        tasks: Iterable[str] | None = None,
+        update_every: int = 1,
+    ) -> None:
+        if not callable(weighting) or isinstance(weighting, type):
+            hint = f": {weighting.__name__}()" if isinstance(weighting, type) else ""
+            raise TypeError(
+                "weighting is a function of the Gram matrix, or an object such as TorchJD's UPGradWeighting(), got "
+                f"{weighting!r}. Pass an object{hint}."
+            )
+        self.weighting = weighting
+        self.ema_decay = check_range("ema_decay", ema_decay, at_least=0, below=1)
+        check_that("allow_negative", allow_negative, isinstance(allow_negative, bool), "true or false")
+        self.allow_negative = allow_negative
+        self._learnt = Learnt(weighting)
+        self._parts = {"weighting": self._learnt}
+        self._remembers = (("measured", 0.0),)
+        self._warned = False
+        super().__init__(tasks=tasks, update_every=update_every)
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "weighting": getattr(self.weighting, "__name__", type(self.weighting).__name__),
+            "ema_decay": self.ema_decay,
+            "allow_negative": self.allow_negative,
+        }
+
+    def _may_read(self, measurement: Measurement) -> bool:
+        return True  # the weighting runs on the host
+
+    def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert measurement.gramian is not None, "the contract has checked it"
+        order = torch.tensor(self._in_order(measurement.tasks))
+        weighed = self._weigh(measurement.gramian.to("cpu", torch.float64)[order][:, order])
+        found = torch.empty_like(weighed).index_copy(0, order, weighed)
+        if not self.allow_negative and not self._warned and bool((found < 0).any()):
+            self._warned = True
+            negative = [task for task, weight in zip(measurement.tasks, found.tolist(), strict=True) if weight < 0]
+            warnings.warn(
+                f"{self.settings()['weighting']} gave {', '.join(map(repr, negative))} a negative weight, under which a loss "
+                "rises. It is cut off at next to 0. To apply such weights, say GramianWeighting(…, allow_negative=True).",
+                stacklevel=2,
+            )
+        found = kept_readable(found, allow_negative=self.allow_negative).to(state["weights"])
+        measured = state["measured"] + 1
+        share = (1 / measured).clamp_min(1 - self.ema_decay)
+        averaged = state["weights"] + share * (found - state["weights"])
+        return {"weights": kept_readable(averaged, allow_negative=self.allow_negative), "measured": measured}
+
+    def _weigh(self, gramian: Tensor) -> Tensor:
+        before = self._learnt.state_dict()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.steps)
+            found = self.weighting(gramian)
+        if not isinstance(found, Tensor) or found.shape != gramian.shape[:1]:
+            shape = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+            raise ValueError(
+                f"The weighting makes weights, shape ({len(gramian)},), out of the Gram matrix of {len(gramian)} tasks, and "
+                f"gave {shape}. Of TorchJD, take the classes whose names end in Weighting and that take a Gramian."
+            )
+        if not bool(found.isfinite().all()):
+            self._learnt.load_state_dict(before)  # the step is skipped
+        return found.detach().to(torch.float64)

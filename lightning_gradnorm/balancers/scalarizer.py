@@ -91,8 +91,8 @@ class ScalarizerBalancer(RuleBalancer):
             )
         if hasattr(scalarizer, "update"):
             raise ValueError(
-                f"{type(scalarizer).__name__} wants the losses of the same batch once more after the network's step (update()), "
-                "and in Lightning a batch is seen once. Take another scalariser."
+                f"{type(scalarizer).__name__} wants the losses of the same batch once more after the network's step "
+                "(update()), and in Lightning a batch is seen once. Take another scalariser."
             )
         self.scalarizer, self.lr = scalarizer, check_range("lr", lr, at_least=0)
         check_factory("optimizer", optimizer)
@@ -137,13 +137,13 @@ class ScalarizerBalancer(RuleBalancer):
             parameter.grad = None
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.steps)
-            leaf = losses[order].requires_grad_()
+            leaf = losses[order].to(torch.get_default_dtype()).requires_grad_()
             total = self.scalarizer(leaf)
             if not isinstance(total, Tensor) or total.shape != () or not total.requires_grad:
                 raise ValueError(
-                    f"The scalariser makes one number out of {len(tasks)} losses, a tensor of shape () that depends on them, and "
-                    f"gave {total!r}."
+                    f"The scalariser makes one number out of {len(tasks)} losses, a tensor of shape () that depends on them, "
+                    f"and gave {total!r}."
                 )
-            total.backward()
+            torch.autograd.backward(total)
         slopes = torch.zeros_like(losses) if leaf.grad is None else leaf.grad
-        return torch.empty_like(losses).index_copy(0, order, slopes)
+        return torch.empty_like(losses).index_copy(0, order, slopes.to(losses))

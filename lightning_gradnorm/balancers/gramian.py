@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers.checks import check_range, check_that
-from lightning_gradnorm.balancers.learnt import Learnt
+from lightning_gradnorm.balancers.learnt import Learnt, random_numbers_of
 from lightning_gradnorm.balancers.rule import RuleBalancer
 from lightning_gradnorm.measurement import Measurement
 
@@ -123,8 +123,7 @@ class GramianWeighting(RuleBalancer):
 
     def _weigh(self, gramian: Tensor) -> Tensor:
         before = self._learnt.state_dict()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.steps)
+        with random_numbers_of(self.steps, gramian.device):
             found = self.weighting(gramian)
         if not isinstance(found, Tensor) or found.shape != gramian.shape[:1]:
             shape = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)

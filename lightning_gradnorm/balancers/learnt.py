@@ -1,4 +1,4 @@
-"""What an object of another library has learnt, to be reset, saved and restored with the method that uses it."""
+"""Objects of other libraries inside a method: what they have learnt, and the random numbers that they draw."""
 
 import contextlib
 import copy
@@ -61,6 +61,18 @@ class Learnt:
 
     def _parts(self) -> list[tuple[str, Any]]:
         return list(self._owner.named_modules()) if isinstance(self._owner, nn.Module) else [("", self._owner)]
+
+
+@contextlib.contextmanager
+def random_numbers_of(seed: int, device: torch.device) -> Iterator[None]:
+    """What is drawn inside depends on the seed alone, and nothing outside on what is drawn."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
+        for each in devices:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _held(part: Any) -> Iterator[tuple[str, Any]]:

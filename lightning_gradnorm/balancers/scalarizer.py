@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradnorm.balancers.checks import check_factory, check_range
-from lightning_gradnorm.balancers.learnt import Learnt
+from lightning_gradnorm.balancers.learnt import Learnt, random_numbers_of
 from lightning_gradnorm.balancers.optimizer import OptimizerFactory
 from lightning_gradnorm.balancers.rule import RuleBalancer
 from lightning_gradnorm.measurement import Measurement, stack_scalars
@@ -135,8 +135,7 @@ class ScalarizerBalancer(RuleBalancer):
         order = torch.tensor(self._in_order(tasks), device=losses.device)
         for parameter in self._parameters:
             parameter.grad = None
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.steps)
+        with torch.inference_mode(False), torch.enable_grad(), random_numbers_of(self.steps, losses.device):
             leaf = losses[order].to(torch.get_default_dtype()).requires_grad_()
             total = self.scalarizer(leaf)
             if not isinstance(total, Tensor) or total.shape != () or not total.requires_grad:

@@ -1,9 +1,14 @@
 """What every balancer promises; a new one is one more line in ``BALANCERS``."""
 
+import contextlib
 import io
+import math
+from functools import partial
 
 import pytest
 import torch
+import torchjd.aggregation
+import torchjd.scalarization
 
 from lightning_gradnorm import (
     AdaptiveNormalizedLoss,
@@ -13,6 +18,7 @@ from lightning_gradnorm import (
     FixedWeights,
     GeometricLoss,
     GradNorm,
+    GramianWeighting,
     LearningRateAnnealing,
     LossBalancer,
     LossRatioBalancing,
@@ -20,14 +26,43 @@ from lightning_gradnorm import (
     NTKWeighting,
     RandomLossWeighting,
     ReLoBRaLo,
+    ScalarizerBalancer,
     SoftAdapt,
     UncertaintyWeighting,
 )
 from tests.helpers import of_version_0_1, same_state
 
-pytestmark = of_version_0_1
+pytestmark = [of_version_0_1, pytest.mark.filterwarnings("ignore:.* gave .* a negative weight")]
 
 FIXED = {"a": 0.25, "b": 2.0, "c": 1.5}
+WEIGHTINGS = {
+    "UPGrad": torchjd.aggregation.UPGradWeighting,
+    "MGDA": torchjd.aggregation.MGDAWeighting,
+    "IMTL-G": torchjd.aggregation.IMTLGWeighting,
+    "Aligned-MTL": torchjd.aggregation.AlignedMTLWeighting,
+    "DualProj": torchjd.aggregation.DualProjWeighting,
+    "PCGrad": torchjd.aggregation.PCGradWeighting,
+    "GradVac": torchjd.aggregation.GradVacWeighting,
+    "CR-MOGM": lambda: torchjd.aggregation.CRMOGMWeighting(torchjd.aggregation.UPGradWeighting()),
+}
+SCALARIZERS = {
+    "STCH": lambda: torchjd.scalarization.STCH(1.0),
+    "geometric mean": torchjd.scalarization.GeometricMean,
+    "random": torchjd.scalarization.Random,
+    "IMTL-L": lambda: torchjd.scalarization.IMTLL(3),
+    "UW": lambda: torchjd.scalarization.UW(3),
+    "DWA": torchjd.scalarization.DWA,
+}
+FOR_ONE_NUMBER_OF_TASKS = ("TorchJD CR-MOGM", "TorchJD IMTL-L", "TorchJD UW", "TorchJD DWA")
+
+
+def even_norms(gramian):
+    return 1 / gramian.diagonal().sqrt()
+
+
+def around(outer, make):
+    return lambda **settings: outer(make(), **settings)
+
 
 BALANCERS = {
     "GradNorm": GradNorm,
@@ -53,16 +88,20 @@ BALANCERS = {
     "DynamicWeightAverage": DynamicWeightAverage,
     "DynamicTaskPrioritization": lambda **settings: DynamicTaskPrioritization({"a": 2.0, "b": 0.5}, **settings),
     "AdaptiveNormalizedLoss": lambda **settings: AdaptiveNormalizedLoss(0.9, **settings),
+    "GramianWeighting": lambda **settings: GramianWeighting(even_norms, **settings),
     "LearningRateAnnealing": lambda **settings: LearningRateAnnealing("b", update_every=2, **settings),
     "LearningRateAnnealing norm": lambda **settings: LearningRateAnnealing(form="norm", update_every=1, **settings),
     "NTKWeighting": lambda **settings: NTKWeighting(update_every=2, **settings),
     "RandomLossWeighting": RandomLossWeighting,
     "GeometricLoss": GeometricLoss,
     "ReLoBRaLo": lambda **settings: ReLoBRaLo(0.9, expected_rho=0.5, **settings),
+    "ScalarizerBalancer": lambda **settings: ScalarizerBalancer(lambda losses: losses.square().sum().sqrt(), **settings),
     "SoftAdapt": lambda **settings: SoftAdapt(5.0, **settings),
     "SoftAdapt normalized": lambda **settings: SoftAdapt(5.0, variant="normalized", **settings),
     "SoftAdapt loss-weighted": lambda **settings: SoftAdapt(variant="loss_weighted", **settings),
 }
+BALANCERS |= {f"TorchJD {name}": around(GramianWeighting, make) for name, make in WEIGHTINGS.items()}
+BALANCERS |= {f"TorchJD {name}": around(ScalarizerBalancer, make) for name, make in SCALARIZERS.items()}
 # What the first step applies to losses of 1, 2 and 3, where that is not ones.
 FIRST = {
     "FixedWeights": [0.25, 2.0, 1.5],
@@ -70,9 +109,15 @@ FIRST = {
     "UncertaintyWeighting revised": [0.5, 0.5, 0.5],
     "AdaptiveNormalizedLoss": [1 / 3, 1 / 6, 1 / 9],
     "GeometricLoss": [6 ** (1 / 3) / 3, 6 ** (1 / 3) / 6, 6 ** (1 / 3) / 9],
+    "ScalarizerBalancer": [k / 14**0.5 for k in (1, 2, 3)],
+    "TorchJD STCH": [math.exp(k / 3) / sum(math.exp(j / 3) for j in (1, 2, 3)) / 3 for k in (1, 2, 3)],
+    "TorchJD UW": [0.5, 0.5, 0.5],
 }
+FIRST["TorchJD geometric mean"] = FIRST["GeometricLoss"]
+TORCHJD = {name for name in BALANCERS if name.startswith("TorchJD")}
 UNBOUND = {
-    *FIRST, "GradNorm", "GradNorm alpha", "GradNorm residuals", "GradNorm Adam", "GradNorm every 3rd, mean of 2",
+    *FIRST, *TORCHJD - {"TorchJD DWA"}, "GramianWeighting",
+    "GradNorm", "GradNorm alpha", "GradNorm residuals", "GradNorm Adam", "GradNorm every 3rd, mean of 2",
     "GradNorm 0.1 defaults", "GradNorm 0.1 scale=gradient", "GradNorm 0.1 scale=reference", "DynamicTaskPrioritization",
     "LearningRateAnnealing", "LearningRateAnnealing norm", "NTKWeighting",
 }  # fmt: skip
@@ -85,9 +130,11 @@ def measurements(steps, tasks=TASKS, dtype=torch.float64):
     generator = torch.Generator().manual_seed(5)
     scales = torch.tensor([0.01, 1.0, 30.0], dtype=torch.float64)[: len(tasks)]
     for _ in range(steps):
+        gradients = scales[:, None] * torch.randn(len(tasks), 5, generator=generator, dtype=torch.float64)
         draws = torch.rand(5, len(tasks), generator=generator, dtype=torch.float64)
         losses, norms, maxima, means = (scales * draw + 1e-3 for draw in draws[:4])
-        yield Measurement(tasks, *(vector.to(dtype) for vector in (losses, norms, maxima, means, draws[4], means.square())))
+        others = (losses, norms, maxima, means, draws[4], means.square(), gradients @ gradients.T)
+        yield Measurement(tasks, *(vector.to(dtype) for vector in others))
 
 
 def run(balancer, steps):
@@ -103,8 +150,12 @@ def test_the_first_step_applies_ones_or_what_the_method_says(name):
     losses = {task: torch.tensor(float(k + 1), dtype=torch.float64) for k, task in enumerate(TASKS)}
     balancer = BALANCERS[name]()
     expected = FIRST.get(name, [1.0] * 3)
-    assert balancer.weights_at(losses).tolist() == pytest.approx(expected, rel=1e-14)
-    assert balancer.total(losses).item() == pytest.approx(sum(w * (k + 1) for k, w in enumerate(expected)), rel=1e-14)
+    if name == "TorchJD random":
+        expected = balancer.weights_at(losses).tolist()
+        assert sum(expected) == pytest.approx(1) and min(expected) > 0
+    exact = 1e-6 if isinstance(balancer, ScalarizerBalancer) else 1e-14  # these get the losses in float32
+    assert balancer.weights_at(losses).tolist() == pytest.approx(expected, rel=exact)
+    assert balancer.total(losses).item() == pytest.approx(sum(w * (k + 1) for k, w in enumerate(expected)), rel=exact)
     assert balancer.weights == {}
 
 
@@ -118,7 +169,7 @@ def test_the_weights_sum_to_the_number_of_tasks_unless_the_method_says_otherwise
             if abs(total - 3) > 1e-3:
                 return
         else:
-            assert total == pytest.approx(3, rel=1e-12)
+            assert total == pytest.approx(3, rel=1e-6 if name in TORCHJD else 1e-12)
     assert name not in UNBOUND, "it is bound after all"
 
 
@@ -126,7 +177,8 @@ def test_the_weights_sum_to_the_number_of_tasks_unless_the_method_says_otherwise
 def test_total_changes_no_state(make):
     balancer = run(make(), measurements(4))
     before = balancer.state_dict()
-    balancer.total({"b": torch.tensor(1.0)} | ({} if isinstance(balancer, FixedWeights) else {"new": torch.tensor(2.0)}))
+    with contextlib.suppress(ValueError):  # of scalarisers that are made for three losses
+        balancer.total({"b": torch.tensor(1.0)} | ({} if isinstance(balancer, FixedWeights) else {"new": torch.tensor(2.0)}))
     with torch.inference_mode():
         balancer.total({task: torch.tensor(1.0) for task in TASKS})
     assert same_state(balancer.state_dict(), before)
@@ -138,7 +190,7 @@ def test_reported_weights_are_the_applied_ones(make):
     losses = {task: torch.tensor(1.7, dtype=torch.float64, requires_grad=True) for task in TASKS}
     applied = torch.stack(torch.autograd.grad(balancer.total(losses), list(losses.values())))
     assert torch.equal(applied, balancer.weights_at(losses))
-    if not isinstance(balancer, GeometricLoss):  # its weights are of the losses themselves
+    if not isinstance(balancer, GeometricLoss | ScalarizerBalancer):  # its weights are of the losses themselves
         assert dict(zip(TASKS, applied.tolist(), strict=True)) == balancer.weights
 
 
@@ -191,10 +243,11 @@ def test_reset_forgets_everything(make):
     assert same_state(run(used, steps).state_dict(), run(fresh, steps).state_dict())
 
 
-@every_balancer
-def test_the_order_of_tasks_does_not_matter(make):
+@pytest.mark.parametrize("name", BALANCERS)
+def test_the_order_of_tasks_does_not_matter(name):
+    make = partial(BALANCERS[name], **({"tasks": TASKS} if name in TORCHJD else {}))  # draws and parameters go by number there
     steps = list(measurements(8))
-    turned = [Measurement(m.tasks[::-1], *(vector.flip(0) for vector in m[1:])) for m in steps]
+    turned = [m.only([2, 1, 0]) for m in steps]
     mixed = [m if k % 2 else t for k, (m, t) in enumerate(zip(steps, turned, strict=True))]
     straight, crooked = run(make(), steps), run(make(), mixed)
     for task in TASKS:
@@ -240,12 +293,16 @@ def test_settings_are_plain_values(make):
     assert settings and all(isinstance(value, plain) for value in settings.values())
 
 
-@every_balancer
-def test_a_task_that_is_absent_keeps_its_weight_and_a_new_one_joins(make):
-    whole = list(measurements(12))
-    without = [Measurement(m.tasks[:2], *(vector[:2] for vector in m[1:])) for m in whole]
+@pytest.mark.parametrize("name", BALANCERS)
+def test_a_task_that_is_absent_keeps_its_weight_and_a_new_one_joins(name):
+    make, whole = BALANCERS[name], list(measurements(12))
+    without = [m.only([0, 1]) for m in whole]
     balancer = run(make(), whole[:4])
     before = balancer.weights["c"]
+    if name in FOR_ONE_NUMBER_OF_TASKS:
+        with pytest.raises(ValueError, match=r"shape|number of objectives"):
+            run(balancer, without[4:8])
+        return
     run(balancer, without[4:8])
     if not isinstance(balancer, DynamicWeightAverage):  # an epoch has ended since, and compares all tasks
         assert balancer.weights["c"] == before
@@ -278,6 +335,9 @@ def test_a_negative_loss_is_refused_where_ratios_are_taken(make):
         with pytest.raises(ValueError, match=r"none may be negative; the loss of task 'b' is -2\. Add a constant"):
             balancer.update(bad)
         assert same_state(balancer.state_dict(), before)
+    elif make is BALANCERS["TorchJD geometric mean"]:
+        with pytest.raises(ValueError, match="only defined for non-negative values"):
+            balancer.update(bad)
     else:
         balancer.update(bad)
         assert balancer.weights_for(TASKS).isfinite().all()
@@ -292,7 +352,8 @@ def test_losses_of_zero_and_of_any_size_leave_usable_weights(make):
             run(balancer, measurements(6))
         run(balancer, [measurement] * 5)
         w = balancer.weights_for(TASKS)
-        assert w.isfinite().all() and (w > 0).all(), losses
+        least = 0.0 if isinstance(balancer, ScalarizerBalancer) else torch.finfo(torch.float64).tiny  # beside a loss of 1e30
+        assert w.isfinite().all() and (w >= least).all(), losses
 
 
 def test_the_contract_is_abstract():

@@ -72,6 +72,10 @@ def assert_equal(found, expected):
     torch.testing.assert_close(found.flat(), expected, rtol=1e-9, atol=1e-12 * expected.abs().max())
     cosines = F.cosine_similarity(expected[:, None], expected[None], dim=2)
     torch.testing.assert_close(found.cosines(), cosines, rtol=0, atol=1e-10)
+    gramian, norms = expected @ expected.T, expected.norm(dim=1)
+    torch.testing.assert_close(
+        found.gramian() / torch.outer(norms, norms), gramian / torch.outer(norms, norms), rtol=0, atol=1e-10
+    )
     assert found.entries == expected.shape[1]
 
 

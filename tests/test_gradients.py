@@ -54,6 +54,7 @@ def test_norms_and_gradients_equal_one_autograd_grad_per_task(graph, scale, engi
     gradients = reader.gradients()
     torch.testing.assert_close(gradients.norms(), expected.norm(dim=1), rtol=1e-10, atol=0)
     torch.testing.assert_close(gradients.flat(), expected, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(gradients.gramian(), expected @ expected.T, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("graph", graphs.ALL, ids=lambda graph: graph.__name__)

@@ -8,12 +8,16 @@ import torch
 import torch.distributed
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
+from torchjd.aggregation import GradVacWeighting, PCGradWeighting, UPGradWeighting
+from torchjd.scalarization import IMTLL, STCH, Random
 
 from lightning_gradnorm import (
     DynamicTaskPrioritization,
     GradNormCallback,
+    GramianWeighting,
     LossBalancingCallback,
     NTKWeighting,
+    ScalarizerBalancer,
     SelfAdaptivePoints,
 )
 from lightning_gradnorm.session import RankAgreement
@@ -144,6 +148,37 @@ def run_residuals(rank, path):
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60), find_unused_parameters=True)
     module = Residuals("absent on one rank")
     torch.save(fit_module(module, WatchTraces(), path.parent, part_of(rank), strategy), path)
+
+
+OF_TORCHJD = {
+    "UPGrad": lambda: GramianWeighting(UPGradWeighting()),
+    "PCGrad": lambda: GramianWeighting(PCGradWeighting(), ema_decay=0),  # draws random orders
+    "GradVac": lambda: GramianWeighting(GradVacWeighting()),
+    "STCH": lambda: ScalarizerBalancer(STCH(0.1)),
+    "IMTL-L": lambda: ScalarizerBalancer(IMTLL(len(SCALES))),
+    "random": lambda: ScalarizerBalancer(Random()),
+}
+
+
+class WatchMethod(LossBalancingCallback):
+    """Remembers the weights of every step."""
+
+    def __init__(self, make):
+        super().__init__(make(), summary=False)
+        self.history = []
+
+    def on_train_batch_end(self, *args):
+        super().on_train_batch_end(*args)
+        self.history.append(self.weights)
+
+
+def run_of_torchjd(rank, path):
+    found = {}
+    for name, make in OF_TORCHJD.items():
+        torch.manual_seed(rank)  # what a method draws must not come from here
+        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
+        found[name] = fit_module(Scenario("plain"), WatchMethod(make), path.parent, part_of(rank), strategy)
+    torch.save(found, path)
 
 
 class Watch(GradNormCallback):

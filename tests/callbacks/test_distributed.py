@@ -78,6 +78,22 @@ def test_the_ranks_traces_are_averaged(tmp_path):
     assert dict(zip(SCALES, one["history"][0][1], strict=True)) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.feature("TorchJD's weightings and scalarisers under DDP", "supported", "the same weights on every rank")
+def test_methods_of_torchjd_equal_those_of_one_process(tmp_path):
+    one, other = on_two_processes(worker.run_of_torchjd, tmp_path, timeout=300)
+    for name, make in worker.OF_TORCHJD.items():
+        assert one[name]["history"] == other[name]["history"], name
+        assert torch.equal(one[name]["parameters"], other[name]["parameters"]), name
+        torch.manual_seed(5)
+        alone = worker.fit_module(worker.Scenario("plain"), worker.WatchMethod(make), tmp_path, global_batches(), "auto")
+        assert len(alone["history"]) == STEPS
+        if name == "STCH":
+            continue  # its weights are of each rank's own losses
+        for weights, its_weights in zip(one[name]["history"], alone["history"], strict=True):
+            assert weights == pytest.approx(its_weights, rel=1e-4), name
+        torch.testing.assert_close(one[name]["parameters"], alone["parameters"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.feature('`strategy="ddp"`', "supported", "one collective per update, or step that is logged")
 @pytest.mark.parametrize("case", [case for case in CASES if case != "new task on one rank"])
 def test_one_collective_per_update_or_logged_step(ranks, case):

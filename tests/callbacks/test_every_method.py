@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torchjd import aggregation, scalarization
 from torchmetrics import MeanMetric
 
 from lightning_gradnorm import (
@@ -16,6 +17,7 @@ from lightning_gradnorm import (
     FixedWeights,
     GeometricLoss,
     GradNorm,
+    GramianWeighting,
     LearningRateAnnealing,
     LossBalancingCallback,
     LossRatioBalancing,
@@ -23,6 +25,7 @@ from lightning_gradnorm import (
     NTKWeighting,
     RandomLossWeighting,
     ReLoBRaLo,
+    ScalarizerBalancer,
     SoftAdapt,
     UncertaintyWeighting,
 )
@@ -47,6 +50,17 @@ METHODS = {
     "ReLoBRaLo": lambda: ReLoBRaLo(0.9, expected_rho=0.5),
     "SoftAdapt": lambda: SoftAdapt(1.0, variant="normalized"),
     "GradNorm": GradNorm,
+    "UPGrad": lambda: GramianWeighting(aggregation.UPGradWeighting()),
+    "MGDA": lambda: GramianWeighting(aggregation.MGDAWeighting(), update_every=2),
+    "DualProj": lambda: GramianWeighting(aggregation.DualProjWeighting(), ema_decay=0.5),
+    "IMTL-G": lambda: GramianWeighting(aggregation.IMTLGWeighting(), allow_negative=True),
+    "Aligned-MTL": lambda: GramianWeighting(aggregation.AlignedMTLWeighting(), allow_negative=True),
+    "PCGrad": lambda: GramianWeighting(aggregation.PCGradWeighting()),
+    "GradVac": lambda: GramianWeighting(aggregation.GradVacWeighting()),
+    "STCH": lambda: ScalarizerBalancer(scalarization.STCH(1.0)),
+    "IMTL-L": lambda: ScalarizerBalancer(scalarization.IMTLL(len(TASKS))),
+    "TorchJD random": lambda: ScalarizerBalancer(scalarization.Random()),
+    "TorchJD DWA": lambda: ScalarizerBalancer(scalarization.DWA()),
 }
 
 
@@ -98,7 +112,8 @@ def test_the_trainer_trains_as_a_loop_written_by_hand(tmp_path, make):
                 torch.stack([reduce(row) for row in rows])
                 for reduce in (torch.linalg.vector_norm, lambda g: g.abs().max(), lambda g: g.abs().mean())
             )
-            measurement = Measurement(TASKS, stacked, norms, maxima, means, 1 / (1 + stacked), traces)
+            flat = torch.stack([row.flatten() for row in rows])
+            measurement = Measurement(TASKS, stacked, norms, maxima, means, 1 / (1 + stacked), traces, flat @ flat.T)
             balancer.update(measurement if balancer.due else None)
             assert seen.weights[step] == pytest.approx(balancer.weights, rel=1e-4)
             torch.testing.assert_close(

@@ -74,6 +74,7 @@ every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 
 @every_method
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:The weight of task 'large' has come to")  # MGDA's and IMTL-G's, with reason
 def test_resumed_equals_uninterrupted(tmp_path, make):
     """Stopped in mid-epoch and at an epoch's end: histories of epochs and states of random numbers included."""
     whole_callback = LossBalancingCallback(make(), summary=False)

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, stdev
 
 import torch
@@ -31,6 +32,8 @@ WEIGHTINGS: dict[str, Callable[[], Weighting]] = {
     "PCGrad": PCGradWeighting,
     "IMTL-G": IMTLGWeighting,
 }
+
+RISING = 1e-3  # minus the cosine of a direction and a task's gradient from which on the task counts as made to rise
 
 
 @dataclass
@@ -83,7 +86,7 @@ def train(problem: Problem, balancer: LossBalancer | None, weighting: Weighting,
             measured = torch.stack([loss.detach() for loss in losses.values()]).double()
             balancer.update(Measurement(tuple(losses), measured, gramian.diagonal().sqrt(), gramian=gramian))
         direction = applied @ jacobian
-        risen += int((jacobian @ direction < -1e-9 * jacobian.norm(dim=1) * direction.norm()).sum())
+        risen += int((jacobian @ direction < -RISING * jacobian.norm(dim=1) * direction.norm()).sum())
         own = torch.ones_like(applied) if balancer is None else applied  # TorchJD leaves the heads their own gradients
         for name, parameter in parameters.items():
             weights = applied if name in shared else own
@@ -93,6 +96,10 @@ def train(problem: Problem, balancer: LossBalancer | None, weighting: Weighting,
         schedule.step()
     still = mean(lags) if lags else 0.0
     return Training(problem.eval().error(), risen / steps / len(problem.tasks), still, mean(cosines) if cosines else 1.0)
+
+
+def balancer_of(weighting: Callable[[], Weighting], decay: float) -> LossBalancer:
+    return GramianWeighting(weighting(), ema_decay=decay)
 
 
 def cell(values: Sequence[float]) -> str:
@@ -117,9 +124,7 @@ def main(argv: Sequence[str]) -> None:
         for word in options.weightings:
             weighting = WEIGHTINGS[word]
             for decay in (0.9, 0.0):
-                ways.append(
-                    (f"{word}, β = {decay:g}", lambda w=weighting, d=decay: GramianWeighting(w(), ema_decay=d), weighting)
-                )
+                ways.append((f"{word}, β = {decay:g}", partial(balancer_of, weighting, decay), weighting))
             ways.append((f"{word} in the step", lambda: None, weighting))
         for way, balancer, weighting in ways:
             found = [train(fresh(make, seed), balancer(), weighting(), steps) for seed in range(options.seeds)]

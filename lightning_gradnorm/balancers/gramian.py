@@ -69,7 +69,7 @@ class GramianWeighting(RuleBalancer):
 
     def __init__(
         self,
-        weighting: Callable[[Tensor], Tensor],
+        weighting: Callable[..., Any],
         *,
         ema_decay: float = 0.9,
         allow_negative: bool = False,

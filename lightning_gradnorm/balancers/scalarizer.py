@@ -78,7 +78,7 @@ class ScalarizerBalancer(RuleBalancer):
 
     def __init__(
         self,
-        scalarizer: Callable[[Tensor], Tensor],
+        scalarizer: Callable[..., Any],
         lr: float = 0.025,
         *,
         optimizer: OptimizerFactory = torch.optim.Adam,

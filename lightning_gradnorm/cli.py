@@ -146,8 +146,9 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument("--config", type=Path, required=True, help="a YAML as `fit` takes it; its loss balancing is left out")
     parser.add_argument("--measures", nargs="+", required=True, metavar="NAME:WAY", help="logged metric : lower or higher")
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=["equal", "GradNorm", "uncertainty", "DWA"], metavar="METHOD",
-        help="the first is the baseline; default: equal GradNorm uncertainty DWA",
+        "--methods", nargs="+", choices=[*METHODS, "all"], metavar="METHOD",
+        default=["equal", "GradNorm", "uncertainty", "DWA"],
+        help="the first is the baseline; all: every one that needs no indicators; default: equal GradNorm uncertainty DWA",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=5, help="how many; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for results; default %(default)s")

@@ -1,5 +1,6 @@
 """``compare``: the same module with several methods, on the same seeds."""
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,11 +15,13 @@ from lightning_gradnorm.balancers import (
     EqualWeights,
     GeometricLoss,
     GradNorm,
+    GramianWeighting,
     LearningRateAnnealing,
     LossBalancer,
     LossRatioBalancing,
     RandomLossWeighting,
     ReLoBRaLo,
+    ScalarizerBalancer,
     SoftAdapt,
     UncertaintyWeighting,
 )
@@ -28,6 +31,30 @@ from lightning_gradnorm.report.comparison import Better, Comparison, Run
 
 Make = Callable[[], tuple[Any, ...]]
 MakeBalancer = Callable[[], LossBalancer]
+
+
+def _of_torchjd(wrap: Callable[[Any], LossBalancer], room: str, name: str, **settings: Any) -> MakeBalancer:
+    def make() -> LossBalancer:
+        try:
+            module = importlib.import_module(f"torchjd.{room}")
+        except ImportError as error:
+            raise ImportError(f"{name} is TorchJD's. pip install 'lightning-gradnorm[torchjd]' brings it.") from error
+        return wrap(getattr(module, name)(**settings))
+
+    return make
+
+
+OF_TORCHJD: dict[str, MakeBalancer] = {
+    "UPGrad": _of_torchjd(GramianWeighting, "aggregation", "UPGradWeighting"),
+    "MGDA": _of_torchjd(GramianWeighting, "aggregation", "MGDAWeighting"),
+    "PCGrad": _of_torchjd(GramianWeighting, "aggregation", "PCGradWeighting"),
+    "GradVac": _of_torchjd(GramianWeighting, "aggregation", "GradVacWeighting"),
+    "DualProj": _of_torchjd(GramianWeighting, "aggregation", "DualProjWeighting"),
+    "IMTL-G": _of_torchjd(GramianWeighting, "aggregation", "IMTLGWeighting"),
+    "Aligned-MTL": _of_torchjd(GramianWeighting, "aggregation", "AlignedMTLWeighting"),
+    "STCH": _of_torchjd(ScalarizerBalancer, "scalarization", "STCH", mu=0.1),
+}
+"""Those of ``METHODS`` that TorchJD has."""
 
 METHODS: dict[str, MakeBalancer] = {
     "equal": EqualWeights,
@@ -43,6 +70,7 @@ METHODS: dict[str, MakeBalancer] = {
     "geometric": GeometricLoss,
     "ReLoBRaLo": ReLoBRaLo,
     "SoftAdapt": lambda: SoftAdapt(variant="normalized"),
+    **OF_TORCHJD,
 }
 """Name → the method with its own defaults; those that need no more than the module has."""
 
@@ -74,7 +102,8 @@ def compare(
         make: gives what ``Trainer.fit`` takes, made anew: module with ``MultiTaskMixin``, training loader, validation loader.
         measures: name of a logged metric → which way is better. Log held-out ones in ``validation_step``; the value of the
             last validation counts.
-        methods: names out of ``METHODS``, or name → a function that gives the balancer.
+        methods: names out of ``METHODS``, or name → a function that gives the balancer; ``"all"``: those of ``METHODS`` that
+            need nothing else, without TorchJD's where it is not installed.
         seeds: how many (0, 1, …), or which.
         trainer: gives the Trainer, made anew; called with ``callbacks=[…]`` and ``logger=False``, to be passed on.
         on_run: called after every fit.
@@ -96,11 +125,18 @@ def compare(
     return Comparison(dict(measures), runs, next(iter(chosen)))
 
 
+def everything() -> list[str]:
+    """The names in ``METHODS`` of all that need no more than any module has, and that can be made here."""
+    missing = OF_TORCHJD if importlib.util.find_spec("torchjd") is None else {}
+    return [name for name, make in METHODS.items() if name not in missing and "kpis" not in make().needs]
+
+
 def _chosen(methods: Iterable[str] | Mapping[str, MakeBalancer]) -> dict[str, MakeBalancer]:
     if isinstance(methods, Mapping):
         chosen = dict(methods)
     else:
         names = [methods] if isinstance(methods, str) else list(methods)
+        names = everything() if names == ["all"] else names
         unknown = [name for name in names if name not in METHODS]
         if unknown:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 from lightning_gradnorm import EqualWeights, FixedWeights, GradNorm, compare
-from lightning_gradnorm.comparison import METHODS
+from lightning_gradnorm.comparison import METHODS, OF_TORCHJD, everything
 from lightning_gradnorm.report.comparison import Comparison, Run
 from tests.helpers import TrunkAndHeads, batches, quiet_trainer
 
@@ -203,6 +204,16 @@ def test_the_same_method_twice_comes_to_the_same(tmp_path):
 def test_what_cannot_be_compared_is_refused(tmp_path, measures, methods, seeds, words):
     with pytest.raises(ValueError, match=words):
         compare(make_in([]), measures, methods, seeds=seeds, trainer=lambda **s: quiet_trainer(tmp_path, **s))
+
+
+def test_all_are_those_that_need_nothing_else(monkeypatch):
+    names = everything()
+    assert {"equal", "GradNorm", "UPGrad", "STCH"} < set(names) and "DTP" not in names
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert everything() == [name for name in names if name not in OF_TORCHJD]
+    monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
+    with pytest.raises(ImportError, match=r"MGDAWeighting is TorchJD's. pip install 'lightning-gradnorm\[torchjd\]'"):
+        METHODS["MGDA"]()
 
 
 def test_the_known_methods_are_methods():

@@ -51,6 +51,8 @@ class GramianWeighting(RuleBalancer):
     every rank and after a resume. It sees the tasks that took part in the step, in the order in which they came first, or were
     declared. What it has learnt is saved and restored.
 
+    Source: TorchJD (Quinton, Rey 2024, arXiv 2406.16232), whose weightings each name their own.
+
     Args:
         weighting: G, ``[T, T]`` → weights, ``[T]``.
         ema_decay: β of the average of the weights, at least 0 and below 1: of the first updates their mean, from 1 / (1 − β) on

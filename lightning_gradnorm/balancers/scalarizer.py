@@ -63,6 +63,8 @@ class ScalarizerBalancer(RuleBalancer):
 
     FAMO is refused: its ``update`` wants the losses of the same batch once more, after the network's step.
 
+    Source: TorchJD (Quinton, Rey 2024, arXiv 2406.16232), whose scalarisers each name their own.
+
     Args:
         scalarizer: L, ``[T]`` → scalar, differentiable.
         lr: learning rate of what the scalariser learns.

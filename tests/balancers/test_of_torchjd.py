@@ -1,0 +1,175 @@
+"""Weightings of the Gram matrix and scalar functions of the losses: what is applied, and what cannot be used."""
+
+import pytest
+import torch
+from torch import nn
+from torchjd.aggregation import GradVacWeighting, MGDAWeighting, PCGradWeighting, UPGradWeighting
+from torchjd.scalarization import DWA, FAMO, IMTLL, STCH
+
+from lightning_gradnorm import GramianWeighting, Measurement, ScalarizerBalancer
+from lightning_gradnorm.balancers.gramian import LEAST, kept_readable
+
+TASKS = ("a", "b", "c")
+
+
+def measured(seed=0, tasks=TASKS):
+    generator = torch.Generator().manual_seed(seed)
+    gradients = torch.randn(len(tasks), 5, generator=generator, dtype=torch.float64)
+    return Measurement(tasks, torch.rand(len(tasks), generator=generator).double() + 0.5, gramian=gradients @ gradients.T)
+
+
+def losses_of(*values):
+    return {task: torch.tensor(value, dtype=torch.float64) for task, value in zip(TASKS, values, strict=True)}
+
+
+# -- weightings of the Gram matrix -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", [UPGradWeighting, MGDAWeighting])
+def test_without_an_average_the_weights_are_the_weighting_s_own(weighting):
+    balancer = GramianWeighting(weighting(), ema_decay=0)
+    for seed in range(3):
+        balancer.update(measured(seed))
+        expected = weighting()(measured(seed).gramian)
+        assert list(balancer.weights.values()) == pytest.approx(expected.clamp_min(LEAST * expected.max()).tolist(), rel=1e-12)
+
+
+def test_the_average_is_a_mean_at_first_and_exponential_then():
+    given = iter([[1.0, 3.0, 2.0], [3.0, 1.0, 2.0], [8.0, 2.0, 5.0]])
+    balancer = GramianWeighting(lambda gramian: torch.tensor(next(given)), ema_decay=0.5)
+    balancer.update(measured())
+    assert list(balancer.weights.values()) == [1.0, 3.0, 2.0]
+    balancer.update(measured())
+    assert list(balancer.weights.values()) == [2.0, 2.0, 2.0]
+    balancer.update(measured())
+    assert list(balancer.weights.values()) == [5.0, 2.0, 3.5]
+
+
+def test_the_weighting_sees_the_tasks_in_one_order():
+    seen = []
+    balancer = GramianWeighting(lambda gramian: seen.append(gramian.diagonal().tolist()) or torch.ones(len(gramian)))
+    first = measured()
+    balancer.update(first)
+    balancer.update(first.only([2, 0, 1]))
+    balancer.update(first.only([2, 0]))
+    sizes = first.gramian.diagonal().tolist()
+    assert seen == [sizes, sizes, [sizes[0], sizes[2]]]
+
+
+@pytest.mark.parametrize("weighting", [PCGradWeighting, GradVacWeighting])
+def test_random_orders_are_a_function_of_the_step_and_leave_other_numbers_alone(weighting):
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        balancer = GramianWeighting(weighting())
+        for step in range(6):
+            balancer.update(measured(step))
+        found.append(balancer.weights)
+        drawn = torch.rand(3)
+        torch.manual_seed(seed)
+        assert torch.equal(torch.rand(3), drawn)
+    assert found[0] == found[1]
+
+
+def test_a_weight_of_nought_stays_readable():
+    assert kept_readable(torch.tensor([2.0, 0.0, -1.0]), allow_negative=False).tolist() == pytest.approx([2.0, 2e-6, 2e-6])
+    assert kept_readable(torch.tensor([2.0, -1e-9, -4.0]), allow_negative=True).tolist() == pytest.approx([2.0, -4e-6, -4.0])
+    assert kept_readable(torch.zeros(2), allow_negative=False).min() > 0
+
+
+def test_negative_weights_are_applied_only_where_they_are_allowed():
+    def climbs(gramian):
+        return torch.tensor([1.0, -0.5, 2.0])
+
+    allowed = GramianWeighting(climbs, allow_negative=True)
+    allowed.update(measured())
+    assert allowed.weights == {"a": 1.0, "b": -0.5, "c": 2.0}
+    refused = GramianWeighting(climbs)
+    with pytest.warns(UserWarning, match=r"climbs gave 'b' a negative weight, under which a loss rises.*allow_negative=True"):
+        refused.update(measured())
+    refused.update(measured())  # told once
+    assert refused.weights == {"a": 1.0, "b": pytest.approx(2e-6), "c": 2.0}
+
+
+def test_a_weighting_that_fails_to_find_numbers_learns_nothing_of_the_step():
+    class Counting(nn.Module):
+        count = 0
+
+        def forward(self, gramian):
+            self.count += 1
+            return torch.full((len(gramian),), torch.nan if self.count == 2 else 1.0)
+
+    weighting = Counting()
+    balancer = GramianWeighting(weighting)
+    balancer.update(measured())
+    balancer.update(measured())
+    assert (weighting.count, balancer.skipped_updates) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (torch.ones(2), r"makes weights, shape \(3,\), .* and gave a tensor of shape \(2,\)"),
+        (None, "and gave None. Of TorchJD, take the classes whose names end in Weighting"),
+    ],
+)
+def test_what_is_no_weights_is_refused(found, words):
+    with pytest.raises(ValueError, match=words):
+        GramianWeighting(lambda gramian: found).update(measured())
+
+
+def test_what_is_no_function_is_refused():
+    with pytest.raises(TypeError, match=r"Pass an object: UPGradWeighting\(\)"):
+        GramianWeighting(UPGradWeighting)
+    with pytest.raises(TypeError, match=r"UPGradWeighting\(\), got 'upgrad'"):
+        GramianWeighting("upgrad")
+    with pytest.raises(ValueError, match="allow_negative is true or false"):
+        GramianWeighting(UPGradWeighting(), allow_negative="yes")
+
+
+# -- scalar functions of the losses --------------------------------------------------------------------------------------
+
+
+def test_the_weights_are_the_slopes():
+    balancer = ScalarizerBalancer(STCH(0.5))
+    losses = losses_of(1.0, 2.0, 0.5)
+    leaf = torch.tensor([1.0, 2.0, 0.5], requires_grad=True)
+    (slopes,) = torch.autograd.grad(STCH(0.5)(leaf), leaf)
+    assert balancer.weights_at(losses).tolist() == pytest.approx(slopes.tolist(), rel=1e-6)
+    turned = dict(reversed(losses.items()))
+    assert ScalarizerBalancer(STCH(0.5), tasks=TASKS).weights_at(turned).tolist() == pytest.approx(slopes.tolist()[::-1])
+
+
+def test_what_a_scalariser_learns_is_trained_by_the_optimiser_of_its_own():
+    """IMTL-L: s ← s − lr (e^s L − 1), to where e^s = 1 / L."""
+    scalarizer = IMTLL(3)
+    balancer = ScalarizerBalancer(scalarizer, 0.1, optimizer=torch.optim.SGD)
+    s = torch.zeros(3)
+    for _ in range(300):
+        balancer.update(Measurement(TASKS, torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64)))
+        s -= 0.1 * (s.exp() * torch.tensor([0.5, 1.0, 4.0]) - 1)
+        torch.testing.assert_close(scalarizer.log_scale.detach(), s, rtol=1e-4, atol=1e-5)
+    assert list(balancer.weights.values()) == pytest.approx([2.0, 1.0, 0.25], rel=1e-3)
+    assert balancer.settings()["optimizer"] == "SGD" and scalarizer.log_scale.grad is None
+
+
+def test_asking_for_weights_teaches_nothing():
+    scalarizer = DWA()
+    balancer = ScalarizerBalancer(scalarizer)
+    balancer.weights_at(losses_of(1.0, 2.0, 3.0))
+    assert scalarizer._n_batches == 0
+    for losses in ([1.0, 2.0, 3.0], [1.0, 1.0, 3.0], [0.5, 1.0, 3.0]):
+        balancer.update(Measurement(TASKS, torch.tensor(losses, dtype=torch.float64)))
+        balancer.end_epoch()
+    weights = balancer.weights_at(losses_of(1.0, 1.0, 1.0))
+    assert weights.sum() == pytest.approx(3, rel=1e-6) and weights[2] > weights[0]
+
+
+def test_scalarisers_that_cannot_be_used():
+    with pytest.raises(ValueError, match=r"FAMO wants the losses of the same batch once more .*\(update\(\)\)"):
+        ScalarizerBalancer(FAMO(3))
+    with pytest.raises(TypeError, match="scalarizer is a function of the losses"):
+        ScalarizerBalancer(STCH)
+    for scalarizer in (lambda losses: losses, lambda losses: 3.0, lambda losses: losses.detach().sum()):
+        with pytest.raises(ValueError, match=r"makes one number out of 3 losses, a tensor of shape \(\) that depends on them"):
+            ScalarizerBalancer(scalarizer).weights_at(losses_of(1.0, 2.0, 3.0))

@@ -8,6 +8,7 @@ from lightning_gradnorm.short_names import load_with_lightning_cli
 if TYPE_CHECKING:
     from lightning_gradnorm.balancers import (
         AdaptiveNormalizedLoss,
+        DualBalancing,
         DynamicTaskPrioritization,
         DynamicWeightAverage,
         EqualWeights,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         RuleBalancer,
         ScalarizerBalancer,
         SoftAdapt,
+        SoftOptimalUncertainty,
         UncertaintyWeighting,
     )
     from lightning_gradnorm.callbacks import GradNormCallback, LossBalancingCallback
@@ -50,6 +52,7 @@ __all__ = [
     "AdaptiveNormalizedLoss",
     "BalancedStep",
     "BalancingSession",
+    "DualBalancing",
     "DynamicTaskPrioritization",
     "DynamicWeightAverage",
     "EqualWeights",
@@ -80,6 +83,7 @@ __all__ = [
     "SelfAdaptivePoints",
     "SharedLayerSpec",
     "SoftAdapt",
+    "SoftOptimalUncertainty",
     "UncertaintyWeighting",
     "UniformPoints",
     "compare",

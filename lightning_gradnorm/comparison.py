@@ -10,6 +10,7 @@ import torch
 
 from lightning_gradnorm.balancers import (
     AdaptiveNormalizedLoss,
+    DualBalancing,
     DynamicTaskPrioritization,
     DynamicWeightAverage,
     EqualWeights,
@@ -23,6 +24,7 @@ from lightning_gradnorm.balancers import (
     ReLoBRaLo,
     ScalarizerBalancer,
     SoftAdapt,
+    SoftOptimalUncertainty,
     UncertaintyWeighting,
 )
 from lightning_gradnorm.callbacks import LossBalancingCallback
@@ -33,26 +35,24 @@ Make = Callable[[], tuple[Any, ...]]
 MakeBalancer = Callable[[], LossBalancer]
 
 
-def _of_torchjd(wrap: Callable[[Any], LossBalancer], room: str, name: str, **settings: Any) -> MakeBalancer:
-    def make() -> LossBalancer:
-        try:
-            module = importlib.import_module(f"torchjd.{room}")
-        except ImportError as error:
-            raise ImportError(f"{name} is TorchJD's. pip install 'lightning-gradnorm[torchjd]' brings it.") from error
-        return wrap(getattr(module, name)(**settings))
-
-    return make
+def _torchjd() -> Any:
+    try:
+        import torchjd.aggregation
+        import torchjd.scalarization
+    except ImportError as error:
+        raise ImportError("This method is TorchJD's. pip install 'lightning-gradnorm[torchjd]' brings it.") from error
+    return torchjd
 
 
 OF_TORCHJD: dict[str, MakeBalancer] = {
-    "UPGrad": _of_torchjd(GramianWeighting, "aggregation", "UPGradWeighting"),
-    "MGDA": _of_torchjd(GramianWeighting, "aggregation", "MGDAWeighting"),
-    "PCGrad": _of_torchjd(GramianWeighting, "aggregation", "PCGradWeighting"),
-    "GradVac": _of_torchjd(GramianWeighting, "aggregation", "GradVacWeighting"),
-    "DualProj": _of_torchjd(GramianWeighting, "aggregation", "DualProjWeighting"),
-    "IMTL-G": _of_torchjd(GramianWeighting, "aggregation", "IMTLGWeighting"),
-    "Aligned-MTL": _of_torchjd(GramianWeighting, "aggregation", "AlignedMTLWeighting"),
-    "STCH": _of_torchjd(ScalarizerBalancer, "scalarization", "STCH", mu=0.1),
+    "UPGrad": lambda: GramianWeighting(_torchjd().aggregation.UPGradWeighting()),
+    "MGDA": lambda: GramianWeighting(_torchjd().aggregation.MGDAWeighting()),
+    "PCGrad": lambda: GramianWeighting(_torchjd().aggregation.PCGradWeighting()),
+    "GradVac": lambda: GramianWeighting(_torchjd().aggregation.GradVacWeighting()),
+    "DualProj": lambda: GramianWeighting(_torchjd().aggregation.DualProjWeighting()),
+    "IMTL-G": lambda: GramianWeighting(_torchjd().aggregation.IMTLGWeighting()),
+    "Aligned-MTL": lambda: GramianWeighting(_torchjd().aggregation.AlignedMTLWeighting()),
+    "STCH": lambda: ScalarizerBalancer(_torchjd().scalarization.STCH(mu=0.1)),
 }
 """Those of ``METHODS`` that TorchJD has."""
 
@@ -66,6 +66,8 @@ METHODS: dict[str, MakeBalancer] = {
     "DTP": DynamicTaskPrioritization,
     "AMNL": AdaptiveNormalizedLoss,
     "annealing (norms)": lambda: LearningRateAnnealing(form="norm", update_every=10),
+    "DB-MTL": DualBalancing,
+    "UW-SO": SoftOptimalUncertainty,
     "random": RandomLossWeighting,
     "geometric": GeometricLoss,
     "ReLoBRaLo": ReLoBRaLo,

@@ -212,7 +212,7 @@ def test_all_are_those_that_need_nothing_else(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert everything() == [name for name in names if name not in OF_TORCHJD]
     monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
-    with pytest.raises(ImportError, match=r"MGDAWeighting is TorchJD's. pip install 'lightning-gradnorm\[torchjd\]'"):
+    with pytest.raises(ImportError, match=r"This method is TorchJD's. pip install 'lightning-gradnorm\[torchjd\]'"):
         METHODS["MGDA"]()
 
 

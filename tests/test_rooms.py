@@ -112,6 +112,7 @@ THIRD_PARTY = {
     "weights_file": {"yaml"},
     "term_weight": {"yaml"},
     "folders": {"fsspec"},
+    "comparison": {"torchjd"},
 }
 
 FILES = sorted(ROOT.rglob("*.py"))

@@ -3,6 +3,7 @@
 from lightning_gradnorm.balancers.amnl import AdaptiveNormalizedLoss
 from lightning_gradnorm.balancers.annealing import LearningRateAnnealing
 from lightning_gradnorm.balancers.base import LossBalancer
+from lightning_gradnorm.balancers.db_mtl import DualBalancing
 from lightning_gradnorm.balancers.dtp import DynamicTaskPrioritization
 from lightning_gradnorm.balancers.dwa import DynamicWeightAverage
 from lightning_gradnorm.balancers.fixed import EqualWeights, FixedWeights
@@ -17,9 +18,11 @@ from lightning_gradnorm.balancers.rule import RuleBalancer
 from lightning_gradnorm.balancers.scalarizer import ScalarizerBalancer
 from lightning_gradnorm.balancers.softadapt import SoftAdapt
 from lightning_gradnorm.balancers.uncertainty import UncertaintyWeighting
+from lightning_gradnorm.balancers.uw_so import SoftOptimalUncertainty
 
 __all__ = [
     "AdaptiveNormalizedLoss",
+    "DualBalancing",
     "DynamicTaskPrioritization",
     "DynamicWeightAverage",
     "EqualWeights",
@@ -36,5 +39,6 @@ __all__ = [
     "RuleBalancer",
     "ScalarizerBalancer",
     "SoftAdapt",
+    "SoftOptimalUncertainty",
     "UncertaintyWeighting",
 ]

@@ -12,6 +12,7 @@ import torchjd.scalarization
 
 from lightning_gradnorm import (
     AdaptiveNormalizedLoss,
+    DualBalancing,
     DynamicTaskPrioritization,
     DynamicWeightAverage,
     EqualWeights,
@@ -28,6 +29,7 @@ from lightning_gradnorm import (
     ReLoBRaLo,
     ScalarizerBalancer,
     SoftAdapt,
+    SoftOptimalUncertainty,
     UncertaintyWeighting,
 )
 from tests.helpers import of_version_0_1, same_state
@@ -89,6 +91,8 @@ BALANCERS = {
     "DynamicTaskPrioritization": lambda **settings: DynamicTaskPrioritization({"a": 2.0, "b": 0.5}, **settings),
     "AdaptiveNormalizedLoss": lambda **settings: AdaptiveNormalizedLoss(0.9, **settings),
     "GramianWeighting": lambda **settings: GramianWeighting(even_norms, **settings),
+    "DualBalancing": DualBalancing,
+    "SoftOptimalUncertainty": lambda **settings: SoftOptimalUncertainty(2.0, **settings),
     "LearningRateAnnealing": lambda **settings: LearningRateAnnealing("b", update_every=2, **settings),
     "LearningRateAnnealing norm": lambda **settings: LearningRateAnnealing(form="norm", update_every=1, **settings),
     "NTKWeighting": lambda **settings: NTKWeighting(update_every=2, **settings),
@@ -109,6 +113,8 @@ FIRST = {
     "UncertaintyWeighting revised": [0.5, 0.5, 0.5],
     "AdaptiveNormalizedLoss": [1 / 3, 1 / 6, 1 / 9],
     "GeometricLoss": [6 ** (1 / 3) / 3, 6 ** (1 / 3) / 6, 6 ** (1 / 3) / 9],
+    "DualBalancing": [1, 1 / 2, 1 / 3],
+    "SoftOptimalUncertainty": [math.exp(0.5 / k) / sum(math.exp(0.5 / j) for j in (1, 2, 3)) for k in (1, 2, 3)],
     "ScalarizerBalancer": [k / 14**0.5 for k in (1, 2, 3)],
     "TorchJD STCH": [math.exp(k / 3) / sum(math.exp(j / 3) for j in (1, 2, 3)) / 3 for k in (1, 2, 3)],
     "TorchJD UW": [0.5, 0.5, 0.5],
@@ -127,14 +133,14 @@ TASKS = ("a", "b", "c")
 
 
 def measurements(steps, tasks=TASKS, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(5)
+    generator, others = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
     scales = torch.tensor([0.01, 1.0, 30.0], dtype=torch.float64)[: len(tasks)]
     for _ in range(steps):
-        gradients = scales[:, None] * torch.randn(len(tasks), 5, generator=generator, dtype=torch.float64)
+        gradients = scales[:, None] * torch.randn(len(tasks), 5, generator=others, dtype=torch.float64)
         draws = torch.rand(5, len(tasks), generator=generator, dtype=torch.float64)
         losses, norms, maxima, means = (scales * draw + 1e-3 for draw in draws[:4])
-        others = (losses, norms, maxima, means, draws[4], means.square(), gradients @ gradients.T)
-        yield Measurement(tasks, *(vector.to(dtype) for vector in others))
+        vectors = (losses, norms, maxima, means, draws[4], means.square(), gradients @ gradients.T)
+        yield Measurement(tasks, *(vector.to(dtype) for vector in vectors))
 
 
 def run(balancer, steps):
@@ -154,6 +160,7 @@ def test_the_first_step_applies_ones_or_what_the_method_says(name):
         expected = balancer.weights_at(losses).tolist()
         assert sum(expected) == pytest.approx(1) and min(expected) > 0
     exact = 1e-6 if isinstance(balancer, ScalarizerBalancer) else 1e-14  # these get the losses in float32
+    exact = 2e-8 if name == "DualBalancing" else exact  # it adds 1e-8 to each
     assert balancer.weights_at(losses).tolist() == pytest.approx(expected, rel=exact)
     assert balancer.total(losses).item() == pytest.approx(sum(w * (k + 1) for k, w in enumerate(expected)), rel=exact)
     assert balancer.weights == {}
@@ -190,7 +197,8 @@ def test_reported_weights_are_the_applied_ones(make):
     losses = {task: torch.tensor(1.7, dtype=torch.float64, requires_grad=True) for task in TASKS}
     applied = torch.stack(torch.autograd.grad(balancer.total(losses), list(losses.values())))
     assert torch.equal(applied, balancer.weights_at(losses))
-    if not isinstance(balancer, GeometricLoss | ScalarizerBalancer):  # its weights are of the losses themselves
+    of_the_step = GeometricLoss | ScalarizerBalancer | DualBalancing | SoftOptimalUncertainty
+    if not isinstance(balancer, of_the_step):  # its weights are of the losses themselves
         assert dict(zip(TASKS, applied.tolist(), strict=True)) == balancer.weights
 
 
@@ -352,7 +360,8 @@ def test_losses_of_zero_and_of_any_size_leave_usable_weights(make):
             run(balancer, measurements(6))
         run(balancer, [measurement] * 5)
         w = balancer.weights_for(TASKS)
-        least = 0.0 if isinstance(balancer, ScalarizerBalancer) else torch.finfo(torch.float64).tiny  # beside a loss of 1e30
+        may_be_none = isinstance(balancer, ScalarizerBalancer | SoftOptimalUncertainty)  # beside a loss of 1e30
+        least = 0.0 if may_be_none else torch.finfo(torch.float64).tiny
         assert w.isfinite().all() and (w >= least).all(), losses
 
 

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from lightning_gradnorm import GradNorm, LearningRateAnnealing, Measurement, NTKWeighting, RuleBalancer
+from lightning_gradnorm import (
+    DualBalancing,
+    GradNorm,
+    GramianWeighting,
+    LearningRateAnnealing,
+    Measurement,
+    NTKWeighting,
+    RuleBalancer,
+)
 from lightning_gradnorm.balancers import arrays, base, idle, optimizer
 from lightning_gradnorm.measurement import is_of_gradients
 from tests.balancers.test_gradnorm_equations import vector
@@ -35,13 +43,15 @@ METHODS = {
     "annealing": lambda: LearningRateAnnealing("b", update_every=1),
     "annealing, norms": lambda: LearningRateAnnealing(form="norm", update_every=1),
     "NTK": lambda: NTKWeighting(update_every=1),
+    "dual": DualBalancing,
+    "Gram matrix": lambda: GramianWeighting(lambda gramian: 1 / gramian.diagonal().sqrt()),
 }
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 
 
 def measured(losses, norms, tasks=TASKS):
     losses, norms = (torch.tensor(row, dtype=torch.float64) for row in (losses, norms))
-    return Measurement(tasks, losses, norms, 2 * norms, norms / 3, ntk_traces=norms.square())
+    return Measurement(tasks, losses, norms, 2 * norms, norms / 3, ntk_traces=norms.square(), gramian=torch.outer(norms, norms))
 
 
 def random_steps(count, seed=0):

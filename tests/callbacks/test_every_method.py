@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from lightning_gradnorm import (
     AdaptiveNormalizedLoss,
+    DualBalancing,
     DynamicTaskPrioritization,
     DynamicWeightAverage,
     EqualWeights,
@@ -27,6 +28,7 @@ from lightning_gradnorm import (
     ReLoBRaLo,
     ScalarizerBalancer,
     SoftAdapt,
+    SoftOptimalUncertainty,
     UncertaintyWeighting,
 )
 from lightning_gradnorm.traces import generator_of, random_signs
@@ -50,6 +52,8 @@ METHODS = {
     "ReLoBRaLo": lambda: ReLoBRaLo(0.9, expected_rho=0.5),
     "SoftAdapt": lambda: SoftAdapt(1.0, variant="normalized"),
     "GradNorm": GradNorm,
+    "DB-MTL": lambda: DualBalancing(update_every=2),
+    "UW-SO": SoftOptimalUncertainty,
     "UPGrad": lambda: GramianWeighting(aggregation.UPGradWeighting()),
     "MGDA": lambda: GramianWeighting(aggregation.MGDAWeighting(), update_every=2),
     "DualProj": lambda: GramianWeighting(aggregation.DualProjWeighting(), ema_decay=0.5),

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast clients fuzz lint format types bench site clean
+.PHONY: demo test test-fast package clients fuzz lint format types bench site clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/digits.py
@@ -13,6 +13,10 @@ test: lint types
 
 test-fast: lint types
 	$(BIN)/python -m pytest -m "not slow"
+
+# Builds sdist and wheel, and uses both as a stranger would.
+package: $(VENV)/.installed
+	$(BIN)/python -m tests.package
 
 # Needs no .venv: each client has an environment of its own.
 clients:
@@ -27,6 +31,10 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
+
+# Whether every public name has its type written out; needs node.
+public-types: $(VENV)/.installed
+	cd / && PATH="$(CURDIR)/$(BIN):$$PATH" npx --yes pyright@1.1.414 --verifytypes lightning_gradnorm --ignoreexternal
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -47,4 +55,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-clients runs lightning_logs
+	rm -rf $(VENV) .venv-* dist runs lightning_logs

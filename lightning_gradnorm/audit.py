@@ -26,12 +26,12 @@ class Audit:
     """
 
     def __init__(self, root: Tensor, graph: TaskGraph, parameters: Sequence[Tensor]) -> None:
-        self.in_half_precision = any(dtype_of(node).itemsize == 2 for node in graph.edges)
+        self.in_half_precision: bool = any(dtype_of(node).itemsize == 2 for node in graph.edges)
         self._parameters = list(parameters)
         dtypes = [(parameter.real if parameter.is_complex() else parameter).dtype for parameter in self._parameters]
-        self.precision = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        self.precision: torch.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         self._whole: dict[int, Tensor] = {}
-        self.scale = torch.ones_like(root)
+        self.scale: Tensor = torch.ones_like(root)
         self._handles: list[RemovableHandle] = []
         if root.grad_fn is not None:
             self._handles.append(root.grad_fn.register_prehook(self._note_scale(root.output_nr)))

@@ -157,7 +157,7 @@ class Diagnosing(GradNormCallback):
 
     def __init__(self, norm_of: NormOf) -> None:
         super().__init__(mode="monitor", summary=False, log_cosines=True, norm_of=norm_of)
-        self.noted = _Noted()
+        self.noted: _Noted = _Noted()
 
     def _tell(self, about: str, message: str) -> None:
         if not about.startswith(("idle", "penalty")):  # the diagnosis says that itself

@@ -24,7 +24,8 @@ class LayerWatch:
             stacklevel=2,
         )
         self.layer = layer
-        self.parameters = [p for p in layer.parameters() if p.requires_grad] if parameters is None else list(parameters)
+        trained = (parameter for parameter in layer.parameters() if parameter.requires_grad)
+        self.parameters: list[Tensor] = list(trained if parameters is None else parameters)
 
     def start(self) -> None:
         """Does nothing any more."""

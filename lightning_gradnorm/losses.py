@@ -117,7 +117,8 @@ class StackedLosses(Mapping[str, Tensor]):
     """
 
     def __init__(self, tasks: Iterable[str], vector: Tensor) -> None:
-        self._tasks, self.vector = tuple(tasks), vector
+        self._tasks: tuple[str, ...] = tuple(tasks)
+        self.vector: Tensor = vector
 
     def __getitem__(self, task: str) -> Tensor:
         return self._scalars[task]

@@ -65,7 +65,11 @@ class TermWeight(float):
         number = plain_number(other)
         return float(self) * other if number is None else TermWeight(float(self) * number, self.task, self._weighs)
 
-    __mul__ = __rmul__ = _times
+    def __mul__(self, other: Any) -> Any:
+        return self._times(other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return self._times(other)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if ufunc.__name__ == "multiply" and method == "__call__" and len(inputs) == 2 and not kwargs:

@@ -40,7 +40,8 @@ class AdaptiveNormalizedLoss(RuleBalancer):
     def __init__(
         self, decay: float = 0.99, *, floor: float = 1e-8, tasks: Iterable[str] | None = None, update_every: int = 1
     ) -> None:
-        self.decay, self.floor = check_range("decay", decay, at_least=0, below=1), check_range("floor", floor, above=0)
+        self.decay: float = check_range("decay", decay, at_least=0, below=1)
+        self.floor: float = check_range("floor", floor, above=0)
         super().__init__(tasks=tasks, update_every=update_every)
 
     def settings(self) -> dict[str, Any]:
@@ -63,5 +64,5 @@ class AdaptiveNormalizedLoss(RuleBalancer):
         average = self.decay * state["average"] + (1 - self.decay) * measurement.losses
         correction = self.decay * state["correction"] + (1 - self.decay)
         means = average / correction
-        self.diagnostics = {"mean_loss": means}
+        self.diagnostics: dict[str, Tensor] = {"mean_loss": means}
         return {"weights": self._of(means, len(self.tasks)), "average": average, "correction": correction}

@@ -61,15 +61,15 @@ class LearningRateAnnealing(RuleBalancer):
         update_every: int = 10,
         tasks: Iterable[str] | None = None,
     ) -> None:
-        self.form = check_choice("form", form, get_args(Form))
-        self.reference = None if reference is None else plain_name(reference)
+        self.form: Form = check_choice("form", form, get_args(Form))
+        self.reference: str | None = None if reference is None else plain_name(reference)
         if (self.form == "max_mean") != (self.reference is not None):
             raise ValueError(
                 "form='max_mean' goes with reference='task', the residual's name, and form='norm' without: got "
                 f"form={self.form!r} with reference={self.reference!r}."
             )
-        self.decay = check_range("decay", decay, at_least=0, below=1)
-        self.needs = ("gradient_maxima", "gradient_means") if self.form == "max_mean" else ("gradient_norms",)
+        self.decay: float = check_range("decay", decay, at_least=0, below=1)
+        self.needs: tuple[str, ...] = ("gradient_maxima", "gradient_means") if self.form == "max_mean" else ("gradient_norms",)
         super().__init__(tasks=tasks, update_every=update_every)
 
     def settings(self) -> dict[str, Any]:

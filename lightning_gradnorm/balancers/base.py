@@ -81,10 +81,10 @@ class LossBalancer(NamedTasks, ABC):
         self._clear()
 
     def _clear(self) -> None:
-        self.tasks = ()
-        self.steps = 0
-        self.skipped_updates = torch.zeros((), dtype=torch.int64)
-        self.idle_steps = torch.zeros(0, dtype=torch.int64)
+        self.tasks: tuple[str, ...] = ()
+        self.steps: int = 0
+        self.skipped_updates: Tensor = torch.zeros((), dtype=torch.int64)
+        self.idle_steps: Tensor = torch.zeros(0, dtype=torch.int64)
         self.diagnostics: dict[str, Tensor] = {}
         self._weights = torch.ones(0, dtype=torch.float64)
         self._memory = {name: self._weights.clone() for name, _ in self._remembers}

@@ -41,7 +41,7 @@ class DynamicTaskPrioritization(RuleBalancer):
         ValueError: for a setting outside its range; at an update, for an indicator that is missing or not between 0 and 1.
     """
 
-    needs = ("kpis",)
+    needs: tuple[str, ...] = ("kpis",)
     _remembers = (("kpi", torch.nan),)
 
     def __init__(
@@ -54,10 +54,12 @@ class DynamicTaskPrioritization(RuleBalancer):
         update_every: int = 1,
     ) -> None:
         per_task = check_per_task("gamma", gamma) if is_per_task(gamma) else {}
-        self.gamma = check_range("gamma", 1.0 if is_per_task(gamma) else gamma, at_least=0)
-        self.gammas = {task: check_range(f"gamma of task {task!r}", value, at_least=0) for task, value in per_task.items()}
-        self.smoothing = check_range("smoothing", smoothing, above=0, at_most=1)
-        self.floor = check_range("floor", floor, above=0, below=1)
+        self.gamma: float = check_range("gamma", 1.0 if is_per_task(gamma) else gamma, at_least=0)
+        self.gammas: dict[str, float] = {
+            task: check_range(f"gamma of task {task!r}", value, at_least=0) for task, value in per_task.items()
+        }
+        self.smoothing: float = check_range("smoothing", smoothing, above=0, at_most=1)
+        self.floor: float = check_range("floor", floor, above=0, below=1)
         super().__init__(tasks=tasks, update_every=update_every)
 
     def settings(self) -> dict[str, Any]:
@@ -80,5 +82,5 @@ class DynamicTaskPrioritization(RuleBalancer):
         kpis = measurement.kpis.to(state["kpi"]).clamp_min(self.floor)
         mean = torch.where(state["kpi"].isnan(), kpis, self.smoothing * kpis + (1 - self.smoothing) * state["kpi"])
         gammas = mean.new_tensor([self.gammas.get(task, self.gamma) for task in measurement.tasks])
-        self.diagnostics = {"kpi": mean}
+        self.diagnostics: dict[str, Tensor] = {"kpi": mean}
         return {"weights": focal_weights(mean, gammas).clamp_min(LEAST), "kpi": mean}

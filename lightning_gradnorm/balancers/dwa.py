@@ -37,14 +37,14 @@ class DynamicWeightAverage(RuleBalancer):
     _remembers = (("sum", 0.0), ("steps", 0.0), ("last_epoch", torch.nan), ("epoch_before", torch.nan))
 
     def __init__(self, temperature: float = 2.0, *, tasks: Iterable[str] | None = None, update_every: int = 1) -> None:
-        self.temperature = check_range("temperature", temperature, above=0)
+        self.temperature: float = check_range("temperature", temperature, above=0)
         super().__init__(tasks=tasks, update_every=update_every)
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"temperature": self.temperature}
 
     def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self.diagnostics = {"descent_rate": descent_rates(state["last_epoch"], state["epoch_before"])}
+        self.diagnostics: dict[str, Tensor] = {"descent_rate": descent_rates(state["last_epoch"], state["epoch_before"])}
         return {"sum": state["sum"] + measurement.losses, "steps": state["steps"] + 1}
 
     @torch.no_grad()

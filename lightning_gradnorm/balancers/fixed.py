@@ -50,7 +50,7 @@ class FixedWeights(RuleBalancer):
     def __init__(self, weights: Mapping[str, float], *, update_every: int = 1) -> None:
         rule = "a dict of task name → weight, with every task in it"
         check_that("weights", weights, is_per_task(weights) and len(weights) > 0, rule)
-        self.given = {
+        self.given: dict[str, float] = {
             task: check_range(f"The weight of task {task!r}", weight, above=0)
             for task, weight in check_per_task("weights", weights, rule).items()
         }

@@ -110,7 +110,7 @@ class GradNorm(LossBalancer):
             that is not above 0.
     """
 
-    needs = ("gradient_norms",)
+    needs: tuple[str, ...] = ("gradient_norms",)
 
     def __init__(
         self,
@@ -132,37 +132,38 @@ class GradNorm(LossBalancer):
     ) -> None:
         is_of_0_1 = any(value is not None for value in (scale, reference, ema_decay))
         implied = "log" if is_of_0_1 else "average"
-        self.update_rule = check_choice("update", implied if update is None else update, get_args(Update))
+        self.update_rule: Update = check_choice("update", implied if update is None else update, get_args(Update))
         averaged = self.update_rule == "average"
         self._remembers = AveragedUpdate.remembers if averaged else ()
         falling = averaged and optimizer is None
         effects = "at least 0: at 0 all norms are pulled together, at 1.5 slow tasks are favoured"
         alpha = (0.0 if averaged else 0.12) if alpha is None else alpha
-        self.alpha = check_number("alpha", alpha, lambda value: 0 <= value < math.inf, effects)
-        self.lr = self._rate_of(lr, falling)
-        self.min_weight, self.max_weight = _bounds(min_weight, max_weight)
-        self.residuals = () if residuals is None else check_names("residuals", residuals)
+        self.alpha: float = check_number("alpha", alpha, lambda value: 0 <= value < math.inf, effects)
+        self.lr: float = self._rate_of(lr, falling)
+        bounds = _bounds(min_weight, max_weight)
+        self.min_weight: float = bounds[0]
+        self.max_weight: float = bounds[1]
+        self.residuals: tuple[str, ...] = () if residuals is None else check_names("residuals", residuals)
         only_averaged = (
             "for update='average', the default, without scale, reference and ema_decay; to another update every task is alike"
         )
         check_that("residuals", residuals, averaged or not self.residuals, only_averaged)
-        self.priorities = {
+        self.priorities: dict[str, float] = {
             task: check_number(
                 f"priority of task {task!r}", value, lambda number: 0 < number < math.inf, "above 0; 1 is the usual importance"
             )
             for task, value in check_per_task("priorities", priorities).items()
         }
-        self.needs_positive_losses = self.alpha > 0
+        self.needs_positive_losses: bool = self.alpha > 0
         self._initial_losses = InitialLossTracker(initial_losses)
         factory = optimizer or (torch.optim.SGD if averaged else torch.optim.Adam)
         check_factory("optimizer", factory)
         self._optimizer = VectorOptimizer(factory, 1.0 if falling else self.lr)
         self._parts = {"initial_losses": self._initial_losses, "optimizer": self._optimizer}
-        bounds = self.min_weight, self.max_weight
         self._of_0_1 = settings_of_0_1(self.update_rule, update is not None, scale, reference, ema_decay)
         self._rule: UpdateRule = (
             AveragedUpdate(self.residuals, self._optimizer, self.lr if falling else None, bounds)
-            if averaged
+            if self.update_rule == "average"
             else ScaledUpdate(self.update_rule, self.alpha, self._optimizer, bounds, self._of_0_1)
         )
         is_auto = plain_text(update_every) == "auto"
@@ -172,7 +173,7 @@ class GradNorm(LossBalancer):
         )
         self._falls = falling
         if is_auto:
-            self.update_every = "auto"
+            self.update_every: int | Literal["auto"] = "auto"
 
     @staticmethod
     def _rate_of(lr: float | None, falling: bool) -> float:
@@ -246,7 +247,8 @@ class GradNorm(LossBalancer):
                 known = on_host(known)
                 active = known if active is None else active & known
                 if not known.any():
-                    self.skipped_updates += as_tensor(~(isfinite(sum_among(losses + norms, with_gradient)) & (norms.sum() > 0)))
+                    usable = isfinite(sum_among(losses + norms, with_gradient)) & (norms.sum() > 0)
+                    self.skipped_updates.add_(as_tensor(~usable))
                     return
         ratios = loss_ratios(losses, initial)
         rates = relative_inverse_training_rates(ratios, active)
@@ -274,9 +276,9 @@ class GradNorm(LossBalancer):
         found = {"grad_norm": step.weights * norms, "target_norm": targets, "loss_ratio": ratios, "inverse_rate": rates}
         if active is not None:
             found |= {tag: where(active, found[tag], math.nan) for tag in list(found)[1:]}
-        self.diagnostics = {tag: as_tensor(vector) for tag, vector in found.items()}
+        self.diagnostics: dict[str, Tensor] = {tag: as_tensor(vector) for tag, vector in found.items()}
         if not certain:
-            self.skipped_updates += as_tensor(~usable)
+            self.skipped_updates.add_(as_tensor(~usable))
         self._weights = as_tensor(changes.pop("weights"))
         if self.frozen:
             changes.pop(SEEN, None)  # weights that stay as they are have averaged nothing

@@ -34,7 +34,7 @@ class AveragedUpdate:
         bounds: least and greatest weight.
     """
 
-    remembers = ((SEEN, 0.0), (NORM, 0.0), (SHARE, 0.0))
+    remembers: tuple[tuple[str, float], ...] = ((SEEN, 0.0), (NORM, 0.0), (SHARE, 0.0))
 
     def __init__(
         self, residuals: tuple[str, ...], optimizer: VectorOptimizer, lr: float | None, bounds: tuple[float, float]

@@ -43,7 +43,7 @@ class InitialLossTracker:
         rule = "'first', a number of steps to average, or a dict of task name → L(0)"
         check_that("initial_losses", spec, count is not None and count >= 1 and count % 1 == 0, rule)
         values = check_per_task("initial_losses", spec) if given else {}
-        self.given = {task: _positive(task, value) for task, value in values.items()}
+        self.given: dict[str, float] = {task: _positive(task, value) for task, value in values.items()}
         self._window = int(count or 1)
         self.setting: str | int | dict[str, float] = dict(self.given) if given else "first" if first else self._window
         self._sums: dict[str, Tensor] = {}

@@ -41,8 +41,8 @@ class LossRatioBalancing(RuleBalancer):
         tasks: Iterable[str] | None = None,
         update_every: int = 1,
     ) -> None:
-        self.alpha = check_range("alpha", alpha, at_least=0)
-        self.needs_positive_losses = self.alpha > 0
+        self.alpha: float = check_range("alpha", alpha, at_least=0)
+        self.needs_positive_losses: bool = self.alpha > 0
         self._initial_losses = InitialLossTracker(initial_losses)
         self._parts = {"initial_losses": self._initial_losses}
         super().__init__(tasks=tasks, update_every=update_every)
@@ -69,7 +69,7 @@ class LossRatioBalancing(RuleBalancer):
             return {}
         ratios = loss_ratios(measurement.losses, initial.to(measurement.losses))
         rates = relative_inverse_training_rates(ratios, known)
-        self.diagnostics = {"loss_ratio": ratios, "inverse_rate": rates}
+        self.diagnostics: dict[str, Tensor] = {"loss_ratio": ratios, "inverse_rate": rates}
         powers = rates.clamp_min(LEAST) ** self.alpha
         if known is None:
             return {"weights": scale_to_sum(powers, weights.sum(), LEAST)}

@@ -55,12 +55,12 @@ class NTKWeighting(RuleBalancer):
         ValueError: for a setting outside its range; at a step, for a loss that is a scalar.
     """
 
-    needs = ("ntk_traces",)
+    needs: tuple[str, ...] = ("ntk_traces",)
     of_all_parameters = True
     _remembers = (("trace", 0.0), ("measured", 0.0))
 
     def __init__(self, *, decay: float = 0.99, update_every: int = 10, tasks: Iterable[str] | None = None) -> None:
-        self.decay = check_range("decay", decay, at_least=0, below=1)
+        self.decay: float = check_range("decay", decay, at_least=0, below=1)
         super().__init__(tasks=tasks, update_every=update_every)
 
     def settings(self) -> dict[str, Any]:

@@ -20,12 +20,12 @@ class Draws:
     """
 
     def __init__(self, seed: int) -> None:
-        self.seed = check_whole("seed", seed, "a whole number")
+        self.seed: int = check_whole("seed", seed, "a whole number")
         self.reset()
 
     def reset(self) -> None:
         """Start again."""
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator: torch.Generator = torch.Generator().manual_seed(self.seed)
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}

@@ -53,9 +53,9 @@ class ReLoBRaLo(RuleBalancer):
         tasks: Iterable[str] | None = None,
         update_every: int = 1,
     ) -> None:
-        self.alpha = check_range("alpha", alpha, at_least=0, below=1)
-        self.temperature = check_range("temperature", temperature, above=0)
-        self.expected_rho = check_range("expected_rho", expected_rho, at_least=0, at_most=1)
+        self.alpha: float = check_range("alpha", alpha, at_least=0, below=1)
+        self.temperature: float = check_range("temperature", temperature, above=0)
+        self.expected_rho: float = check_range("expected_rho", expected_rho, at_least=0, at_most=1)
         self._draws = Draws(seed)
         self._parts = {"draws": self._draws}
         super().__init__(tasks=tasks, update_every=update_every)
@@ -73,6 +73,6 @@ class ReLoBRaLo(RuleBalancer):
         since_last = balanced_by_progress(losses, torch.where(seen, last, losses), self.temperature, weights.sum())
         looked_back = rho * weights + (1 - rho) * since_start
         balanced = self.alpha * looked_back + (1 - self.alpha) * since_last
-        self.diagnostics = {"loss_ratio": losses / first}
+        self.diagnostics: dict[str, Tensor] = {"loss_ratio": losses / first}
         # With a task that is here for the first time there is no progress to compare yet.
         return {"weights": torch.where(seen.all(), balanced, weights), "first_loss": first, "last_loss": losses}

@@ -53,7 +53,7 @@ class RuleBalancer(LossBalancer):
         usable = _finite(measured, active)
         usable = usable if active is None else usable & on_host(active).any()
         if not isinstance(usable, Tensor) and not usable:
-            self.skipped_updates += 1
+            self.skipped_updates.add_(1)
             return
         losses = measurement.losses.to(self._weights, copy=True)  # what is remembered of it is not the caller's
         after = self._next(measurement._replace(losses=losses), before)
@@ -61,7 +61,7 @@ class RuleBalancer(LossBalancer):
         certain = active is None and surely_all(usable)
         if not certain:
             usable = as_tensor(usable)
-            self.skipped_updates += ~usable
+            self.skipped_updates.add_(~usable)
         changes = usable if active is None else usable & active
         for name, vector in after.items():
             kept = vector if certain else torch.where(changes, vector, before[name])

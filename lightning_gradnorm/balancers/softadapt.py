@@ -43,8 +43,9 @@ class SoftAdapt(RuleBalancer):
         tasks: Iterable[str] | None = None,
         update_every: int = 1,
     ) -> None:
-        self.beta, self.variant = check_range("beta", beta), check_choice("variant", variant, get_args(Variant))
-        self.needs_positive_losses = self.variant == "loss_weighted"
+        self.beta: float = check_range("beta", beta)
+        self.variant: Variant = check_choice("variant", variant, get_args(Variant))
+        self.needs_positive_losses: bool = self.variant == "loss_weighted"
         super().__init__(tasks=tasks, update_every=update_every)
 
     def settings(self) -> dict[str, Any]:
@@ -57,6 +58,6 @@ class SoftAdapt(RuleBalancer):
         if self.variant == "normalized":
             rates = rates / rates.abs().sum().clamp_min(torch.finfo(rates.dtype).tiny)
         factors = losses if self.variant == "loss_weighted" else None
-        self.diagnostics = {"loss_change": rates}
+        self.diagnostics: dict[str, Tensor] = {"loss_change": rates}
         new = softmax_weights(self.beta * rates, weights.sum(), factors)
         return {"weights": torch.where(seen.all(), new, weights), "last_loss": losses}

@@ -64,12 +64,13 @@ class UncertaintyWeighting(LossBalancer):
         tasks: Iterable[str] | None = None,
         update_every: int = 1,
     ) -> None:
-        self.kinds = {
+        self.kinds: dict[str, Kind] = {
             task: check_choice(f"kind of task {task!r}", kind, get_args(Kind))
             for task, kind in check_per_task("kinds", kinds, "a dict of task name → kind").items()
         }
-        self.lr, self.form = check_range("lr", lr, at_least=0), check_choice("form", form, get_args(Form))
-        self.initial_log_variance = check_range("initial_log_variance", initial_log_variance)
+        self.lr: float = check_range("lr", lr, at_least=0)
+        self.form: Form = check_choice("form", form, get_args(Form))
+        self.initial_log_variance: float = check_range("initial_log_variance", initial_log_variance)
         check_factory("optimizer", optimizer)
         self._optimizer = VectorOptimizer(optimizer, self.lr)
         self._parts = {"optimizer": self._optimizer}
@@ -109,7 +110,7 @@ class UncertaintyWeighting(LossBalancer):
             s = self._optimizer.step(whole, gradient, accept, places)
             new = uncertainty_weights(s, halves)  # of a step that was refused: those that it had
         if accept is not None:
-            self.skipped_updates += as_tensor(~usable)
-        self.diagnostics = {"log_variance": as_tensor(s)}
+            self.skipped_updates.add_(as_tensor(~usable))
+        self.diagnostics: dict[str, Tensor] = {"log_variance": as_tensor(s)}
         self._memory["log_variance"] = as_tensor(s if places is None else placed(whole, places, s))
         self._weights = as_tensor(new if places is None else placed(weights, places, new))

@@ -40,8 +40,8 @@ class ResidualAttentionPoints(FixedPoints):
     _of_each = "weight"
 
     def __init__(self, num_points: int | None = None, *, decay: float = 0.999, rate: float = 0.01) -> None:
-        self.decay = check_range("decay", decay, at_least=0, below=1)
-        self.rate = check_range("rate", rate, above=0)
+        self.decay: float = check_range("decay", decay, at_least=0, below=1)
+        self.rate: float = check_range("rate", rate, above=0)
         super().__init__(num_points, 0.0)
 
     def settings(self) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class GradientNormPoints(PointWeighting):
             raise TypeError(
                 f"GradientNormPoints takes the residual of one point, a function (network, x) → r; got {residual!r}."
             )
-        self.chunk_size = check_whole("chunk_size", chunk_size, "a whole number, 1 or more", at_least=1)
-        self.max_weight = check_range("max_weight", max_weight, at_least=1)
+        self.chunk_size: int = check_whole("chunk_size", chunk_size, "a whole number, 1 or more", at_least=1)
+        self.max_weight: float = check_range("max_weight", max_weight, at_least=1)
         self.residual = residual
 
     def settings(self) -> dict[str, Any]:

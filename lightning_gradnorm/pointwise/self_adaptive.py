@@ -55,15 +55,13 @@ class SelfAdaptivePoints(FixedPoints):
         exponent: float = 2.0,
         optimizer: OptimizerFactory = torch.optim.Adam,
     ) -> None:
-        self.mask = check_choice("mask", mask, get_args(Mask))
+        self.mask: Mask = check_choice("mask", mask, get_args(Mask))
         polynomial = self.mask == "polynomial"
         start = float(polynomial) if initial is None else initial
         start = check_range("initial", start, above=0) if polynomial else check_range("initial", start)
-        self.lr = check_range("lr", lr, at_least=0)
-        self.coefficient, self.exponent = (
-            check_range("coefficient", coefficient, above=0),
-            check_range("exponent", exponent, above=0),
-        )
+        self.lr: float = check_range("lr", lr, at_least=0)
+        self.coefficient: float = check_range("coefficient", coefficient, above=0)
+        self.exponent: float = check_range("exponent", exponent, above=0)
         check_factory("optimizer", optimizer)
         self._factory = optimizer
         super().__init__(num_points, start)

@@ -53,14 +53,16 @@ class Chooser:
     """
 
     def __init__(self, graph: WeightGraph, evidence: Evidence, reached: Mapping[str, set[str]]) -> None:
-        self.graph, self.evidence, self.reached = graph, evidence, dict(reached)
+        self.graph: WeightGraph = graph
+        self.evidence: Evidence = evidence
+        self.reached: dict[str, set[str]] = dict(reached)
         self.heads: dict[int, list[int]] = {}  # weight → tasks that are let through
         self.passed: dict[int, str] = {}
 
     def choose(self) -> Choice:
         """W; the weights that every task reaches must not be none."""
         common = self.common()
-        self.alive = [task for task in self.reached if not self.evidence.is_silent(task, self._names(common))]
+        self.alive: list[str] = [task for task in self.reached if not self.evidence.is_silent(task, self._names(common))]
         last = self._last_that_fit(common)
         if last is None:
             meeting = self._where_all_are(common)

@@ -54,7 +54,8 @@ class SharedLayerSearch:
     """
 
     def __init__(self, network: nn.Module, declared_tasks: Iterable[str] = ()) -> None:
-        self.network, self.declared_tasks = network, tuple(declared_tasks)
+        self.network: nn.Module = network
+        self.declared_tasks: tuple[str, ...] = tuple(declared_tasks)
         self.silent_tasks: tuple[str, ...] = ()
         self._reached: dict[str, list[str]] = {}  # task → weights, the last first
         self._evidence = Evidence()

@@ -35,15 +35,15 @@ class WeightGraph:
     """
 
     def __init__(self, losses: Mapping[str, Tensor], weight_names: Mapping[nn.Parameter, str]) -> None:
-        self.tasks = tuple(losses)
+        self.tasks: tuple[str, ...] = tuple(losses)
         self._roots = [loss.grad_fn for loss in losses.values()]
         self._ways: dict[Node, list[Node]] = {}  # node → its children; children before parents
         self._uses: list[list[Node]] = []  # weight → nodes in which it meets something else
         self._find(weight_names)
         every = (1 << len(self.tasks)) - 1
         flow = self._flow({})
-        self.reached = _bits(flow, len(self.tasks)).T
-        self.runs_once = torch.tensor([bool(bits & ~every) for bits in flow], dtype=torch.bool)
+        self.reached: Tensor = _bits(flow, len(self.tasks)).T
+        self.runs_once: Tensor = torch.tensor([bool(bits & ~every) for bits in flow], dtype=torch.bool)
 
     def last_of(self, weights: Tensor) -> Tensor:
         """Those of the weights, a mask ``[K]``, above which no other of them lies."""
@@ -102,10 +102,10 @@ class WeightGraph:
 
     def _order(self, names: list[str], first_use: list[tuple[int, int]], lower: list[int]) -> None:
         order = sorted(range(len(names)), key=first_use.__getitem__)
-        self.names = [names[weight] for weight in order]
+        self.names: list[str] = [names[weight] for weight in order]
         self._uses = [self._uses[weight] for weight in order]
         above = _bits([lower[weight] for weight in order], len(names))[:, order]
-        self.above = above & ~(above.T & torch.ones_like(above).triu(1))
+        self.above: Tensor = above & ~(above.T & torch.ones_like(above).triu(1))
 
     def _flow(self, only: Mapping[Node, int]) -> list[int]:
         """Walk from the losses down: weight → bits of the tasks that reach it; one more bit where a way there runs once.

@@ -18,7 +18,7 @@ class UnreachedSharedLayerError(ValueError):
     """A task's loss does not reach the shared layer: it has no gradient there to balance."""
 
     def __init__(self, tasks: Iterable[str]) -> None:
-        self.tasks = tuple(tasks)
+        self.tasks: tuple[str, ...] = tuple(tasks)
         super().__init__(
             f"The loss of {', '.join(f'task {task!r}' for task in self.tasks)} does not reach the shared layer: no gradient "
             "flows from it to those parameters. Let shared_layer() name a layer that every task uses; leave a task out "
@@ -89,11 +89,12 @@ class GradientReader(ABC):
         *,
         keep: bool = True,
     ) -> None:
-        self.tasks, self._keep = tuple(losses), keep
+        self.tasks: tuple[str, ...] = tuple(losses)
+        self._keep = keep
         given = list(parameters)
         first = {id(parameter): k for k, parameter in reversed(list(enumerate(given)))}  # one given twice counts once
         kept = sorted(first.values())
-        self.parameters = [given[k] for k in kept]
+        self.parameters: list[Tensor] = [given[k] for k in kept]
         self._wanted: list[Tensor] | list[GradientEdge] = list(self.parameters)
         if edges is not None:
             edges = list(edges)

@@ -40,7 +40,7 @@ class BalancingLog:
 
     def start_anew(self) -> None:
         """Nothing is known of the run to come."""
-        self.last = LastUpdate()
+        self.last: LastUpdate = LastUpdate()
         self.shown: dict[str, Tensor] = {}
         self._pairs: dict[str, Tensor] = {}  # gradient cosines, the last that were measured
 

@@ -33,9 +33,9 @@ class Reporting:
 
     def __init__(self, enabled: bool, pictures: bool = True) -> None:
         self.enabled = enabled
-        self.pictures = Pictures(pictures)
-        self.hyperparameters = Hyperparameters()
-        self.summary = RunSummary()
+        self.pictures: Pictures = Pictures(pictures)
+        self.hyperparameters: Hyperparameters = Hyperparameters()
+        self.summary: RunSummary = RunSummary()
         self._curves = KeptCurves()
         self._own_folders: set[str] = set()  # with files of this run in them, which may be replaced
         self._is_resumed = False

@@ -31,8 +31,11 @@ class Measuring:
         traces: task → that of its tangent kernel in the micro-batch whose backward comes next, if it is needed.
     """
 
+    window: MeasurementWindow
+
     def __init__(self, reading: SharedReading, balancer: LossBalancer) -> None:
-        self.reading, self._balancer = reading, balancer
+        self.reading: SharedReading = reading
+        self._balancer = balancer
         self._besides = [field for field in ("kpis", "ntk_traces") if field in balancer.needs]
         self._pairs = "gramian" in balancer.needs
         self._keeps = self._pairs or "gradient_means" in balancer.needs

@@ -26,7 +26,7 @@ class RankAgreement:
         self.device = device
         self.tasks: tuple[str, ...] = ()
         self.layer: tuple[str, ...] = ()
-        self.entries = 0
+        self.entries: int = 0
 
     @classmethod
     def of(cls, network: nn.Module) -> "RankAgreement | None":

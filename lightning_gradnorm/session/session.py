@@ -65,6 +65,7 @@ class BalancingSession(Totals):
         words: says what this run has to say.
     """
 
+    words: Words
     _hook: RemovableHandle | None  # on the submodule that returns the losses
 
     def __init__(
@@ -78,8 +79,10 @@ class BalancingSession(Totals):
         points: Mapping[str, PointWeighting] | None = None,
         losses_of: str | None = None,
     ) -> None:
-        self.balancer, self.points, self.handed_out = balancer, dict(points or {}), set()
-        self.reading = SharedReading(engine, norm_of, balancer)
+        self.balancer: LossBalancer = balancer
+        self.points: dict[str, PointWeighting] = dict(points or {})
+        self.handed_out: set[str] = set()
+        self.reading: SharedReading = SharedReading(engine, norm_of, balancer)
         self._close()
         if network is not None:
             self.open(Loop(network, lambda: shared_layer, losses_of=losses_of, ranks=RankAgreement.of(network)))
@@ -186,7 +189,7 @@ class BalancingSession(Totals):
                 self.tell("unused", unused())
             return {}
         noted = built[0] if len(built) == 1 else NotedLosses.joined(built)
-        self.noted = [other for other in self.noted if all(other is not one for one in built)]
+        self.noted: list[NotedLosses] = [other for other in self.noted if all(other is not one for one in built)]
         if self._stepping and not self._balanced.isdisjoint(noted.losses):
             return {}
         self._balanced.update(noted.losses)

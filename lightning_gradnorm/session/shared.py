@@ -53,7 +53,8 @@ class SharedReading:
                 "norm_of='features' has norms only, and this method needs the sizes of single entries of the parameters' "
                 "gradients. Take norm_of='parameters', or a form of the method that needs norms."
             )
-        self.engine, self.norm_of = Reading(engine), norm_of
+        self.engine: Reading = Reading(engine)
+        self.norm_of: NormOf = norm_of
         self._takes_all = balancer.of_all_parameters and norm_of == "parameters"
         self.known_names: list[str] = []
         self.layer: SharedLayer | None = None

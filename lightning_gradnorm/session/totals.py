@@ -44,7 +44,7 @@ class Totals:
 
     def _note_nothing(self) -> None:
         self.on_evaluation: Callable[[dict[str, Tensor]], None] | None = None
-        self.totals = 0
+        self.totals: int = 0
         self.noted: list[NotedLosses] = []
         self._recording = False
         self._link: TotalLink | None = None

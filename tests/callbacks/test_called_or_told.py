@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 
 from lightning_gradnorm import GradNormCallback, LossBalancingCallback, MultiTaskMixin, UncertaintyWeighting
-from tests.callbacks.test_trainer_features import OnTensors, Watch, loader
+from tests.callbacks.watching import OnTensors, Watch, loader
 from tests.helpers import SCALES, TrunkAndHeads, batches, quiet_trainer
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_gradnorm.gradients import CompiledSharedLayerError, UnreachedSharedLayerError
-from tests.callbacks.test_trainer_features import OnTensors, Watch, assert_same_history, loader, train
+from tests.callbacks.watching import OnTensors, Watch, assert_same_history, loader, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the compiler warns of itself
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_gradnorm import GradNorm, GradNormCallback, JointBackward, tap_losses
-from tests.callbacks.test_trainer_features import loader, train
+from tests.callbacks.watching import loader, train
 from tests.helpers import TrunkAndHeads, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight update.* so far", "ignore:Tasks that took no part so far")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_gradnorm import GradNorm, GradNormCallback, LossBalancingCallback, SelfAdaptivePoints
-from tests.callbacks.test_trainer_features import TASKS, Watch, assert_same_history
+from tests.callbacks.watching import TASKS, Watch, assert_same_history
 from tests.helpers import Recorder, TrunkAndHeads, batches, quiet_trainer, same_state
 
 

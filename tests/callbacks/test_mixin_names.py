@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_gradnorm import GradNormCallback, MultiTaskMixin
 from tests.callbacks.test_called_or_told import fit
-from tests.callbacks.test_trainer_features import Watch
+from tests.callbacks.watching import Watch
 from tests.helpers import TrunkAndHeads, batches, quiet_trainer
 
 

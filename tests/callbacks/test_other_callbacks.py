@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, 
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradnorm import GradNorm, GradNormCallback, JointBackward, tap_losses
-from tests.callbacks.test_trainer_features import TASKS, OnTensors, assert_same_history, loader, train
+from tests.callbacks.watching import TASKS, OnTensors, assert_same_history, loader, train
 from tests.helpers import TrunkAndHeads, batches, quiet_trainer
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.callbacks.test_trainer_features import TASKS, Watch, assert_same_history, train
+from tests.callbacks.watching import TASKS, Watch, assert_same_history, train
 from tests.helpers import TrunkAndHeads, batches, quiet_trainer
 
 

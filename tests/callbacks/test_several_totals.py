@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.callbacks.test_called_or_told import fit
-from tests.callbacks.test_trainer_features import OnTensors, Watch, assert_same_history, loader
+from tests.callbacks.watching import OnTensors, Watch, assert_same_history, loader
 from tests.helpers import SCALES
 
 

@@ -34,11 +34,9 @@ class CompiledSharedLayerError(RuntimeError):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"{what} inside a region that torch.compile has compiled into one backward, and that may run only once: its "
-            "buffers are "
-            "given away as it runs, and a second run can return wrong gradients without an error. Keep the shared layer "
-            "outside the "
-            "compiled region (compile the trunk below it and the heads above it), or take norm_of='features' with a "
-            "shared_layer() whose output leaves the compiled region."
+            "buffers are given away as it runs, and a second run can return wrong gradients without an error. Keep the shared "
+            "layer outside the compiled region (compile the trunk below it and the heads above it), or take norm_of='features' "
+            "with a shared_layer() whose output leaves the compiled region."
         )
 
 

@@ -37,8 +37,8 @@ def check_losses(
     pairs = list(losses.items() if isinstance(losses, Mapping) else losses) if usable else []
     if not usable or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise TypeError(
-            f"total_loss() takes a dict of task name → loss, got {type(losses).__name__}. "
-            "Write total_loss({'depth': depth_loss, 'normals': normals_loss})."
+            f"total_loss() takes a dict of task name → loss, got {type(losses).__name__}. Write "
+            "total_loss({'depth': depth_loss, 'normals': normals_loss})."
         )
     if not pairs:
         raise ValueError(

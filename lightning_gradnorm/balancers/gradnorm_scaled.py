@@ -73,8 +73,8 @@ def settings_of_0_1(
     scale = check_choice("scale", scale, get_args(ScaleRule))
     if (scale == "reference") != (reference is not None):
         raise ValueError(
-            f"scale='reference' and reference='task' go together: got scale={scale!r} with "
-            f"reference={reference!r}. Name the task whose weight stays 1, or choose another scale rule."
+            f"scale='reference' and reference='task' go together: got scale={scale!r} with reference={reference!r}. Name the "
+            "task whose weight stays 1, or choose another scale rule."
         )
     decay = 0.9 if ema_decay is None else ema_decay
     return SettingsOf01(

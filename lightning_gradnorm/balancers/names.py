@@ -42,10 +42,10 @@ class NamedTasks:
     def _check_declared(self, tasks: Iterable[str]) -> None:
         unknown = [task for task in tasks if self._declared is not None and task not in self._declared]
         if unknown:
+            plural, them = "s" if len(unknown) > 1 else "", ", ".join(map(repr, unknown))
             raise ValueError(
-                f"Unknown task{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}: {type(self).__name__} was "
-                "given "
-                f"tasks={list(self._declared or ())}. Add the name there, or leave tasks out to have the names learnt."
+                f"Unknown task{plural} {them}: {type(self).__name__} was given tasks={list(self._declared or ())}. Add the "
+                "name there, or leave tasks out to have the names learnt."
             )
 
     def _check_named(self, setting: str, names: Iterable[str], measurement: Measurement) -> None:
@@ -53,8 +53,8 @@ class NamedTasks:
         known = {*self.known_tasks, *measurement.tasks, *(self._declared or ())}
         unknown = [task for task in names if task not in known]
         if unknown:
+            them, tasks = (", ".join(map(repr, names)) for names in (unknown, sorted(known)))
             raise ValueError(
-                f"{setting} names {', '.join(map(repr, unknown))}, which is no task: the tasks are "
-                f"{', '.join(map(repr, sorted(known)))}. "
-                "Correct the name; if the task appears only in later batches, list all names with tasks=[…]."
+                f"{setting} names {them}, which is no task: the tasks are {tasks}. Correct the name; if the task appears only "
+                "in later batches, list all names with tasks=[…]."
             )

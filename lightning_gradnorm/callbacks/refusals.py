@@ -45,9 +45,9 @@ def check_alone(callbacks: Sequence[object]) -> None:
         ValueError: naming them.
     """
     if len(callbacks) > 1:
+        them = ", ".join(type(callback).__name__ for callback in callbacks)
         raise ValueError(
-            f"One callback weighs the losses, and the Trainer was given {len(callbacks)}: "
-            f"{', '.join(type(callback).__name__ for callback in callbacks)}. Keep one of them."
+            f"One callback weighs the losses, and the Trainer was given {len(callbacks)}: {them}. Keep one of them."
         )
 
 

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, event, given, reject, settings
 from lightning_gradnorm.losses import plain_sum
 from lightning_gradnorm.session.noted import NotedLosses
 from lightning_gradnorm.task_gradients import TaskGradients
-from tests.random_programs.training import TOLERANCES, Training, by_hand, through_the_trainer, trainings
+from tests.random_programs.training import TOLERANCES, Training, by_hand, through_the_trainer
+from tests.random_programs.training_strategies import trainings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

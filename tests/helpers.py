@@ -1,5 +1,6 @@
 """Small modules, graphs and Trainers that several tests use."""
 
+import inspect
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -60,6 +61,12 @@ QUIET = {  # settings of a Trainer on the CPU that writes and shows nothing
 
 def quiet_trainer(tmp_path: Any, **settings: Any) -> L.Trainer:
     return L.Trainer(**(QUIET | {"default_root_dir": tmp_path} | settings))
+
+
+def loading(*, weights_only: bool | None) -> dict[str, Any]:
+    """How a fit or a module takes up a checkpoint; before 2.6 Lightning has no say in it, and loads all."""
+    known = "weights_only" in inspect.signature(L.Trainer.fit).parameters
+    return {"weights_only": weights_only} if known else {}
 
 
 def batches(steps: int, size: int = 8, features: int = 6, seed: int = 1) -> DataLoader:

@@ -11,7 +11,7 @@ import torch
 
 from lightning_gradnorm import GradNorm, GradNormCallback, LossBalancingCallback, SelfAdaptivePoints
 from tests.callbacks.watching import TASKS, Watch, assert_same_history
-from tests.helpers import Recorder, TrunkAndHeads, batches, quiet_trainer, same_state
+from tests.helpers import Recorder, TrunkAndHeads, batches, loading, quiet_trainer, same_state
 
 
 def made(seed=0) -> TrunkAndHeads:
@@ -118,7 +118,7 @@ def test_a_callback_in_saved_hyperparameters_and_in_a_reloaded_module(tmp_path):
     expected = GradNormCallback(lr=0.1, summary=False)
     fit(tmp_path, expected)
     assert module.callback.weights == expected.weights
-    again = Holding.load_from_checkpoint(tmp_path / "some.ckpt", weights_only=False)
+    again = Holding.load_from_checkpoint(tmp_path / "some.ckpt", **loading(weights_only=False))
     assert again.callback is not module.callback
     assert again.callback.weights == expected.weights
     quiet_trainer(tmp_path).fit(again, batches(6))
@@ -200,7 +200,7 @@ def test_a_checkpoint_goes_on_in_another_module(tmp_path, caplog):
     caplog.clear()
     with caplog.at_level("INFO"):
         trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=2)
-        trainer.fit(made(6), batches(6), ckpt_path=tmp_path / "six.ckpt", weights_only=True)
+        trainer.fit(made(6), batches(6), ckpt_path=tmp_path / "six.ckpt", **loading(weights_only=True))
     assert callback.balancer.steps == 12
     assert not said(caplog, "starts anew")
 

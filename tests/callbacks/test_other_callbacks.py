@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch import callbacks as others
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradnorm import GradNorm, GradNormCallback, JointBackward, tap_losses
@@ -22,13 +22,15 @@ from tests.helpers import TrunkAndHeads, batches, quiet_trainer
 @pytest.mark.parametrize(
     "other",
     [
-        lambda: EMAWeightAveraging(decay=0.9),
-        lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=10),
-        lambda: ModelPruning("l1_unstructured", parameter_names=["bias"], amount=0.0),
+        lambda: others.EMAWeightAveraging(decay=0.9),
+        lambda: others.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=10),
+        lambda: others.ModelPruning("l1_unstructured", parameter_names=["bias"], amount=0.0),
     ],
     ids=["EMA", "SWA", "pruning"],
 )
-def test_other_callbacks_change_nothing(tmp_path, other):
+def test_other_callbacks_change_nothing(tmp_path, other, request):
+    if request.node.callspec.id == "EMA" and not hasattr(others, "EMAWeightAveraging"):
+        pytest.skip("Lightning before 2.6 has no such callback")
     x, module = torch.randn(4, 8, 6), OnTensors()
     beside = train(tmp_path, copy.deepcopy(module), loader(x), callbacks=[other()])
     assert_same_history(beside, train(tmp_path, copy.deepcopy(module), loader(x)), rtol=1e-6)
@@ -45,7 +47,7 @@ class Finetuned(OnTensors):
 @pytest.mark.feature("`BackboneFinetuning`", "supported", "the weights wait while the shared layer is frozen; told once")
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
 def test_while_a_finetuning_callback_keeps_the_layer_frozen_the_weights_wait(tmp_path):
-    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False)
+    finetuning = others.BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False)
     with pytest.warns(
         UserWarning, match="The weights stay as they are while a finetuning callback keeps the layer frozen"
     ) as caught:

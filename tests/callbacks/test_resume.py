@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_gradnorm import GradNormCallback
-from tests.helpers import MemoryLogger, Recorder, TrunkAndHeads, batches, quiet_trainer
+from tests.helpers import MemoryLogger, Recorder, TrunkAndHeads, batches, loading, quiet_trainer
 
 STEPS, PER_EPOCH = 12, 6
 
@@ -47,7 +47,7 @@ def fit(folder, callback, *, max_steps=STEPS, ckpt_path=None, weights_only=None,
         enable_checkpointing=True,
         **trainer_settings,
     )
-    trainer.fit(make(torch.optim.Adam), StatefulLoader(), ckpt_path=ckpt_path, weights_only=weights_only)
+    trainer.fit(make(torch.optim.Adam), StatefulLoader(), ckpt_path=ckpt_path, **loading(weights_only=weights_only))
     seen.logged = memory.logged
     return seen
 

@@ -11,7 +11,7 @@ from lightning_gradnorm import GradNormCallback
 from lightning_gradnorm.report.history import History, read_history
 from lightning_gradnorm.report.tags import PER_TASK
 from lightning_gradnorm.task_names import task_tag
-from tests.helpers import SCALES, MemoryLogger, TrunkAndHeads, batches, quiet_trainer
+from tests.helpers import SCALES, MemoryLogger, TrunkAndHeads, batches, loading, quiet_trainer
 
 ODD_NAMES = ["größe", "two words", "∂u/∂t", "🙂", "_a", "a.b-c", "深度", "$x^2$", "100 %"]
 
@@ -86,7 +86,7 @@ def test_a_resumed_fit_has_each_step_once(tmp_path):
     first.save_checkpoint(tmp_path / "last.ckpt")
     callback, memory = GradNormCallback(lr=0.1), MemoryLogger()
     second = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=2, logger=[TensorBoardLogger(**logger), memory])
-    second.fit(module, batches(6), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    second.fit(module, batches(6), ckpt_path=tmp_path / "last.ckpt", **loading(weights_only=False))
     assert len(list(folder.glob("events.out.tfevents.*"))) == 2
     weights = weights_of(folder, "small")
     assert list(weights) == list(range(12))

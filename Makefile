@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast package clients fuzz lint format types bench site clean
+.PHONY: demo test test-fast package floors newest clients fuzz lint format types public-types bench site clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/digits.py
@@ -17,6 +17,16 @@ test-fast: lint types
 # Builds sdist and wheel, and uses both as a stranger would.
 package: $(VENV)/.installed
 	$(BIN)/python -m tests.package
+
+# The quicker tests with other versions, in environments made anew: the lowest that pyproject.toml allows; the newest there are.
+# Another Python by PYTHON=python3.13, another torch by TORCH=2.13.0; TESTS narrows what is run.
+TESTS ?= tests -m "not slow"
+floors newest:
+	$(PYTHON) -m venv --clear .venv-$@
+	sed $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/') $(if $(filter newest,$@),-e '/^torch==$(TORCH)$$/!d') constraints/floors.txt > .venv-$@/constraints.txt
+	.venv-$@/bin/python -m pip install --quiet --constraint .venv-$@/constraints.txt torch
+	.venv-$@/bin/python -m pip install --quiet --constraint .venv-$@/constraints.txt --editable '.[cli,examples]' pytest hypothesis jinja2
+	.venv-$@/bin/python -m pytest $(TESTS) $(addprefix -W default::,DeprecationWarning PendingDeprecationWarning FutureWarning)
 
 # Needs no .venv: each client has an environment of its own.
 clients:

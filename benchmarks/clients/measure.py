@@ -2,7 +2,7 @@
 
 A client's file says how a module and its batches are made and how its errors are read; ``main`` here does the rest::
 
-    python -m benchmarks.clients.torchvision            # fits, results/torchvision.json and its table
+    python -m benchmarks.clients.torchvision            # fits, results/clients/torchvision.json and its table
     python -m benchmarks.clients.torchvision --quick    # shows that it runs, writes nothing
 """
 
@@ -26,7 +26,7 @@ import torch
 
 from lightning_gradnorm import GradNormCallback, LossBalancingCallback
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results" / "clients"
 PLAIN = "plain"
 MakeCallback = Callable[[], LossBalancingCallback | None]
 

@@ -1,6 +1,6 @@
 """PINA's own problems with its own weightings and with ours: relative L2 errors, and the time of a step on the first.
 
-    python -m benchmarks.clients.pina            # fits, results/pina.json and its table
+    python -m benchmarks.clients.pina            # fits, results/clients/pina.json and its table
     python -m benchmarks.clients.pina --quick    # shows that it runs, writes nothing
 
 ``measure.main`` does not serve: PINA's Trainer is made for a solver, and its weightings are no callbacks.

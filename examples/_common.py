@@ -1,5 +1,6 @@
-"""What the examples share: a quiet Trainer, a progress bar, a table, a figure's looks."""
+"""What the examples share: a command line, a quiet Trainer, a progress bar, a table, a figure's looks."""
 
+import argparse
 import logging
 import statistics
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import lightning as L
 import matplotlib
+import torch
 
 matplotlib.use("Agg")  # draws to files; no window is needed
 from matplotlib import pyplot as plt
@@ -22,6 +24,50 @@ from tqdm import tqdm
 BLACK, ORANGE, GREEN, BLUE, PURPLE = "#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7"
 SKY, VERMILION = "#56B4E9", "#D55E00"
 METHOD_COLOURS = {"equal": ORANGE, "GradNorm": BLUE, "GradNorm static": PURPLE, "fixed 1/σ²": GREEN, "uncertainty": GREEN}
+
+
+class CommandLine(argparse.ArgumentParser):
+    """The options of an example that trains several seeds; it may add its own before ``read``.
+
+    Args:
+        about: its docstring.
+        name: of its folder under ``runs/``.
+        seeds: how many, if none are asked for.
+        quick: how long a fit is with ``--quick``.
+        out: what goes to the folder.
+        each: how long one epoch is.
+        length: ``steps`` or ``epochs``, of a fit.
+    """
+
+    def __init__(
+        self, about: str | None, name: str, *, seeds: int, quick: int, out: str = "the figure", each: str = "", **length: int
+    ) -> None:
+        super().__init__(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        ((unit, default),) = length.items()
+        self.quick = {"seeds": 1, unit: quick}
+        self.add_argument("--seeds", type=int, default=seeds, help="how many; default %(default)s")
+        self.add_argument(f"--{unit}", type=int, default=default, help=f"per fit{each}; default %(default)s")
+        self.add_argument("--out", type=Path, default=Path("runs") / name, help=f"folder for {out}; default %(default)s")
+        self.add_argument("--quick", action="store_true", help=f"one seed, {quick} {unit}: to see that it runs")
+
+    def read(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """What was asked for; the folder is made."""
+        args = self.parse_args(arguments)
+        torch.set_num_threads(1)  # layers as small as these are slower on several
+        if args.quick:
+            vars(args).update(self.quick)
+        args.out.mkdir(parents=True, exist_ok=True)
+        return args
+
+
+def loop_parser(about: str | None, each: str, **length: int) -> argparse.ArgumentParser:
+    """The options of an example of another loop, which trains one seed, with equal weights and with GradNorm's."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ((unit, default),) = length.items()
+    parser.add_argument("--seed", type=int, default=0, help="of network and batches; default %(default)s")
+    parser.add_argument(f"--{unit}", type=int, default=default, help=f"{each}; default %(default)s")
+    parser.add_argument("--alpha", type=float, default=0.0, help="GradNorm's asymmetry; default %(default)s")
+    return parser
 
 
 @contextmanager

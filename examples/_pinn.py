@@ -3,11 +3,10 @@
 import argparse
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import lightning as L
 import torch
-from _common import BLACK, BLUE, GREEN, ORANGE, PURPLE, by_task, draw_runs, mean_std, print_table, quiet_trainer
+from _common import BLACK, BLUE, GREEN, ORANGE, PURPLE, CommandLine, by_task, draw_runs, mean_std, print_table, quiet_trainer
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
@@ -152,17 +151,8 @@ def read_arguments(
     arguments: Sequence[str] | None, about: str | None, name: str, *, steps: int, quick_steps: int, seeds: int = 3
 ) -> argparse.Namespace:
     """The command line that all of them have, read; ``out`` is made, and ``every`` gives about 60 records of a fit."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=seeds, help="how many; default %(default)s")
-    parser.add_argument("--steps", type=int, default=steps, help="per fit; default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder for the figure; default %(default)s")
-    parser.add_argument("--quick", action="store_true", help=f"one seed, {quick_steps} steps: to see that it runs")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # layers as small as these are slower on several
-    if args.quick:
-        args.seeds, args.steps = 1, quick_steps
+    args = CommandLine(about, name, seeds=seeds, steps=steps, quick=quick_steps).read(arguments)
     args.every = max(args.steps // 60, 1)
-    args.out.mkdir(parents=True, exist_ok=True)
     return args
 
 

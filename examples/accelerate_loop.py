@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from _common import print_held_out
+from _common import loop_parser, print_held_out
 from accelerate import Accelerator, PartialState
 from digits_problem import Digits, load
 from torch import nn
@@ -62,10 +62,7 @@ def train(balancer: LossBalancer, args: argparse.Namespace, folder: Path) -> dic
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of network and batches; default %(default)s")
-    parser.add_argument("--epochs", type=int, default=40, help="of 22 steps each; default %(default)s")
-    parser.add_argument("--alpha", type=float, default=0.0, help="GradNorm's asymmetry; default %(default)s")
+    parser = loop_parser(__doc__, "of 22 steps each", epochs=40)
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--out", type=Path, default=Path("runs/accelerate"), help="where states go; default %(default)s")
     args = parser.parse_args(arguments)

@@ -7,13 +7,11 @@ Each method runs with its own defaults, from the same networks and on the same b
     python examples/compare.py --methods equal GradNorm geometric --seeds 2
 """
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import lightning as L
 import torch
-from _common import Progress, quiet_lightning, quiet_trainer
+from _common import CommandLine, Progress, quiet_lightning, quiet_trainer
 from digits_problem import DigitsWithIndicators, load
 from torch.utils.data import DataLoader
 
@@ -24,16 +22,9 @@ MEASURES = {"held_out/digit": "higher", "held_out/pixels": "lower", "held_out/in
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, "compare", seeds=5, epochs=80, each=", of 22 steps each", quick=2, out="results")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="the first is the baseline")
-    parser.add_argument("--seeds", type=int, default=5, help="how many; default %(default)s")
-    parser.add_argument("--epochs", type=int, default=80, help="per fit, of 22 steps each; default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for results; default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="one seed, two epochs: to see that it runs")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # layers as small as these are slower on several
-    if args.quick:
-        args.seeds, args.epochs = 1, 2
+    args = parser.read(arguments)
     train, test = load()
     progress = Progress(22 * args.epochs * args.seeds * len(args.methods))
 
@@ -47,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with quiet_lightning():
         comparison = compare(make, MEASURES, {name: METHODS[name] for name in args.methods}, seeds=args.seeds, trainer=trainer)
-    args.out.mkdir(parents=True, exist_ok=True)
     comparison.print()
     comparison.write(args.out / "compare.json")
     (args.out / "compare.md").write_text(comparison.markdown(), encoding="utf-8")

@@ -27,6 +27,7 @@ from _common import (
     GREEN,
     METHOD_COLOURS,
     PURPLE,
+    CommandLine,
     Progress,
     by_task,
     draw_runs,
@@ -144,16 +145,9 @@ def tensorboard_command(folder: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="how many; default %(default)s")
-    parser.add_argument("--epochs", type=int, default=80, help="per fit, of 22 steps each; default %(default)s")
+    parser = CommandLine(__doc__, "digits", seeds=3, epochs=80, each=", of 22 steps each", quick=3, out="logs and figure")
     parser.add_argument("--alpha", type=float, default=0.0, help="GradNorm's asymmetry; default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder for logs and figure; default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="one seed, three epochs: to see that it runs")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # layers as small as these are slower on several
-    if args.quick:
-        args.seeds, args.epochs = 1, 3
+    args = parser.read(arguments)
     train, test = load()
     steps = -(-len(train) // 64) * args.epochs
     progress = Progress(steps * args.seeds * len(METHODS))

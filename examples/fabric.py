@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from _common import print_held_out, quiet_lightning
+from _common import loop_parser, print_held_out, quiet_lightning
 from digits_problem import Digits, load
 from lightning.fabric import Fabric
 from torch import Tensor, nn
@@ -54,11 +54,7 @@ def train(balancer: LossBalancer, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of network and batches; default %(default)s")
-    parser.add_argument("--epochs", type=int, default=40, help="of 22 steps each; default %(default)s")
-    parser.add_argument("--alpha", type=float, default=0.0, help="GradNorm's asymmetry; default %(default)s")
-    args = parser.parse_args(arguments)
+    args = loop_parser(__doc__, "of 22 steps each", epochs=40).parse_args(arguments)
     torch.set_num_threads(1)  # layers as small as these are slower on several
     gradnorm = GradNorm(alpha=args.alpha)
     with quiet_lightning():

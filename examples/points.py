@@ -13,7 +13,6 @@ the gradient norms changes little here (3.81, 0.0041): on the slope itself the g
     python examples/points.py --help
 """
 
-import argparse
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from _common import (
     BLUE,
     GREEN,
     ORANGE,
+    CommandLine,
     Progress,
     figure_style,
     mean_std,
@@ -145,16 +145,7 @@ def draw(runs: dict[str, list[dict[str, object]]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="how many; default %(default)s")
-    parser.add_argument("--steps", type=int, default=4000, help="per fit; default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/points"), help="folder for the figure; default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="one seed, 300 steps: to see that it runs")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # layers as small as these are slower on several
-    if args.quick:
-        args.seeds, args.steps = 1, 300
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = CommandLine(__doc__, "points", seeds=5, steps=4000, quick=300).read(arguments)
     progress = Progress(args.steps * args.seeds * len(METHODS))
     runs: dict[str, list[dict[str, object]]] = {method: [] for method in METHODS}
     with quiet_lightning():

@@ -32,6 +32,7 @@ import lightning as L
 import torch
 from _common import (
     METHOD_COLOURS,
+    CommandLine,
     Progress,
     by_task,
     draw_runs,
@@ -229,20 +230,12 @@ def draw(results: dict[int, dict[str, list[dict[str, Any]]]], every: int, path: 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="how many; default %(default)s")
-    parser.add_argument("--steps", type=int, default=1500, help="per fit; default %(default)s")
+    parser = CommandLine(__doc__, "toy", seeds=5, steps=1500, quick=40, out="figure and values")
     parser.add_argument("--tasks", type=int, nargs="+", choices=SIGMAS, default=[2, 10], help="T; default: 2 10")
     # The paper names no rate. Public code takes 1e-4; at that, so few steps learn too little to tell the methods apart.
     parser.add_argument("--lr", type=float, default=2e-3, help="of the network's Adam; default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for figure and values; default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="one seed, 40 steps: to see that it runs")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # layers as small as these are slower on several
-    if args.quick:
-        args.seeds, args.steps = 1, 40
+    args = parser.read(arguments)
     args.every = max(args.steps // 30, 1)
-    args.out.mkdir(parents=True, exist_ok=True)
     progress = Progress(args.steps * args.seeds * len(args.tasks) * len(METHODS))
     results: dict[int, dict[str, list[dict[str, Any]]]] = {}
     with quiet_lightning():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import print_held_out
+from _common import loop_parser, print_held_out
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -159,11 +159,7 @@ def train(balancer: LossBalancer, args: argparse.Namespace, folder: str) -> dict
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of model and batches; default %(default)s")
-    parser.add_argument("--steps", type=int, default=600, help="of 32 sequences each; default %(default)s")
-    parser.add_argument("--alpha", type=float, default=0.0, help="GradNorm's asymmetry; default %(default)s")
-    args = parser.parse_args(arguments)
+    args = loop_parser(__doc__, "of 32 sequences each", steps=600).parse_args(arguments)
     logging.set_verbosity_error()
     gradnorm = GradNorm(alpha=args.alpha)
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ floors newest:
 	$(PYTHON) -m venv --clear .venv-$@
 	sed $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/') $(if $(filter newest,$@),-e '/^torch==$(TORCH)$$/!d') constraints/floors.txt > .venv-$@/constraints.txt
 	.venv-$@/bin/python -m pip install --quiet --constraint .venv-$@/constraints.txt torch
-	.venv-$@/bin/python -m pip install --quiet --constraint .venv-$@/constraints.txt --editable '.[cli,examples]' pytest hypothesis jinja2
+	.venv-$@/bin/python -m pip install --quiet --constraint .venv-$@/constraints.txt --editable '.[test]'
 	.venv-$@/bin/python -m pytest $(TESTS) $(addprefix -W default::,DeprecationWarning PendingDeprecationWarning FutureWarning)
 
 # Needs no .venv: each client has an environment of its own.

@@ -141,7 +141,7 @@ class JointBackward(GradientReader):
             raise ValueError("Every loss needs an autograd node of its own: pass the losses through tap_losses() first.")
         graph = task_graph(root.grad_fn, taps, self._wanted)
         self._check(graph, losses)
-        self.is_merged = all(graph.owners.get(node, REST) == MERGED for node, _ in graph.targets)
+        self.is_merged: bool = all(graph.owners.get(node, REST) == MERGED for node, _ in graph.targets)
         self._awaited, self._graph = len(graph.leaving), graph
         self._arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.merged)
         self._pace = self._paced(graph)

@@ -81,7 +81,7 @@ class JointBackward(GradientReader):
         self._pace: Pace | None = None
         self._norms: list[dict[int, Tensor]] | None = None if self._keep else [{} for _ in self.tasks]
         self._awaited = 0  # exclusive nodes whose hook has not fired yet
-        self.is_merged = False
+        self.is_merged: bool = False
         try:
             self._lay_hooks(root, losses)
         except BaseException:
@@ -141,7 +141,7 @@ class JointBackward(GradientReader):
             raise ValueError("Every loss needs an autograd node of its own: pass the losses through tap_losses() first.")
         graph = task_graph(root.grad_fn, taps, self._wanted)
         self._check(graph, losses)
-        self.is_merged: bool = all(graph.owners.get(node, REST) == MERGED for node, _ in graph.targets)
+        self.is_merged = all(graph.owners.get(node, REST) == MERGED for node, _ in graph.targets)
         self._awaited, self._graph = len(graph.leaving), graph
         self._arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.merged)
         self._pace = self._paced(graph)

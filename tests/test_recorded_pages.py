@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.experiments import pages
 from benchmarks.experiments.records import Record, Records
+from tests.test_experiments import record
 
 
 def test_the_pages_say_what_the_records_say(capsys):
@@ -40,6 +41,23 @@ def test_a_page_that_says_something_else_is_found(tmp_path, monkeypatch, capsys)
     (tmp_path / "README.md").write_text(f"{before}old{after}")
     assert pages.main(["--check"]) == 1
     assert capsys.readouterr().out.endswith("README.md is not what the records say\n")
+
+
+def test_a_figure_among_the_pages_is_moved_there_and_linked(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "NAMES", ("scenes",))
+    for name, path in (("DOCS", tmp_path / "docs"), ("RESULTS", tmp_path / "results"), ("README", tmp_path / "README.md")):
+        monkeypatch.setattr(pages, name, path)
+    beside = tmp_path / "results" / "scenes"
+    for folder in (beside, tmp_path / "docs" / "images"):
+        folder.mkdir(parents=True)
+    (tmp_path / "README.md").touch()
+    (tmp_path / "docs" / "page.md.jinja").write_text("![The figure]({{ scenes.figure }})\n")
+    Records(beside / "records.jsonl").add(record("equal", 0))
+    monkeypatch.setattr(pages, "write_report", lambda experiment, records, out: (out / "scenes.png").write_text("drawn"))
+    assert pages.main([]) == 0
+    assert (tmp_path / "docs" / "page.md").read_text() == "![The figure](images/scenes.png)\n"
+    assert (tmp_path / "docs" / "images" / "scenes.png").read_text() == "drawn"
+    assert not (beside / "scenes.png").exists()
 
 
 def test_changes_are_of_the_seeds_that_both_problems_have(tmp_path, monkeypatch):

@@ -44,14 +44,15 @@ class DualBalancing(RuleBalancer):
         ValueError: for a setting outside its range; for a negative loss.
     """
 
-    needs = ("gradient_norms",)
+    needs: tuple[str, ...] = ("gradient_norms",)
     needs_positive_losses = True
     _remembers = (("norm", 0.0), ("measured", 0.0), ("factor", 1.0))
 
     def __init__(
         self, decay: float = 0.9, fading: float = 0.5, *, tasks: Iterable[str] | None = None, update_every: int = 1
     ) -> None:
-        self.decay, self.fading = check_range("decay", decay, at_least=0, below=1), check_range("fading", fading, at_least=0)
+        self.decay: float = check_range("decay", decay, at_least=0, below=1)
+        self.fading: float = check_range("fading", fading, at_least=0)
         super().__init__(tasks=tasks, update_every=update_every)
 
     def settings(self) -> dict[str, Any]:

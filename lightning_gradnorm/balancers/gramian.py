@@ -67,7 +67,7 @@ class GramianWeighting(RuleBalancer):
         TypeError: if the weighting cannot be called.
     """
 
-    needs = ("gramian",)
+    needs: tuple[str, ...] = ("gramian",)
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class GramianWeighting(RuleBalancer):
                 f"{weighting!r}. Pass an object{hint}."
             )
         self.weighting = weighting
-        self.ema_decay = check_range("ema_decay", ema_decay, at_least=0, below=1)
+        self.ema_decay: float = check_range("ema_decay", ema_decay, at_least=0, below=1)
         check_that("allow_negative", allow_negative, isinstance(allow_negative, bool), "true or false")
         self.allow_negative = allow_negative
         self._learnt = Learnt(weighting)

@@ -96,7 +96,8 @@ class ScalarizerBalancer(RuleBalancer):
                 f"{type(scalarizer).__name__} wants the losses of the same batch once more after the network's step "
                 "(update()), and in Lightning a batch is seen once. Take another scalariser."
             )
-        self.scalarizer, self.lr = scalarizer, check_range("lr", lr, at_least=0)
+        self.scalarizer: Callable[..., Any] = scalarizer
+        self.lr: float = check_range("lr", lr, at_least=0)
         check_factory("optimizer", optimizer)
         self._learnt = Learnt(scalarizer)
         self._parameters = list(scalarizer.parameters()) if isinstance(scalarizer, nn.Module) else []

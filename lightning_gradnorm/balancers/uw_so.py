@@ -39,7 +39,7 @@ class SoftOptimalUncertainty(RuleBalancer):
     needs_positive_losses = True
 
     def __init__(self, temperature: float = 1.0, *, tasks: Iterable[str] | None = None, update_every: int = 1) -> None:
-        self.temperature = check_range("temperature", temperature, above=0)
+        self.temperature: float = check_range("temperature", temperature, above=0)
         super().__init__(tasks=tasks, update_every=update_every)
 
     def settings(self) -> dict[str, Any]:

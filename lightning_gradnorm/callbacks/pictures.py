@@ -37,7 +37,8 @@ class Pictures:
     def start(self) -> None:
         """A fit begins."""
         self._began, self._last, self._needed = self._clock(), 0.0, 0.0
-        self.count, self.spent = 0, 0.0
+        self.count: int = 0
+        self.spent: float = 0.0
         self._refused.clear()
 
     def is_due(self, trainer: Trainer) -> bool:
@@ -62,7 +63,8 @@ class Pictures:
             self.send(trainer, picture)
         now = self._clock()
         self._last, self._needed = now - self._began, now - before
-        self.count, self.spent = self.count + 1, self.spent + self._needed
+        self.count += 1
+        self.spent += self._needed
 
     def send(self, trainer: Trainer, picture: Picture) -> None:
         """To every logger that takes images; one that fails to is asked no more."""

@@ -38,7 +38,9 @@ class History:
     def __init__(self, curves: Mapping[str, Mapping[int, float]], notes: tuple[str, ...] = ()) -> None:
         ours = {tag: points for tag, points in curves.items() if tag.partition("/")[0] in PER_TASK and points}
         self._curves = {tag: Curve(sorted(points), [points[step] for step in sorted(points)]) for tag, points in ours.items()}
-        self.held_out = {tag: points[max(points)] for tag, points in sorted(curves.items()) if _HELD_OUT.match(tag) and points}
+        self.held_out: dict[str, float] = {
+            tag: points[max(points)] for tag, points in sorted(curves.items()) if _HELD_OUT.match(tag) and points
+        }
         """Held-out metric → its last value."""
         self.notes = notes
 

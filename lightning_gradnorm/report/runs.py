@@ -25,10 +25,11 @@ class RunsReport:
     """
 
     def __init__(self, runs: Sequence[RecordedRun], folder: str | Path) -> None:
-        self.groups = groups_of(runs)
-        self.heading = f"{len(runs)} runs in {folder}" + (", mean ± standard deviation" if len(runs) > len(self.groups) else "")
+        self.groups: dict[str, list[RecordedRun]] = groups_of(runs)
+        spread = ", mean ± standard deviation" if len(runs) > len(self.groups) else ""
+        self.heading: str = f"{len(runs)} runs in {folder}{spread}"
         self._tasks = list(dict.fromkeys(task for run in runs for task in run.history.tasks))
-        self.metrics = list(dict.fromkeys(name for run in runs for name in run.held_out))
+        self.metrics: list[str] = list(dict.fromkeys(name for run in runs for name in run.held_out))
 
     def columns(self) -> tuple[str, ...]:
         """Of the table: method and what its runs differ in, held-out metrics, weights at the end."""

@@ -41,11 +41,13 @@ class Sheet:
 
         self.figure: Any = Figure(dpi=DPI, facecolor="white")
         self._canvas: Any = FigureCanvasAgg(self.figure)
-        self.width = self.height = 0.0
+        self.width: float = 0.0
+        self.height: float = 0.0
 
     def resize(self, width: float, height: float) -> None:
         """In inches."""
-        self.width, self.height = width, height
+        self.width = width
+        self.height = height
         self.figure.set_size_inches(width, height)
 
     def axes(self, x: float, y: float, width: float, height: float) -> Any:

@@ -22,6 +22,7 @@ COLOURS = {
     "GradNorm, in a stack": BLUE,
     "GradNorm 0.1, five settings, in a stack": SKY,
     "annealing": GREEN,
+    "annealing, in a stack": GREEN,
     "self-adaptive": GREY,
     "uncertainty": GREEN,
     "DWA": VERMILION,

@@ -61,9 +61,9 @@ METHODS = {
 }
 FIVE = "GradNorm 0.1, five settings"  # no longer made: reference, alpha=0, closed form, ema_decay=0.98, update_every=100
 STACKED = "GradNorm, in a stack"  # ten networks at once, as in the suite: not made here
-FIVE_STACKED = f"{FIVE}, in a stack"
+FIVE_STACKED, ANNEALING_STACKED = f"{FIVE}, in a stack", "annealing, in a stack"
 DRAWN = ("equal", "annealing", "GradNorm", FIVE, "self-adaptive")
-SHOWN = (*DRAWN, STACKED, FIVE_STACKED)
+SHOWN = (*DRAWN, STACKED, FIVE_STACKED, ANNEALING_STACKED)
 
 
 class PhysicsProblem(Pinn):
@@ -288,7 +288,7 @@ def published(file: str, name: str, about: str) -> Experiment:
     return Experiment(
         name=file,
         about=about,
-        problems={name: Problem(SHOWN, ERROR, (FIVE, STACKED, FIVE_STACKED))},
+        problems={name: Problem(SHOWN, ERROR, (FIVE, STACKED, FIVE_STACKED, ANNEALING_STACKED))},
         fit=lambda case: fit_once(case, PROBLEMS[name], METHODS[case.method]),
         draw=partial(draw_problem, name, DRAWN),
         steps=40_000,

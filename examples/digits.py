@@ -44,7 +44,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.ticker import LogLocator, NullLocator
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradnorm import GradNormCallback
+from lightning_gradnorm import EqualWeights, GradNormCallback, LossBalancingCallback
 
 # task → what is measured on the test images, decimals to print, which way is better
 MEASURES = {"digit": ("accuracy %", 1, "↑"), "pixels": ("RMSE", 2, "↓"), "ink": ("RMSE", 2, "↓")}
@@ -57,17 +57,17 @@ class History(L.Callback):
     """Keeps what the figure shows.
 
     Attributes:
-        balancing: the callback whose weights are kept; ``None`` with equal weights.
+        balancing: the callback whose weights are kept.
         weights: task → weight, after each step.
         measures: task → measure on the test images, after each epoch.
     """
 
-    balancing: GradNormCallback | None
+    balancing: LossBalancingCallback
     weights: list[dict[str, float]] = field(default_factory=list)
     measures: list[dict[str, float]] = field(default_factory=list)
 
     def on_train_batch_end(self, *args: object) -> None:
-        self.weights.append(self.balancing.weights if self.balancing else dict.fromkeys(MEASURES, 1.0))
+        self.weights.append(self.balancing.weights)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         factors = {"digit": 100.0, "pixels": 1.0, "ink": 1.0}  # the accuracy in %
@@ -90,12 +90,13 @@ def train_once(method: str, seed: int, args: argparse.Namespace, progress: Progr
     torch.manual_seed(seed)
     model = Digits()
     order = torch.Generator().manual_seed(seed)
-    balancing = GradNormCallback(alpha=args.alpha, summary=summary) if method == "GradNorm" else None
+    equal = LossBalancingCallback(EqualWeights(), summary=False)  # the plain sum; so that its losses are logged by task, too
+    balancing = GradNormCallback(alpha=args.alpha, summary=summary) if method == "GradNorm" else equal
     history = History(balancing)
     logger = TensorBoardLogger(args.out, name=method, version=f"seed_{seed}")
     for old in Path(logger.log_dir).glob("events.out.tfevents.*"):
         old.unlink()  # or TensorBoard would join an earlier run's curves to this one's
-    callbacks = [progress, *([balancing] if balancing else []), history]
+    callbacks = [progress, balancing, history]
     trainer = quiet_trainer(callbacks, max_epochs=args.epochs, logger=logger, log_every_n_steps=22)
     progress.name(f"seed {seed}, {method}")
     trainer.fit(model, DataLoader(train, batch_size=64, shuffle=True, generator=order), DataLoader(test, batch_size=450))

@@ -75,7 +75,9 @@ class Folder:
         number = 1
         while self._fs.exists(f"{self._root}/{stem}-v{number}{suffix}"):
             number += 1
-        self._fs.mv(f"{self._root}/{name}", f"{self._root}/{stem}-v{number}{suffix}")
+        # One file, as it is named: mv() and copy() read brackets as patterns in older versions.
+        self._fs.cp_file(f"{self._root}/{name}", f"{self._root}/{stem}-v{number}{suffix}")
+        self._fs.rm_file(f"{self._root}/{name}")
 
     @contextlib.contextmanager
     def here(self, *names: str) -> Iterator[list[Path]]:

@@ -149,6 +149,9 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_write_the_product_is_seen(tmp_path, way):
+    if way == "a numpy number between" and np.lib.NumpyVersion(np.__version__) < "2.1.0":
+        pytest.skip("NumPy before 2.1 does not ask the other factor; the callback says that the weight was read as a number")
+
     class Written(Library):
         def total(self, batch):
             losses = self.losses(batch[0])

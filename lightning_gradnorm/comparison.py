@@ -1,6 +1,6 @@
 """``compare``: the same module with several methods, on the same seeds."""
 
-import importlib.util
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -129,8 +129,12 @@ def compare(
 
 def everything() -> list[str]:
     """The names in ``METHODS`` of all that need no more than any module has, and that can be made here."""
-    missing = OF_TORCHJD if importlib.util.find_spec("torchjd") is None else {}
-    return [name for name, make in METHODS.items() if name not in missing and "kpis" not in make().needs]
+    found = []
+    for name, make in METHODS.items():
+        with contextlib.suppress(ImportError):  # of TorchJD, or of what one of its methods needs besides
+            if "kpis" not in make().needs:
+                found.append(name)
+    return found
 
 
 def _chosen(methods: Iterable[str] | Mapping[str, MakeBalancer]) -> dict[str, MakeBalancer]:
@@ -146,6 +150,8 @@ def _chosen(methods: Iterable[str] | Mapping[str, MakeBalancer]) -> dict[str, Ma
                 "dict of name → a function that gives a balancer."
             )
         chosen = {name: METHODS[name] for name in names}
+    for make in chosen.values():
+        make()  # what cannot be made is told before the first fit
     if not chosen:
         raise ValueError("compare() needs a method at least, such as 'equal' and 'GradNorm'.")
     return chosen

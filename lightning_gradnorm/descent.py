@@ -6,6 +6,7 @@ users have hung on the graph (see ``vector_jacobian``). What a checkpoint has sa
 so there each task gets a run of its own.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
@@ -177,6 +178,7 @@ class Pace:
         assert apart or not ends, "a gradient is one task's"
         self._descent, self._edges, self._whole, self._ends, self._apart = descent, edges, whole, ends, apart
         self._awaited = Counter[tuple[int | None, Node | int]]()  # of a task; None is all of them
+        self._counting = threading.Lock()  # the engine has a thread for each device
         self._tasks_at: dict[Node, list[int | None]] = {}  # of the nodes that are held
         entries: dict[int | None, list[Node]] = {}
         for node, out in leaving.items():
@@ -218,9 +220,10 @@ class Pace:
         come = [to]
         while come:
             to = come.pop()
-            self._awaited[task, to] -= 1
-            if self._awaited[task, to]:
-                continue
+            with self._counting:
+                self._awaited[task, to] -= 1
+                if self._awaited[task, to]:
+                    continue
             if isinstance(to, int) and task is not None:
                 self._whole(task, to)
             elif not isinstance(to, int) and to in self._edges:

@@ -27,7 +27,8 @@ class Gram:
     def __init__(self, inputs: Tensor) -> None:
         self._eps, self._tiny = torch.finfo(inputs.dtype).eps, torch.finfo(inputs.dtype).tiny
         self._rows = max(inputs.shape[-2], 1)
-        self._scales = not can_wait(inputs.device) and inputs.dtype != torch.float64
+        self._waits = can_wait(inputs.device)
+        self._scales = not self._waits and inputs.dtype != torch.float64
         self._of_inputs = _largest(inputs) if self._scales else inputs.new_ones(())
         if self._scales:
             inputs = inputs / self._of_inputs
@@ -62,7 +63,7 @@ class Gram:
         Elsewhere than on the CPU, where nobody asks, that is so.
         """
         self.take(delta)
-        if self._scales:
+        if not self._waits:
             return True
         strips, length = len(self._strips), float(self._lengths[-1])
         groups = [rows[0] for rows in self._inner[-1].view(-1, 2, 2).tolist()]

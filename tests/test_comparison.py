@@ -206,10 +206,19 @@ def test_what_cannot_be_compared_is_refused(tmp_path, measures, methods, seeds, 
         compare(make_in([]), measures, methods, seeds=seeds, trainer=lambda **s: quiet_trainer(tmp_path, **s))
 
 
+def test_what_cannot_be_made_is_told_before_the_first_fit(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
+    fits = []
+    with pytest.raises(ImportError, match="This method is TorchJD's"):
+        compare(make_in(fits), {"sum": "lower"}, ["equal", "UPGrad"], trainer=lambda **s: quiet_trainer(tmp_path, **s))
+    assert fits == []
+
+
 def test_all_are_those_that_need_nothing_else(monkeypatch):
     names = everything()
     assert {"equal", "GradNorm", "UPGrad", "STCH"} < set(names) and "DTP" not in names
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torchjd.scalarization", None)
+    monkeypatch.delattr("torchjd.scalarization")
     assert everything() == [name for name in names if name not in OF_TORCHJD]
     monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
     with pytest.raises(ImportError, match=r"This method is TorchJD's. pip install 'lightning-gradnorm\[torchjd\]'"):

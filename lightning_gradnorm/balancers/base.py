@@ -137,6 +137,17 @@ class LossBalancer(NamedTasks, ABC):
         """
         return self.weights_for(losses)
 
+    def applied_at(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The weights that a step with these losses applies, shape ``[T]``, detached: ``weights_at``; frozen, those it has.
+
+        Args:
+            losses: task name → scalar loss.
+
+        Raises:
+            ValueError: if a name is not one of the declared tasks, or a loss is one that the method cannot weigh.
+        """
+        return self.weights_for(losses) if self.frozen else self.weights_at(losses)
+
     def weights_for(self, tasks: Iterable[str]) -> Tensor:
         """The weights that the next step will apply to ``tasks``, shape ``[len(tasks)]``, detached; new ones included.
 
@@ -165,7 +176,7 @@ class LossBalancer(NamedTasks, ABC):
         Raises:
             ValueError: if a name is not one of the declared tasks, or a loss is one that the method cannot weigh.
         """
-        return weighted_sum(self.weights_at(losses), losses)
+        return weighted_sum(self.applied_at(losses), losses)
 
     @torch.no_grad()
     def update(self, measurement: Measurement | None) -> None:

@@ -1,7 +1,7 @@
 """Weights from the Gram matrix of the tasks' gradients, by any weighting that is a function of it: TorchJD's, or one's own."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,9 +47,9 @@ class GramianWeighting(RuleBalancer):
     The weights are the weighting's, on its scale: most of TorchJD's have the mean of the losses, 1/T each, where nothing
     conflicts. The first step applies weights of one.
 
-    The weighting runs on the CPU, in float64 and under random numbers of its own, which are a function of the step: the same on
-    every rank and after a resume. It sees the tasks that took part in the step, in the order in which they came first, or were
-    declared. What it has learnt is saved and restored.
+    The weighting runs on the CPU, in float64 and under random numbers of its own (PyTorch's and NumPy's), which are a function
+    of the step: the same on every rank and after a resume. It sees the tasks that took part in the step, in the order in which
+    they came first, or were declared; some weightings cannot do without any. What it has learnt is saved and restored.
 
     Source: TorchJD (Quinton, Rey 2024, arXiv 2406.16232), whose weightings each name their own.
 
@@ -96,7 +96,7 @@ class GramianWeighting(RuleBalancer):
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
-            "weighting": getattr(self.weighting, "__name__", type(self.weighting).__name__),
+            "weighting": self._learnt.description,
             "ema_decay": self.ema_decay,
             "allow_negative": self.allow_negative,
         }
@@ -107,7 +107,7 @@ class GramianWeighting(RuleBalancer):
     def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert measurement.gramian is not None, "the contract has checked it"
         order = torch.tensor(self._in_order(measurement.tasks))
-        weighed = self._weigh(measurement.gramian.to("cpu", torch.float64)[order][:, order])
+        weighed = self._weigh(measurement.gramian.to("cpu", torch.float64)[order][:, order], measurement.tasks)
         found = torch.empty_like(weighed).index_copy(0, order, weighed)
         if not self.allow_negative and not self._warned and bool((found < 0).any()):
             self._warned = True
@@ -123,9 +123,11 @@ class GramianWeighting(RuleBalancer):
         averaged = state["weights"] + share * (found - state["weights"])
         return {"weights": kept_readable(averaged, allow_negative=self.allow_negative), "measured": measured}
 
-    def _weigh(self, gramian: Tensor) -> Tensor:
+    def _weigh(self, gramian: Tensor, tasks: Sequence[str]) -> Tensor:
+        if not bool(gramian.isfinite().all()):
+            return gramian.new_full(gramian.shape[:1], torch.nan)  # the step is skipped; nothing is learnt of it
         before = self._learnt.state_dict()
-        with random_numbers_of(self.steps, gramian.device):
+        with random_numbers_of(self.steps, gramian.device), self._told_of_absent(tasks):
             found = self.weighting(gramian)
         if not isinstance(found, Tensor) or found.shape != gramian.shape[:1]:
             shape = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)

@@ -1,5 +1,6 @@
 """Objects of other libraries inside a method: what they have learnt, and the random numbers that they draw."""
 
+import collections
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
@@ -11,28 +12,44 @@ from torch import Tensor, nn
 
 _OF_MODULES = frozenset(vars(nn.Module()))  # what every module has, none of it learnt
 _PLAIN = (bool, int, float, str, torch.dtype, torch.Size)
+_TOLD = 16  # entries of a tensor up to which it is told among the settings
 
 
 class Learnt:
-    """The numbers, texts, arrays and tensors that an object holds, in its attributes or, of a module, in those of its parts.
+    """What an object holds that it did not hold at first: numbers, texts, arrays, tensors, in its attributes and its parts'.
 
-    A plain function holds none.
+    So the settings that it was made with stay its own when a state is taken up. A plain function holds nothing.
 
     Args:
         owner: the object, as yet without experience.
     """
 
     def __init__(self, owner: Any) -> None:
-        self._owner = owner
-        self._first = self.state_dict()
+        self._owner, self._device = owner, torch.device("cpu")
+        self._first = {path: {name: _written(value) for name, value in _held(part)} for path, part in self._parts()}
+
+    @property
+    def description(self) -> str:
+        """The object's class, with the numbers and texts that it was made with; a function's name."""
+        name = getattr(self._owner, "__name__", type(self._owner).__name__)
+        own = {key.lstrip("_"): _told(value) for key, value in self._first.get("", {}).items()}
+        told = [f"{key}={value}" for key, value in own.items() if value is not None]
+        return f"{name}({', '.join(told)})" if told else name
 
     def reset(self) -> None:
         """Forget what was learnt."""
-        self.load_state_dict(self._first)
+        self.load_state_dict({path: {} for path in self._first})
 
     def state_dict(self) -> dict[str, Any]:
-        """Path to a part → name → value."""
-        return {path: {name: _written(value) for name, value in _held(part)} for path, part in self._parts()}
+        """Path to a part → name → value, of what has changed."""
+        return {
+            path: {
+                name: _written(value)
+                for name, value in _held(part)
+                if name not in self._first[path] or not _same(value, self._first[path][name])
+            }
+            for path, part in self._parts()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state from ``state_dict``.
@@ -46,9 +63,17 @@ class Learnt:
                 f"{type(self._owner).__name__} has the parts {sorted(parts)}, and the state is of one with {sorted(state)}. "
                 "Load it into the method that it is from, or start anew without it."
             )
-        for path, values in state.items():
-            for name, value in values.items():
-                _put(parts[path], name, _read(value))
+        for path, part in parts.items():
+            after = self._first[path] | dict(state[path])
+            for name in [name for name, _ in _held(part) if name not in after]:
+                _take_away(part, name)
+            for name, value in after.items():
+                _put(part, name, _read(value, self._device))
+
+    def move(self, device: torch.device) -> None:
+        """All that is held, to where the numbers are."""
+        self._device = device
+        self.load_state_dict(self.state_dict())
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
@@ -65,48 +90,95 @@ class Learnt:
 
 @contextlib.contextmanager
 def random_numbers_of(seed: int, device: torch.device) -> Iterator[None]:
-    """What is drawn inside depends on the seed alone, and nothing outside on what is drawn."""
+    """What is drawn inside from PyTorch or NumPy depends on the seed alone, and nothing outside on what is drawn."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
-        for each in devices:
-            with torch.cuda.device(each):
-                torch.cuda.manual_seed(seed)
-        yield
+    of_numpy = np.random.get_state()  # noqa: NPY002 the global one is what others draw from
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
+            np.random.seed(seed)  # noqa: NPY002
+            for each in devices:
+                with torch.cuda.device(each):
+                    torch.cuda.manual_seed(seed)
+            yield
+    finally:
+        np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 def _held(part: Any) -> Iterator[tuple[str, Any]]:
     own = getattr(part, "__dict__", {})
     if isinstance(part, nn.Module):
         own = {name: value for name, value in own.items() if name not in _OF_MODULES} | part._buffers | part._parameters
-    return ((name, value) for name, value in own.items() if _can_be_written(value))
+    return ((name, value) for name, value in list(own.items()) if _can_be_written(value))
 
 
 def _can_be_written(value: Any) -> bool:
-    if type(value) in (tuple, list):
+    if type(value) in (tuple, list, collections.deque):
         return all(map(_can_be_written, value))
-    if type(value) is dict:
+    if isinstance(value, dict):
         return all(isinstance(key, str | int) and _can_be_written(entry) for key, entry in value.items())
-    return value is None or isinstance(value, (*_PLAIN, Tensor, np.ndarray, torch.device))
+    return value is None or isinstance(value, (*_PLAIN, Tensor, np.ndarray, np.generic, torch.device, torch.Generator))
 
 
 def _written(value: Any) -> Any:
-    """As what a checkpoint holds that is loaded without running code: an array is a tensor, under its kind."""
+    """As what a checkpoint holds that is loaded without running code: what it has no kind for is under the kind's name."""
     if isinstance(value, np.ndarray):
         return {"array": torch.from_numpy(value.copy())}
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, torch.device):
         return {"device": str(value)}
+    if isinstance(value, torch.Generator):
+        return {"generator": value.get_state()}
+    if isinstance(value, collections.deque):
+        return {"deque": [_written(entry) for entry in value], "maxlen": value.maxlen}
     if isinstance(value, Tensor):
         return value.detach().clone()
-    return copy.deepcopy(value)
+    if isinstance(value, dict):
+        return {"dict": {key: _written(entry) for key, entry in value.items()}}
+    return type(value)(map(_written, value)) if type(value) in (tuple, list) else copy.deepcopy(value)
 
 
-def _read(value: Any) -> Any:
-    if isinstance(value, dict) and set(value) == {"array"}:
-        return value["array"].numpy().copy()
-    if isinstance(value, dict) and set(value) == {"device"}:
+def _read(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if type(value) in (tuple, list):
+        return type(value)(_read(entry, device) for entry in value)
+    if not isinstance(value, dict):
+        return copy.deepcopy(value)
+    if "array" in value:
+        return value["array"].cpu().numpy().copy()
+    if "device" in value:
         return torch.device(value["device"])
-    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    if "deque" in value:
+        return collections.deque((_read(entry, device) for entry in value["deque"]), value["maxlen"])
+    if "dict" in value:
+        return {key: _read(entry, device) for key, entry in value["dict"].items()}
+    return value  # of a generator, which takes up its state
+
+
+def _same(value: Any, written: Any) -> bool:
+    """Whether a value is what it was when it was written."""
+    return _alike(_written(value), written)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return bool(one == other)
+
+
+def _told(value: Any) -> Any:
+    """A setting in words, ``None`` if it is not to be told."""
+    if isinstance(value, Tensor):
+        return value.tolist() if value.numel() <= _TOLD else None
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def _put(part: Any, name: str, value: Any) -> None:
@@ -114,7 +186,15 @@ def _put(part: Any, name: str, value: Any) -> None:
     if parameter is not None:
         with torch.no_grad():
             parameter.copy_(value)
+    elif isinstance(value, dict) and "generator" in value:
+        part.__dict__.setdefault(name, torch.Generator()).set_state(value["generator"].cpu())
     elif isinstance(part, nn.Module) and name in part._buffers:
         part._buffers[name] = value
     else:
         part.__dict__[name] = value
+
+
+def _take_away(part: Any, name: str) -> None:
+    """What was not there: an attribute, a buffer."""
+    for place in (part.__dict__, getattr(part, "_buffers", {}), getattr(part, "_parameters", {})):
+        place.pop(name, None)

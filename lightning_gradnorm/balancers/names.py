@@ -1,6 +1,7 @@
 """The names of a method's tasks: learnt or declared, and what may be one."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_gradnorm.balancers.checks import check_names
 from lightning_gradnorm.measurement import Measurement
@@ -32,6 +33,20 @@ class NamedTasks:
         """Positions of these, in the order in which tasks came first, or were declared."""
         known = (*self.known_tasks, *(task for task in tasks if task not in self.known_tasks))
         return sorted(range(len(tasks)), key=[known.index(task) for task in tasks].__getitem__)
+
+    @contextlib.contextmanager
+    def _told_of_absent(self, tasks: Sequence[str]) -> Iterator[None]:
+        """Where somebody else's function fails, say which tasks it had to do without."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            absent = [task for task in self.known_tasks if task not in tasks]
+            if not absent:
+                raise
+            raise ValueError(
+                f"{error} This step is without {', '.join(map(repr, absent))}. Give every task's loss in every batch, or take "
+                "a method that can do without some."
+            ) from error
 
     def _check_names(self, tasks: Sequence[str]) -> None:
         if not tasks:

@@ -1,6 +1,7 @@
 """Training on a scalar function of all losses: TorchJD's scalarisers, or one's own."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -99,14 +100,16 @@ class ScalarizerBalancer(RuleBalancer):
         self.scalarizer: Callable[..., Any] = scalarizer
         self.lr: float = check_range("lr", lr, at_least=0)
         check_factory("optimizer", optimizer)
-        self._learnt = Learnt(scalarizer)
+        step = getattr(scalarizer, "step", None)  # of TorchJD's dynamic weight average
+        self._steps_by_epoch = callable(step) and not inspect.signature(step).parameters
+        self._learnt, self._device = Learnt(scalarizer), torch.device("cpu")
         self._parameters = list(scalarizer.parameters()) if isinstance(scalarizer, nn.Module) else []
         self._optimizer = _ParametersOptimizer(optimizer, self._parameters, self.lr) if self._parameters else None
         self._parts = {"scalarizer": self._learnt} | ({} if self._optimizer is None else {"optimizer": self._optimizer})
         super().__init__(tasks=tasks, update_every=update_every)
 
     def settings(self) -> dict[str, Any]:
-        settings = super().settings() | {"scalarizer": getattr(self.scalarizer, "__name__", type(self.scalarizer).__name__)}
+        settings = super().settings() | {"scalarizer": self._learnt.description}
         return settings if self._optimizer is None else settings | {"lr": self.lr, "optimizer": self._optimizer.name}
 
     def weights_at(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -115,6 +118,8 @@ class ScalarizerBalancer(RuleBalancer):
             return self._slopes(stack_scalars(loss.detach() for loss in losses.values()), tuple(losses))
 
     def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not bool(measurement.losses.isfinite().all()):
+            return {"weights": torch.full_like(measurement.losses, torch.nan)}  # the step is skipped; nothing is learnt of it
         before = self._learnt.state_dict()
         weights = self._slopes(measurement.losses, measurement.tasks)
         if not bool(weights.isfinite().all()):
@@ -128,19 +133,33 @@ class ScalarizerBalancer(RuleBalancer):
         return {"weights": weights}
 
     def end_epoch(self) -> None:
-        if callable(step := getattr(self.scalarizer, "step", None)):  # of TorchJD's dynamic weight average
-            step()
+        if self._steps_by_epoch:
+            self.scalarizer.step()  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._move_to(torch.device("cpu"))
+        super().load_state_dict(state)
+
+    def _move_to(self, device: torch.device) -> None:
+        if isinstance(self.scalarizer, nn.Module):
+            self.scalarizer.to(device)
+        self._learnt.move(device)
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(self._optimizer.state_dict())  # its memory goes to where the parameters are
+        self._device = device
 
     def _slopes(self, losses: Tensor, tasks: Sequence[str]) -> Tensor:
         """∂s/∂L, ``[T]``, detached; what the scalariser learns has its gradients in ``.grad``."""
-        if isinstance(self.scalarizer, nn.Module):
-            self.scalarizer.to(losses.device)
+        if losses.device != self._device:
+            self._move_to(losses.device)
         order = torch.tensor(self._in_order(tasks), device=losses.device)
         for parameter in self._parameters:
             parameter.grad = None
-        with torch.inference_mode(False), torch.enable_grad(), random_numbers_of(self.steps, losses.device):
+        exact = torch.autocast(losses.device.type, enabled=False)
+        with torch.inference_mode(False), torch.enable_grad(), exact, random_numbers_of(self.steps, losses.device):
             leaf = losses[order].to(torch.get_default_dtype()).requires_grad_()
-            total = self.scalarizer(leaf)
+            with self._told_of_absent(tasks):
+                total = self.scalarizer(leaf)
             if not isinstance(total, Tensor) or total.shape != () or not total.requires_grad:
                 raise ValueError(
                     f"The scalariser makes one number out of {len(tasks)} losses, a tensor of shape () that depends on them, "

@@ -123,7 +123,7 @@ def note(
     }
     terms = tap_losses(terms) if tapped else terms
     scalars = list(terms.values())
-    weights = balancer.weights_at(terms)
+    weights = balancer.applied_at(terms)
     values: Mapping[str, Tensor]
     if as_one and not tapped and _are_alike(scalars):  # few operations, however many tasks there are
         roots = [torch.stack(scalars)]

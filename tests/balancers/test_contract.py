@@ -294,6 +294,20 @@ def test_declared_tasks_refuse_others(make):
     assert same_state(balancer.state_dict(), before)
 
 
+@pytest.mark.parametrize("name", BALANCERS)
+def test_a_frozen_method_applies_the_same_weights_whatever_the_losses_are(name):
+    balancer = BALANCERS[name]()
+    balancer.frozen = True
+    losses = {task: torch.tensor(float(k + 1), dtype=torch.float64) for k, task in enumerate(TASKS)}
+    others = {task: 7 * loss.square() for task, loss in losses.items()}
+    before = balancer.applied_at(losses)
+    assert torch.equal(balancer.applied_at(others), before)
+    run(balancer, measurements(8))
+    assert torch.equal(balancer.applied_at(losses), before) and torch.equal(balancer.applied_at(others), before)
+    total = sum(weight * loss for weight, loss in zip(before.tolist(), losses.values(), strict=True))
+    assert balancer.total(losses).item() == pytest.approx(float(total))
+
+
 @every_balancer
 def test_settings_are_plain_values(make):
     plain = (str, int, float, bool, type(None), dict, list)

@@ -1,12 +1,16 @@
 """Weightings of the Gram matrix and scalar functions of the losses: what is applied, and what cannot be used."""
 
+from collections import deque
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchjd.aggregation import GradVacWeighting, MGDAWeighting, PCGradWeighting, UPGradWeighting
+from torchjd.aggregation import GradVacWeighting, IMTLGWeighting, MGDAWeighting, PCGradWeighting, UPGradWeighting
 from torchjd.scalarization import DWA, FAMO, IMTLL, STCH
 
 from lightning_gradnorm import GramianWeighting, Measurement, ScalarizerBalancer
+from lightning_gradnorm.balancers.arrays import as_tensor
 from lightning_gradnorm.balancers.gramian import LEAST, kept_readable
 
 TASKS = ("a", "b", "c")
@@ -106,6 +110,83 @@ def test_a_weighting_that_fails_to_find_numbers_learns_nothing_of_the_step():
     assert (weighting.count, balancer.skipped_updates) == (1, 1)
 
 
+def test_what_it_was_made_with_stays_the_codes_own_and_what_it_learnt_is_taken_up():
+    before, after = GramianWeighting(GradVacWeighting(beta=0.5)), GramianWeighting(GradVacWeighting(beta=0.01))
+    for step in range(3):
+        before.update(measured(step))
+    after.load_state_dict(before.state_dict())
+    assert after.weighting.beta == 0.01
+    assert torch.equal(after.weighting._phi_t, before.weighting._phi_t)
+    assert after.settings()["weighting"] == "GradVacWeighting(beta=0.01, eps=1e-08)"
+
+
+class Remembering:
+    """Makes its attributes as it is called."""
+
+    def __call__(self, gramian):
+        if not hasattr(self, "first"):
+            self.first, self.last, self.draws = gramian.clone(), deque(maxlen=2), torch.Generator().manual_seed(1)
+        self.last.append(gramian.diagonal())
+        return self.first.diagonal() * torch.rand(len(gramian), generator=self.draws) + self.last[0]
+
+
+def test_what_comes_up_on_the_way_is_forgotten_by_a_reset_and_saved():
+    balancer, fresh = GramianWeighting(Remembering()), GramianWeighting(Remembering())
+    for step in range(3):
+        balancer.update(measured(step))
+    state = balancer.state_dict()
+    assert list(vars(balancer.weighting)) == ["first", "last", "draws"]
+    other = GramianWeighting(Remembering())
+    other.load_state_dict(state)
+    for step in range(3, 6):
+        balancer.update(measured(step))
+        other.update(measured(step))
+    assert other.weights == balancer.weights
+    balancer.reset()
+    assert vars(balancer.weighting) == {}
+    balancer.update(measured())
+    fresh.update(measured())
+    assert balancer.weights == fresh.weights
+
+
+@pytest.mark.parametrize("make", [GradVacWeighting, IMTLGWeighting])
+def test_of_a_step_that_is_not_finite_nothing_is_learnt_where_nobody_waits(monkeypatch, make):
+    """As on a device, where it is not seen before the method runs."""
+    for room in ("arrays", "base", "idle", "rule"):
+        monkeypatch.setattr(f"lightning_gradnorm.balancers.{room}.surely_all", lambda usable: False, raising=False)
+    monkeypatch.setattr("lightning_gradnorm.balancers.rule.on_host", as_tensor)
+    balancer, clean = (GramianWeighting(make(), allow_negative=True) for _ in range(2))
+    balancer.update(measured())
+    clean.update(measured())
+    broken = measured(1)
+    broken.gramian[0, 1] = torch.nan
+    balancer.update(broken)
+    assert int(balancer.skipped_updates) == 1 and balancer.weights == clean.weights
+    clean.steps += 1
+    balancer.update(measured(2))
+    clean.update(measured(2))
+    assert balancer.weights == clean.weights
+
+
+def test_numpys_numbers_are_left_alone_too():
+    balancer = GramianWeighting(lambda gramian: torch.from_numpy(np.random.rand(len(gramian))), ema_decay=0)  # noqa: NPY002
+    np.random.seed(3)  # noqa: NPY002
+    balancer.update(measured())
+    drawn, weights = np.random.rand(), balancer.weights  # noqa: NPY002
+    np.random.seed(3)  # noqa: NPY002
+    assert np.random.rand() == drawn  # noqa: NPY002
+    balancer.reset()
+    balancer.update(measured())
+    assert balancer.weights == weights
+
+
+def test_a_weighting_that_cannot_do_without_a_task_says_which():
+    balancer = GramianWeighting(UPGradWeighting(pref_vector=torch.ones(3, dtype=torch.float64)))
+    balancer.update(measured())
+    with pytest.raises(ValueError, match=r"This step is without 'b'\. Give every task's loss in every batch"):
+        balancer.update(measured().only([0, 2]))
+
+
 @pytest.mark.parametrize(
     ("found", "words"),
     [
@@ -163,6 +244,19 @@ def test_asking_for_weights_teaches_nothing():
         balancer.end_epoch()
     weights = balancer.weights_at(losses_of(1.0, 1.0, 1.0))
     assert weights.sum() == pytest.approx(3, rel=1e-6) and weights[2] > weights[0]
+
+
+def test_the_slopes_are_those_of_full_precision_under_autocast():
+    balancer, losses = ScalarizerBalancer(lambda losses: (losses[None] @ losses[:, None]).sum()), losses_of(0.3, 1.0, 2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert balancer.weights_at(losses).tolist() == pytest.approx([0.6, 2.0, 4.0], rel=1e-6)
+
+
+def test_a_scalariser_learns_nothing_of_losses_that_are_not_finite():
+    scalarizer = DWA()
+    balancer = ScalarizerBalancer(scalarizer)
+    balancer.update(Measurement(TASKS, torch.tensor([1.0, torch.inf, 1.0], dtype=torch.float64)))
+    assert scalarizer._n_batches == 0 and int(balancer.skipped_updates) == 1
 
 
 def test_scalarisers_that_cannot_be_used():

@@ -68,9 +68,11 @@ def test_a_configuration_runs(tmp_path, monkeypatch, capsys, path):
     asked = callback_of(path).get("init_args", {})
     asked = asked.get("balancer", asked).get("init_args", asked)
     for name, value in asked.items():
+        if name in ("mode", "balancer"):
+            continue
         if isinstance(value, dict) and "class_path" in value:
             assert str(report.settings[name]).startswith(value["class_path"].rpartition(".")[2]), name
-        elif name not in ("mode", "balancer"):
+        else:
             assert report.settings[name] == value, name
     still = report.method.endswith("(monitor)") or method_of(path) in ("EqualWeights", "FixedWeights")
     assert all((row.std < 1e-6) == still for row in report.rows)

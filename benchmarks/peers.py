@@ -22,11 +22,13 @@ from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor, nn
+from torchjd.aggregation import IMTLG, Aggregator, UPGrad, UPGradWeighting
 
 from benchmarks import workloads
 from benchmarks.methods import FeatureNorms, JointEngine, Method, PlainSum, ProductPerTask
 from benchmarks.overhead import CLOCKS, Timer, flops, machine, markdown, peak_bytes
 from benchmarks.workloads import WORKLOADS, Losses, Workload
+from lightning_gradnorm import GramianWeighting, JointBackward, tap_losses
 
 FEATURES = {"conv": "trunk", "transformer": "encoder", "mlp": "trunk"}  # where each network's tasks part
 
@@ -83,16 +85,32 @@ class LibMTL(Method):
         self.weighting.backward(torch.stack(list(losses.values())), alpha=1.5)
 
 
+class UPGradHere(Method):
+    """UPGrad from the Gram matrix on W that the one joint backward brings, one step late."""
+
+    name = "UPGrad, one backward"
+
+    def __init__(self, workload: Workload, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(workload, optimizer)
+        self.balancer = GramianWeighting(UPGradWeighting())
+
+    def backward(self, losses: Losses) -> None:
+        losses = tap_losses(losses)
+        total = self.balancer.total(losses)
+        reader = JointBackward(total, losses, self.workload.shared)
+        total.backward()
+        self.balancer.update(reader.measurement(gramian=True))
+
+
 class TorchJD(Method):
     """TorchJD 0.18: the Jacobian of all shared parameters, aggregated by IMTL-G, which evens out the tasks' projections."""
 
     name = "TorchJD, IMTL-G"
+    aggregates: Callable[[], Aggregator] = IMTLG
 
     def __init__(self, workload: Workload, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(workload, optimizer)
-        from torchjd.aggregation import IMTLG
-
-        self.aggregator = IMTLG()
+        self.aggregator = self.aggregates()
         self.shared = shared_parameters(workload)
         self.features: Tensor | None = None
         for name, module in workload.network.named_children():
@@ -111,6 +129,13 @@ class TorchJD(Method):
             mtl_backward(list(losses.values()), features=self.features)
             self.features = None
         jac_to_grad(self.shared, self.aggregator)
+
+
+class TorchJDUPGrad(TorchJD):
+    """TorchJD 0.18 with UPGrad, which turns no task's loss upwards."""
+
+    name = "TorchJD, UPGrad"
+    aggregates = UPGrad
 
 
 class Pina(Method):
@@ -136,7 +161,9 @@ PEERS: dict[str, type[Method]] = {
     "product": ProductPerTask,
     "gradnorm-pytorch": GradNormPytorch,
     "libmtl": LibMTL,
+    "upgrad": UPGradHere,
     "torchjd": TorchJD,
+    "torchjd-upgrad": TorchJDUPGrad,
     "pina": Pina,
 }
 

@@ -6,7 +6,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_gradnorm.folders import Folder
 from lightning_gradnorm.report.tags import PER_TASK
@@ -109,7 +109,6 @@ def _as_written(name: str) -> list[str | int]:
 
 def _of_events(files: list[Path]) -> History:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-    from tensorboard.util.tensor_util import make_ndarray
 
     curves: dict[str, dict[int, float]] = {}
     notes = []
@@ -123,9 +122,9 @@ def _of_events(files: list[Path]) -> History:
                     for step in [step for step in points if step >= event.step]:
                         del points[step]
             for value in event.summary.value:
-                if _is_wanted(value.tag):
-                    number = value.simple_value if value.HasField("simple_value") else make_ndarray(value.tensor)
-                    curves.setdefault(value.tag, {})[event.step] = float(number)  # of a step logged twice, the later
+                number = _number_of(value) if _is_wanted(value.tag) else None
+                if number is not None:
+                    curves.setdefault(value.tag, {})[event.step] = number  # of a step logged twice, the later
         if not read and file.stat().st_size:
             raise ValueError(
                 f"{file} is not a TensorBoard event file, or its beginning is damaged. Move it out of the folder; the other "
@@ -136,6 +135,16 @@ def _of_events(files: list[Path]) -> History:
         elif not whole:
             notes.append(f"{file.name} ends in the middle of a record, as after a killed run: read up to there.")
     return History(curves, tuple(notes))
+
+
+def _number_of(value: Any) -> float | None:
+    """Of one value of an event, if it is a number: images, histograms, texts and PR curves have names like metrics'."""
+    from tensorboard.util.tensor_util import make_ndarray
+
+    if value.HasField("simple_value"):
+        return float(value.simple_value)
+    array = make_ndarray(value.tensor) if value.HasField("tensor") else None
+    return float(array.item()) if array is not None and array.size == 1 and array.dtype.kind in "fiu" else None
 
 
 def _records(file: Path) -> tuple[bool, int]:

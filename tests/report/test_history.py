@@ -3,7 +3,9 @@
 import math
 import struct
 
+import numpy as np
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
@@ -137,6 +139,28 @@ def test_numbers_that_are_none_come_through(tmp_path):
         history = read_history(folder)
         assert history.of("task_loss")["a"].values == pytest.approx(values, nan_ok=True)
         assert history.tasks == ("a",)
+
+
+class Shown:
+    """What a module may log in validation besides numbers, each under a name that begins like a metric's."""
+
+    image = staticmethod(lambda writer: writer.add_image("val/predictions", np.zeros((3, 4, 4), dtype=np.uint8), 0))
+    histogram = staticmethod(lambda writer: writer.add_histogram("val/logits", np.arange(10.0), 0))
+    text = staticmethod(lambda writer: writer.add_text("val/example", "hello", 0))
+    pr_curve = staticmethod(lambda writer: writer.add_pr_curve("val/pr", np.array([0, 1, 1]), np.array([0.1, 0.5, 0.9]), 0))
+    mesh = staticmethod(lambda writer: writer.add_mesh("val/mesh", torch.zeros(1, 3, 3), global_step=0))
+
+
+@pytest.mark.parametrize("kind", [name for name in vars(Shown) if not name.startswith("_")])
+def test_what_is_no_number_is_passed_over(tmp_path, kind):
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_scalar("loss_weight/a", 1.0, 0)
+        writer.add_scalar("val/loss", 2.0, 0)
+        writer.add_scalar("val/error", 3.0, 0, new_style=True)
+        getattr(Shown, kind)(writer)
+    history = read_history(tmp_path)
+    assert history.tasks == ("a",)
+    assert history.held_out == {"val/error": 3.0, "val/loss": 2.0}
 
 
 def test_a_history_takes_points_in_any_order():

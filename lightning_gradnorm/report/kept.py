@@ -33,7 +33,10 @@ class KeptCurves:
             tags: of the values.
             values: as many, in one vector.
         """
-        self._rows.append((step, tuple(tags), values.detach().to("cpu", torch.float32)))
+        tags, last = tuple(tags), self._rows[-1][1] if self._rows else ()
+        if tags == last:
+            tags = last  # one set of names for all rows: of many tasks they take more room than the values
+        self._rows.append((step, tags, values.detach().to("cpu", torch.float32)))
         if len(self._rows) > _MOST:
             self._rows, self._every = self._rows[::2], 2 * self._every
         self._offered += 1
@@ -61,8 +64,9 @@ class KeptCurves:
         """Take up a state from ``state_dict``."""
         self._every, self._offered = state["every"], state["offered"]
         rows = [
-            (step, tuple(group["tags"]), values)
+            (step, tags, values)
             for group in state["rows"]
+            for tags in (tuple(group["tags"]),)
             for step, values in zip(group["steps"], group["values"].unbind(), strict=True)
         ]
         self._rows = sorted(rows, key=lambda row: row[0])

@@ -45,6 +45,16 @@ def test_a_resumed_run_keeps_what_an_uninterrupted_one_does(stop):
     assert same_state(resumed.state_dict(), whole.state_dict())
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_names_are_kept_once_for_all_steps(resumed):
+    kept, taken = KeptCurves(), KeptCurves()
+    for step in range(50):
+        keep(kept, [step], (f"loss_weight/{'a' * 3}", "task_loss/a"))
+    taken.load_state_dict(kept.state_dict())
+    curves = taken if resumed else kept
+    assert len({id(tags) for _, tags, _ in curves._rows}) == 1
+
+
 def test_tasks_that_take_turns_survive_a_resume_in_their_order():
     curves, resumed = KeptCurves(), KeptCurves()
     for step in range(6):

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_gradnorm.report.history import Curve
 from lightning_gradnorm.report.palette import GREY, Style
-from lightning_gradnorm.report.smoothing import smoothed, thinned
+from lightning_gradnorm.report.smoothing import smoothed, smoothed_together, thinned
 from lightning_gradnorm.report.spreading import spread
 
 LINE = 1.2  # heights of a letter from one name to the next
@@ -73,7 +73,7 @@ def draw_shares(
         others: what that band is called.
         targets: task → the share that it is to have: dashed lines where the bands are to end.
     """
-    smooth = {task: smoothed(thinned(curve)) for task, curve in curves.items()}
+    smooth = smoothed_together({task: thinned(curve) for task, curve in curves.items()})
     steps = next(iter(smooth.values())).steps
     named = [task for task in reversed(list(smooth)) if task in styles]
     rest = [smooth[task].values for task in smooth if task not in styles]

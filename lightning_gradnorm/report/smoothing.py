@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lightning_gradnorm.report.history import Curve
 
@@ -28,9 +28,11 @@ def smoothed(curve: Curve, *, in_logarithms: bool = False) -> Curve:
         curve: what is not finite is left out of the means, and stays where there is nothing else.
         in_logarithms: whether to take means of logarithms, for a logarithmic axis; of a curve of positive values alone.
     """
+    return curve if _is_quiet(curve.values) else _moving_mean(curve, in_logarithms=in_logarithms)
+
+
+def _moving_mean(curve: Curve, *, in_logarithms: bool) -> Curve:
     count = len(curve.steps)
-    if count < _LEAST or _is_quiet(curve.values):
-        return curve
     there: Callable[[float], float] = math.log if in_logarithms else float
     back: Callable[[float], float] = math.exp if in_logarithms else float
     found = [math.isfinite(value) for value in curve.values]
@@ -45,8 +47,20 @@ def smoothed(curve: Curve, *, in_logarithms: bool = False) -> Curve:
     return Curve(curve.steps, values)
 
 
+def smoothed_together(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """All of them, or none if all are quiet: so what sums to one at every step does so afterwards.
+
+    Args:
+        curves: name → curve, on the same steps.
+    """
+    are_quiet = all(_is_quiet(curve.values) for curve in curves.values())
+    return {name: curve if are_quiet else _moving_mean(curve, in_logarithms=False) for name, curve in curves.items()}
+
+
 def _is_quiet(values: Sequence[float]) -> bool:
-    """Whether the way along the curve is hardly longer than from its lowest to its highest point, as that of most weights."""
+    """Whether it is short, or the way along it hardly longer than from its lowest to its highest point, as of most weights."""
+    if len(values) < _LEAST:
+        return True
     finite = [value for value in values if math.isfinite(value)]
     way = sum(abs(b - a) for a, b in itertools.pairwise(finite))
     return not finite or way <= _QUIET * (max(finite) - min(finite))

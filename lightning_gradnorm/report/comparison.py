@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_gradnorm.report.dots import draw_dots
+from lightning_gradnorm.report.sheet import in_plain_style
 from lightning_gradnorm.report.table import markdown_rows, plain_rows, print_rows
 
 Better = Literal["lower", "higher"]
@@ -165,6 +166,7 @@ class Comparison:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(content["better"], [Run(**run) for run in content["runs"]], content["baseline"])
 
+    @in_plain_style()
     def draw(self, path: str | Path) -> None:
         """A panel per measure: each seed a dot, the mean a bar; best method on top. Needs matplotlib.
 

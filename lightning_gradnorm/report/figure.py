@@ -10,7 +10,7 @@ from lightning_gradnorm.report.history import Curve, History
 from lightning_gradnorm.report.palette import Style, has_shades, styles
 from lightning_gradnorm.report.panels import LINE, draw_curves, draw_shares, finish, is_positive, name_ends
 from lightning_gradnorm.report.shares import shares_of
-from lightning_gradnorm.report.sheet import BOTTOM, LEFT, Picture, Sheet, can_draw, cut
+from lightning_gradnorm.report.sheet import BOTTOM, LEFT, Picture, Sheet, can_draw, cut, in_plain_style
 
 __all__ = ["FILE_NAME", "Picture", "can_draw", "draw_history", "picture_of"]
 
@@ -47,6 +47,7 @@ def draw_history(history: History, path: str | Path | BinaryIO, title: str = "")
         path.write(png)
 
 
+@in_plain_style()
 def picture_of(history: History, title: str = "") -> Picture:
     """Draw a run.
 

@@ -10,7 +10,7 @@ from lightning_gradnorm.report.history import Curve
 from lightning_gradnorm.report.palette import Style, has_shades, styles
 from lightning_gradnorm.report.panels import draw_curves, finish, is_positive, name_ends, scale
 from lightning_gradnorm.report.recorded import RecordedRun
-from lightning_gradnorm.report.sheet import BOTTOM, Picture, Sheet, cut
+from lightning_gradnorm.report.sheet import BOTTOM, Picture, Sheet, cut, in_plain_style
 
 MOST_COLUMNS, _MOST_METRICS = 6, 4
 _KINDS = (("loss_weight", "loss weights"), ("loss_ratio", "loss ratios, L(t) / L(0)"), ("task_loss", "losses, unweighted"))
@@ -18,6 +18,7 @@ _NAMES, _LONG, _FEW = 7.5, 14, 20  # letters' points, and how many of a name; ta
 _WIDE, _TALL, _LOW = 2.7, 2.5, 0.42  # inches: of a panel; of the metrics' per method
 
 
+@in_plain_style()
 def draw_groups(groups: Mapping[str, Sequence[RecordedRun]], metrics: Sequence[str], title: str) -> Picture:
     """Draw the runs side by side, on the same scales and in the same colours.
 
@@ -30,7 +31,8 @@ def draw_groups(groups: Mapping[str, Sequence[RecordedRun]], metrics: Sequence[s
         title: a line above.
     """
     drawn = dict([(label, runs) for label, runs in groups.items() if any(run.history.tasks for run in runs)][:MOST_COLUMNS])
-    kinds = [kind for kind in _KINDS if all(any(run.history.of(kind[0]) for run in runs) for runs in drawn.values())][:2]
+    known = [kind for kind in _KINDS if all(any(run.history.of(kind[0]) for run in runs) for runs in drawn.values())]
+    kinds = known[:2] if drawn else []
     tasks = list(dict.fromkeys(task for runs in drawn.values() for run in runs for task in run.history.tasks))
     if has_shades(len(tasks)):
         tasks.sort(key=lambda task: _end(task, next(iter(drawn.values()))), reverse=True)

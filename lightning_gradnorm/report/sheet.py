@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 DPI = 120
+_FONTS = ("font.family", "font.sans-serif", "font.serif", "font.monospace", "font.cursive", "font.fantasy")
 LEFT, BOTTOM = 0.62, 0.4  # inches: what the axes' numbers take
 
 
@@ -96,6 +97,23 @@ def can_draw() -> bool:
 def cut(name: str, most: int) -> str:
     """So many letters of it at most, of either end."""
     return name if len(name) <= most else f"{name[: (most + 1) // 2]}…{name[-(most // 2) + 1 :]}"
+
+
+@contextlib.contextmanager
+def in_plain_style() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the user has set for figures of his own; his fonts alone, which may have more letters.
+
+    Raises:
+        ImportError: where matplotlib is not installed.
+    """
+    import matplotlib
+    from matplotlib import style
+
+    settings: Any = matplotlib.rcParams
+    fonts = {name: settings[name] for name in _FONTS}
+    with style.context("default"):
+        settings.update(fonts)
+        yield
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import random
 
 import pytest
-from matplotlib import pyplot
+from matplotlib import pyplot, rc_context, rcParams, style
 from matplotlib.colors import to_hex
 
-from lightning_gradnorm.report.figure import draw_history
+from lightning_gradnorm.report.comparison import Comparison, Run
+from lightning_gradnorm.report.figure import draw_history, picture_of
 from lightning_gradnorm.report.history import History
 from lightning_gradnorm.report.palette import GREY
 from lightning_gradnorm.report.sheet import Sheet
@@ -129,6 +131,20 @@ def test_shares_sum_to_one_before_and_after(drawn):
     assert (ends[2]["b"].min(), ends[2]["b"].max()) == pytest.approx((0, 0.5)), "alike once weighted"
 
 
+def test_bands_fill_the_panel_also_where_one_of_them_alone_is_smoothed(drawn):
+    draw, points = random.Random(0), {}
+    for step in range(200):
+        quiet = 0.1 if step < 100 else 0.8
+        restless = (1 - quiet) * draw.uniform(0.2, 0.8)
+        for task, norm in (("a", restless), ("b", quiet), ("c", 1 - restless - quiet)):
+            points.setdefault(f"grad_norm/{task}", {})[step] = norm
+            points.setdefault(f"loss_weight/{task}", {})[step] = 1.0
+    figure = drawn(History(points))
+    for kind in (1, 2):
+        top = figure.axes[kind].lines[-1].get_ydata()
+        assert (min(top), max(top)) == pytest.approx((1.0, 1.0))
+
+
 def test_targets_are_drawn_where_they_differ(drawn):
     alike = {f"target_norm/task {i}": dict.fromkeys(range(0, 500, 10), 2.0) for i in range(3)}
     points = history(3)
@@ -236,6 +252,35 @@ def test_names_stand_as_they_are(drawn, name):
     figure = drawn(history(2, name=lambda i: name if i else "_"))
     assert names(figure.axes[0]).keys() == {"_", name}
     assert not any(text.get_parse_math() for text in figure.axes[0].texts)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(style.library["dark_background"]),
+        {"text.usetex": True},
+        {"figure.autolayout": True},
+        {"figure.constrained_layout.use": True},
+        {"savefig.dpi": 10},
+    ],
+    ids=["dark", "TeX", "autolayout", "constrained layout", "coarse files"],
+)
+def test_what_the_user_has_set_for_his_own_figures_stays_with_those(settings, tmp_path):
+    comparison = Comparison({"error": "lower"}, [Run(name, 0, {"error": 1.0}, None, {}) for name in "ab"], "a")
+    plain = picture_of(history(3), "title").png
+    comparison.draw(tmp_path / "plain.png")
+    with rc_context(settings):
+        before = dict(rcParams)
+        assert picture_of(history(3), "title").png == plain
+        comparison.draw(tmp_path / "set.png")
+        assert dict(rcParams) == before
+    assert (tmp_path / "set.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
+def test_the_users_font_is_taken_it_may_have_letters_that_others_have_not():
+    with rc_context({"font.family": "DejaVu Serif"}):
+        other = picture_of(history(3)).png
+    assert picture_of(history(3)).png != other
 
 
 def test_pyplot_is_left_alone(drawn):

@@ -131,6 +131,16 @@ def test_runs_with_neither_curves_nor_metrics_can_still_be_drawn(tmp_path):
     assert report.draw(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_curves_no_room_is_left_for_them(tmp_path, monkeypatch):
+    heights = []
+    render = Sheet.rendered
+    monkeypatch.setattr(Sheet, "rendered", lambda sheet: heights.append(sheet.height) or render(sheet))
+    metrics = {"accuracy": 0.5}
+    RunsReport([recorded(held_out=metrics)], tmp_path).draw(tmp_path)
+    RunsReport([recorded(held_out=metrics, tasks={"a": 2.0})], tmp_path).draw(tmp_path)
+    assert heights[0] < 3.0 < heights[1], "inches"
+
+
 def test_what_tells_runs_apart_is_what_they_differ_in():
     settings = [
         {"alpha": 0.0, "lr": 1},

@@ -7,10 +7,12 @@ from typing import Any
 
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.callbacks.lightning_api import LightningModule, Trainer, rank_zero_info, setting_of
+from lightning_gradnorm.callbacks.telling import telling
 from lightning_gradnorm.plain import flat_settings
 from lightning_gradnorm.weights_file import FILE_NAME
 
 _GROUP = "loss_balancing"
+_telling = telling("The loss balancing could not be logged among the hyperparameters", f"The fit goes on; {FILE_NAME} has it.")
 
 
 class Hyperparameters:
@@ -33,13 +35,21 @@ class Hyperparameters:
         """Held-out metric → its value in the last validation."""
         self._all: dict[str, Any] = {}
         self._on_page: dict[str, Any] = {}
+        self._resumed: dict[str, float] = {}
         self._waiting: list[Any] = []
 
+    def go_on(self, held_out: Mapping[str, float]) -> None:
+        """The run that the next fit goes on with had these held-out metrics at its last validation."""
+        self.held_out = dict(held_out)
+        self._resumed = dict(held_out)
+
+    @_telling
     def log(self, trainer: Trainer, pl_module: LightningModule, balancer: LossBalancer) -> None:
         """Log them, on every rank. They are no part of the module, and so of no checkpoint.
 
         A logger that does not take them (MLflow's do not change within a run) says so, and the fit goes on.
         """
+        self.held_out, self._resumed, self._waiting = self._resumed, {}, []
         owners = [
             owner for owner in (pl_module, setting_of(trainer, "datamodule")) if getattr(owner, "_log_hyperparams", False)
         ]
@@ -48,7 +58,6 @@ class Hyperparameters:
         ours = {"method": balancer.state_name, "settings": ", ".join(f"{k}={v}" for k, v in told.items()) or "default"}
         self._on_page = own | {f"{_GROUP}/{name}": value for name, value in (*ours.items(), *flat_settings(told).items())}
         self._all = self._on_page | {f"{_GROUP}/{name}": value for name, value in flat_settings(balancer.settings()).items()}
-        self.held_out, self._waiting = {}, []
         loggers: list[Any] = trainer.loggers
         for logger in loggers:
             if _has_metrics(logger):
@@ -58,6 +67,7 @@ class Hyperparameters:
         if not trainer.enable_validation:
             self.complete(trainer)
 
+    @_telling
     def end_validation(self, trainer: Trainer) -> None:
         """A validation within training is over: its metrics are the held-out ones."""
         found = {} if trainer._results is None else trainer._results
@@ -68,6 +78,7 @@ class Hyperparameters:
         self.held_out |= dict(sorted(values.items()))
         self.complete(trainer)
 
+    @_telling
     def complete(self, trainer: Trainer) -> None:
         """Log what was kept back, with the metrics that there are."""
         waiting, self._waiting = self._waiting, []
@@ -103,6 +114,15 @@ def _unusual(balancer: LossBalancer) -> dict[str, Any]:
     """The settings that are not those that the method has by default; all of them where it has no default."""
     try:
         usual = type(balancer)().settings()
-    except (TypeError, ValueError):
+    except Exception:  # of the user's own, one may ask for a file
         usual = {}
-    return {name: value for name, value in balancer.settings().items() if name not in usual or usual[name] != value}
+    return {
+        name: value for name, value in balancer.settings().items() if name not in usual or not _are_equal(usual[name], value)
+    }
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except Exception:  # of arrays each number would be compared
+        return False

@@ -40,10 +40,15 @@ class Pictures:
         self.count: int = 0
         self.spent: float = 0.0
         self._refused.clear()
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Something went wrong: no more in this fit."""
+        self._is_stopped = True
 
     def is_due(self, trainer: Trainer) -> bool:
         """Whether there is somebody to show a picture to, and time enough has passed to afford it."""
-        if not self.enabled or not trainer.is_global_zero:
+        if not self.enabled or self._is_stopped or not trainer.is_global_zero:
             return False
         elapsed = self._clock() - self._began
         needs = self._needed or (_FIRST if "matplotlib.figure" in sys.modules else _COLD)
@@ -52,8 +57,8 @@ class Pictures:
         return can_draw() and self.has_takers(trainer)
 
     def has_takers(self, trainer: Trainer) -> bool:
-        """Whether a logger takes images; in a trial run none is sent."""
-        return not setting_of(trainer, "fast_dev_run") and any(map(self._taker, trainer.loggers))
+        """Whether a logger takes images; in a trial run none is sent, nor after a failure."""
+        return not self._is_stopped and not setting_of(trainer, "fast_dev_run") and any(map(self._taker, trainer.loggers))
 
     def draw_and_send(self, trainer: Trainer, draw: Callable[[], Picture | None]) -> None:
         """Send what ``draw`` gives, and take the time."""

@@ -1,7 +1,6 @@
 """What the callback shows of a fit while it goes on, and leaves behind at its end, also of an interrupted one."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +11,12 @@ from lightning_gradnorm.callbacks.hyperparameters import Hyperparameters
 from lightning_gradnorm.callbacks.lightning_api import Trainer, rank_zero_info, rank_zero_warn, setting_of
 from lightning_gradnorm.callbacks.pictures import Pictures
 from lightning_gradnorm.callbacks.run_folders import run_folder
+from lightning_gradnorm.callbacks.telling import telling
 from lightning_gradnorm.folders import Folder
 from lightning_gradnorm.measurement import Measurement
 from lightning_gradnorm.report.figure import FILE_NAME as FIGURE
 from lightning_gradnorm.report.figure import Picture, can_draw, picture_of
+from lightning_gradnorm.report.history import History
 from lightning_gradnorm.report.kept import KeptCurves
 from lightning_gradnorm.report.run import RunReport, with_ways
 from lightning_gradnorm.report.summary import RunSummary
@@ -63,9 +64,15 @@ class Reporting:
         values = torch.cat([vector.to(measurement.losses) for vector in vectors.values()])
         self._curves.add(self.summary.steps - 1, tags, values)
 
-    def report(self, balancer: LossBalancer) -> RunReport:
-        """The statistics so far."""
-        rows, summary = with_ways(self.summary.rows(balancer.weights), self._curves.history()), self.summary
+    def report(self, balancer: LossBalancer, history: History | None = None) -> RunReport:
+        """The statistics so far.
+
+        Args:
+            balancer: the method.
+            history: the curves that are kept, where these are at hand.
+        """
+        curves, summary = self._curves.history() if history is None else history, self.summary
+        rows = with_ways(summary.rows(balancer.weights), curves)
         name = f"{balancer.state_name} (monitor)" if balancer.frozen else balancer.state_name
         settings = balancer.settings()
         held_out = self.hyperparameters.held_out
@@ -75,9 +82,15 @@ class Reporting:
 
     def show(self, trainer: Trainer, balancer: LossBalancer) -> None:
         """Send the figure of the run so far to the loggers that take images, if it is time to."""
-        if self.pictures.is_due(trainer):
-            which = "fit so far"
-            self.pictures.draw_and_send(trainer, lambda: self._figure(self.report(balancer), which, is_last=False))
+        with telling("The figure of the fit so far could not be shown", "The fit goes on without any."):
+            if self.pictures.is_due(trainer):
+                self.pictures.draw_and_send(trainer, lambda: self._picture_so_far(balancer))
+            return
+        self.pictures.stop()
+
+    def _picture_so_far(self, balancer: LossBalancer) -> Picture | None:
+        history = self._curves.history()
+        return picture_of(history, self.report(balancer, history).heading) if history.tasks else None
 
     def write(self, trainer: Trainer, balancer: LossBalancer, *, interrupted: bool = False) -> None:
         """Table to the console; file and figure into the folder of each logger's run. Says where, or why nothing is written.
@@ -90,21 +103,23 @@ class Reporting:
         if not self.enabled or not trainer.is_global_zero:
             return
         which = "interrupted fit" if interrupted else "fit"
-        with _telling(f"The report of the {which} could not be written", "callback.report has what there is of it."):
-            report = self.report(balancer)
+        with telling(f"The report of the {which} could not be written", "callback.report has what there is of it."):
+            history = self._curves.history()
+            report = self.report(balancer, history)
             if setting_of(trainer, "fast_dev_run"):
                 rank_zero_info("There is no report of this fit's loss weights: fast_dev_run leaves nothing behind.")
             elif not report.rows:
                 rank_zero_info("There is no report of this fit's loss weights: no optimiser step was measured.")
             else:
-                with _telling(f"The table of the {which} could not be printed", "callback.report has its rows."):
+                with telling(f"The table of the {which} could not be printed", "callback.report has its rows."):
                     report.print()
-                self._write_files(trainer, report, which)
+                self._write_files(trainer, report, history, which)
 
-    def _write_files(self, trainer: Trainer, report: RunReport, which: str) -> None:
-        figure = self._figure(report, which)
-        if figure is not None and self.pictures.enabled and self.pictures.has_takers(trainer):
-            self.pictures.send(trainer, figure)
+    def _write_files(self, trainer: Trainer, report: RunReport, history: History, which: str) -> None:
+        figure = self._figure(report, history, which)
+        with telling(f"The figure of the {which} could not be shown", "Its files are written without."):
+            if figure is not None and self.pictures.enabled and self.pictures.has_takers(trainer):
+                self.pictures.send(trainer, figure)
         folders: set[str] = set()
         for logger in trainer.loggers:
             place = f"the folder of {type(logger).__name__}'s run"
@@ -138,34 +153,26 @@ class Reporting:
         if figure is not None:
             rank_zero_info(f"Figure written to {place.write(FIGURE, figure.png)}")
 
-    def _figure(self, report: RunReport, which: str, *, is_last: bool = True) -> Picture | None:
-        """The figure, or at the end a word why there is none."""
-        history = self._curves.history()
+    def _figure(self, report: RunReport, history: History, which: str) -> Picture | None:
+        """The figure, or a word why there is none."""
         if can_draw() and history.tasks:
-            with _telling(f"The figure of the {which} could not be drawn", "The rest of its report is written without."):
+            with telling(f"The figure of the {which} could not be drawn", "The rest of its report is written without."):
                 return picture_of(history, report.heading)
-        elif is_last and not can_draw():
+        elif not can_draw():
             rank_zero_info("For a figure of the run: pip install matplotlib, then lightning-gradnorm report LOGDIR.")
-        elif is_last:
+        else:
             rank_zero_info("No figure is drawn: it shows the steps that were logged and every 50th, and this run had neither.")
         return None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers, strings, lists and dicts."""
-        return {**self.summary.state_dict(), "curves": self._curves.state_dict()}
+        held_out = dict(self.hyperparameters.held_out)
+        return {**self.summary.state_dict(), "curves": self._curves.state_dict(), "held_out": held_out}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state from ``state_dict``: the run goes on, and its files are this one's to replace."""
         self.summary.load_state_dict(state)
         if "curves" in state:  # not in those of 0.1
             self._curves.load_state_dict(state["curves"])
+        self.hyperparameters.go_on(state.get("held_out", {}))
         self._is_resumed = True
-
-
-@contextlib.contextmanager
-def _telling(what: str, consequence: str) -> Iterator[None]:
-    """An exception becomes a warning: a fit that has ended well has ended well."""
-    try:
-        yield
-    except Exception as error:
-        rank_zero_warn(f"{what}: {type(error).__name__}: {error}. {consequence}")

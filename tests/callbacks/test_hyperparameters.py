@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -64,6 +65,42 @@ def test_the_page_has_method_settings_and_held_out_metrics(tmp_path, balancer, s
     assert values["loss_balancing/settings"] == settings
     assert {"loss_balancing/method", "loss_balancing/settings"} <= set(columns), "whichever run the page takes its columns from"
     assert len(columns) == 2 + (0 if settings == "default" else settings.count("="))
+
+
+class OfATable(EqualWeights):
+    """Reads a file, which is not there by default."""
+
+    def __init__(self, table="weights.csv"):
+        super().__init__()
+        self.table = Path(table).read_text()
+
+    def settings(self):
+        return {"table": self.table}
+
+
+class WithPrior(EqualWeights):
+    """Whose settings cannot be compared as a whole."""
+
+    def settings(self):
+        return {"prior": torch.ones(2)}
+
+
+class Fails(EqualWeights):
+    def settings(self):
+        raise LookupError("no settings")
+
+
+def test_balancers_of_the_users_own_of_any_kind_are_logged(tmp_path):
+    (tmp_path / "w.csv").write_text("a,1")
+    _, _, values = page_of(fit(tmp_path, OfATable(tmp_path / "w.csv")))
+    assert values["loss_balancing/settings"] == "table=a,1"
+    _, _, values = page_of(fit(tmp_path, WithPrior()))
+    assert values["loss_balancing/settings"] == "prior=tensor([1., 1.])"
+
+
+def test_a_balancer_that_cannot_tell_its_settings_is_trained_all_the_same(tmp_path):
+    with pytest.warns(UserWarning, match="could not be logged among the hyperparameters: LookupError: no settings"):
+        fit(tmp_path, Fails(), module=TrunkAndHeads)
 
 
 def test_the_metrics_value_is_that_of_the_last_validation(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import types
+from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -147,6 +148,50 @@ def test_a_logger_that_fails_to_take_it_is_asked_once(tmp_path):
         callback = fit(tmp_path, [broken, other], steps=3)
     assert callback.balancer.steps == 3
     assert (len(broken.images), len(other.images)) == (1, 4)
+
+
+class Away(MemoryLogger):
+    """Its server is there when training begins, and then away."""
+
+    @property
+    def experiment(self):
+        if self.logged:
+            raise ConnectionError("no route")
+        return object()
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("where", ["is_due", "report"])
+def test_what_fails_while_training_is_told_once_and_ends_no_fit(tmp_path, monkeypatch, where):
+    def fails(*args):
+        raise ConnectionError("no route")
+
+    logger = Away() if where == "is_due" else Taking()
+    if where == "report":
+        monkeypatch.setattr("lightning_gradnorm.callbacks.reporting.Reporting.report", fails)
+    with pytest.warns(UserWarning, match=r"figure of the fit so far could not be shown: ConnectionError: no route") as caught:
+        callback = fit(tmp_path, logger, steps=8)
+    assert callback.balancer.steps == 8
+    assert sum("could not be shown" in str(warning.message) for warning in caught) == 1
+
+
+def test_the_next_fit_has_pictures_again(tmp_path):
+    shown, trainer = Pictures(True), quiet_trainer(tmp_path, logger=Taking())
+    shown.stop()
+    assert not shown.has_takers(trainer)
+    shown.start()
+    assert shown.has_takers(trainer)
+
+
+@pytest.mark.filterwarnings("ignore:The report of the fit could not be written.* the folder of Away's run")
+@pytest.mark.parametrize("when", ["fit so far", "fit"])
+def test_the_files_are_written_where_the_figure_could_not_be_shown(tmp_path, monkeypatch, when):
+    if when == "fit so far":
+        monkeypatch.setattr(pictures, "_SHARE", 1e9)
+    logger = CSVLogger(tmp_path)
+    with pytest.warns(UserWarning, match=f"The figure of the {when} could not be shown"):
+        fit(tmp_path, [Away(), logger], steps=4, summary=True)
+    assert {path.name for path in Path(logger.log_dir).iterdir()} >= {"loss_weights.yaml", "loss_balancing.png"}
 
 
 def test_the_last_figure_is_sent_with_the_report(tmp_path):

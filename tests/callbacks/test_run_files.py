@@ -1,6 +1,7 @@
 """Where a run's files go: real loggers, remote folders, several runs side by side, and folders that cannot be written."""
 
 import contextlib
+import warnings
 from pathlib import Path
 
 import fsspec
@@ -197,6 +198,26 @@ def test_a_run_that_goes_on_replaces_its_own_files(tmp_path):
     resumed.fit(TrunkAndHeads(), batches(4), ckpt_path=tmp_path / "last.ckpt")
     assert read_file(folder / "loss_weights.yaml")["steps"] == 12
     assert not list(folder.glob("*-v1*"))
+
+
+class Validated(TrunkAndHeads):
+    def validation_step(self, batch, batch_idx):
+        self.log("accuracy", 0.5)
+
+
+def test_a_run_that_is_resumed_at_its_end_has_the_held_out_metrics_still(tmp_path):
+    folder = tmp_path / "lightning_logs" / "log"
+    for path in (None, tmp_path / "last.ckpt"):
+        callback, logger = GradNormCallback(lr=0.1), CSVLogger(tmp_path, version="log")
+        trainer = quiet_trainer(tmp_path, callbacks=[callback], logger=logger)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Experiment logs directory")
+            trainer.fit(Validated(), batches(4), batches(1), ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        assert read_file(folder / "loss_weights.yaml")["held_out"] == {"accuracy": 0.5}
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], logger=logger)
+    trainer.fit(TrunkAndHeads(), batches(4))
+    assert callback.report.held_out == {}, "another fit, without a validation"
 
 
 # -- behind a URL ----------------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ class Concerns:
             )
         )
         keeps_size = isinstance(balancer, GradNorm) and balancer.update_rule == "average"
-        if measurement.gradient_norms is not None and not balancer.frozen and not keeps_size:
+        is_first = balancer.steps - int(balancer.skipped_updates) <= 1  # weights of one are of no method's size
+        if measurement.gradient_norms is not None and not (balancer.frozen or keeps_size or is_first):
             found += self.of_scale(trainer, tasks, weights, measurement.gradient_norms.tolist())
         weighted = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
         return found + list(self.of_monitors(trainer, weighted, sum(losses)))
@@ -101,22 +102,25 @@ class Concerns:
         self._first_step = step if self._first_step is None else self._first_step
         for task, weight, ratio in zip(tasks, weights, ratios, strict=True):
             seen = self._seen.setdefault(task, _Seen(step, weight))
-            self._moved |= abs(weight - seen.weight) > 1e-3 * seen.weight
+            self._moved |= abs(weight - seen.weight) > 1e-3 * abs(seen.weight)
             yield from self._at_bound(balancer, task, weight, seen, step)
             yield from self._in_vain(balancer, task, weight, ratio, seen, step)
         waited = step - self._first_step
         long = max(_LONG, self._first_step)  # a rate that falls as 1 / t moves a resumed run's weights as the steps double
         may_rest = len(tasks) == 1 or isinstance(balancer, DynamicWeightAverage | DynamicTaskPrioritization)  # by the epoch
         if not may_rest and not self._moved and waited >= long and self._observations >= _FEW:
-            yield (
-                "still",
-                f"The loss weights have not moved in {waited} steps. Does every update get skipped, is too little "
-                "measured, or is a learning rate of the weights' own too small? See balancer.skipped_updates, and update_every "
-                "and lr, if these were set.",
+            skipped = int(balancer.skipped_updates)
+            why = (
+                f"{skipped} updates were skipped, as a loss or gradient was not finite, or all gradients on the shared layer "
+                "were zero: see balancer.skipped_updates."
+                if skipped
+                else "Is too little measured, or is a learning rate of the weights' own too small? See update_every and lr, if "
+                "these were set."
             )
+            yield "still", f"The loss weights have not moved in {waited} steps. {why}"
 
     def _at_bound(self, balancer: LossBalancer, task: str, weight: float, seen: _Seen, step: int) -> Iterator[tuple[str, str]]:
-        lower, upper = getattr(balancer, "min_weight", 0.0), getattr(balancer, "max_weight", math.inf)
+        lower, upper = getattr(balancer, "min_weight", -math.inf), getattr(balancer, "max_weight", math.inf)
         name = "min_weight" if weight <= 1.01 * lower else "max_weight" if weight >= 0.99 * upper else None
         if name is None:
             seen.bound_since = None
@@ -144,7 +148,7 @@ class Concerns:
         seen.has_moved |= not _STAYED[0] <= seen.ratio <= _STAYED[1]
         long = step - seen.step
         half, quarter = seen.ago(step - long // 2), seen.ago(step - 3 * long // 4)
-        runs_up = weight >= _RUNS_UP * half and half >= _RUNS_UP * quarter
+        runs_up = quarter > 0 and weight >= _RUNS_UP * half and half >= _RUNS_UP * quarter
         if runs_up and not seen.has_moved and long >= 4 * _LONG:
             yield (
                 f"vain {task}",
@@ -166,14 +170,14 @@ class Concerns:
         whole = sum(norms)
         if not 0 < whole < math.inf:
             return
-        now = math.log(max(sum(weight * norm for weight, norm in zip(weights, norms, strict=True)) / whole, 1e-300))
+        now = math.log(max(sum(abs(weight) * norm for weight, norm in zip(weights, norms, strict=True)) / whole, 1e-300))
         self._share = now if math.isnan(self._share) else self._share + _NEW * (now - self._share)  # one batch proves nothing
         self._largest_share = self._share if math.isnan(self._largest_share) else max(self._largest_share, self._share)
         share, is_small = math.exp(self._share), self._share < self._largest_share + math.log(_SHRUNK)
         self._small = self._small + 1 if is_small else 0
         remembering = [o for o in trainer.optimizers if any("betas" in group for group in o.param_groups)]
         if self._small >= _FEW and remembering:
-            weight, task = min(zip(weights, tasks, strict=True))
+            weight, task = min(zip(weights, tasks, strict=True), key=lambda pair: abs(pair[0]))
             optimizer, beta = type(remembering[0]).__name__, remembering[0].param_groups[0]["betas"][1]
             yield (
                 "shrunk",

@@ -13,12 +13,16 @@ from lightning_gradnorm import (
     EqualWeights,
     GradNorm,
     GradNormCallback,
+    GramianWeighting,
     LossBalancingCallback,
     LossRatioBalancing,
+    Measurement,
     ReLoBRaLo,
+    SoftOptimalUncertainty,
     UncertaintyWeighting,
 )
 from lightning_gradnorm.callbacks.concerns import Concerns
+from lightning_gradnorm.session import BalancedStep
 from tests.helpers import MemoryLogger, TrunkAndHeads, batches, quiet_trainer, same_state
 
 # -- monitor mode ----------------------------------------------------------------------------------------------------
@@ -83,6 +87,23 @@ def test_a_weight_that_sits_at_its_bound_is_told():
     assert told(balancer, [(1.5 if k % 8 else 1.2, 0.9**k) for k in range(40)]).keys() & {"bound a"} == set()
 
 
+def with_negative_weights():
+    return GramianWeighting(lambda gramian: gramian, allow_negative=True)
+
+
+def test_a_method_without_bounds_sits_at_none():
+    assert told(SoftOptimalUncertainty(), [(0.0 if k else 0.1, 0.9**k) for k in range(40)]) == {}
+    assert told(with_negative_weights(), [(-0.5 - 0.1 * k, 0.9**k) for k in range(40)]) == {}
+
+
+def test_a_negative_weight_that_stands_still_has_not_moved():
+    assert told(with_negative_weights(), [(-0.5, 0.9**k) for k in range(40)]).keys() == {"still"}
+
+
+def test_a_negative_weight_that_goes_to_0_does_not_run_up():
+    assert told(with_negative_weights(), [(-(0.8**k), 1.0) for k in range(60)]) == {}
+
+
 STUCK = [1.0 + 0.03 * (-1) ** k for k in range(48)]  # of the first loss, batch by batch
 
 
@@ -134,7 +155,11 @@ def test_only_what_the_method_has_is_a_way_out(balancer, end):
 
 def test_weights_that_never_move_are_told():
     said = told(GradNorm(), [(1.0, 0.9)] * 30)
-    assert "have not moved in 500 steps" in said["still"]
+    assert re.search("have not moved in 500 steps. Is too little measured, or is a learning rate", said["still"])
+    balancer = GradNorm()
+    balancer.skipped_updates += 30
+    said = told(balancer, [(1.0, 0.9)] * 30)
+    assert re.search("have not moved in 500 steps. 30 updates were skipped, as a loss .*: see balancer.skipped", said["still"])
     assert told(EqualWeights(), [(1.0, 0.9)] * 30) == {}
     assert told(DynamicWeightAverage(), [(1.0, 0.9)] * 30) == {}, "its first weights stand for two epochs"
     frozen = GradNorm()
@@ -257,6 +282,36 @@ def test_a_gradient_that_was_small_from_the_start_is_nobodys_concern(tmp_path):
         assert say(share) == [], "a twentieth of the largest is the limit"
     assert [len(say(2e-5)) for _ in range(12)] == [0] * 6 + [1] * 6
     assert list(concerns.of_scale(trainer, ("a",), (1e-9,), (0.0,))) == []
+
+
+def said_of_scale_alone(tmp_path, balancer, course, skipped=0):
+    """What is said of the scale of two tasks' weights, step by step, where their gradients stay as they are."""
+    concerns, said = Concerns(), {}
+    trainer = quiet_trainer(tmp_path)
+    trainer.strategy.optimizers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)])]
+    balancer.skipped_updates += skipped
+    for balancer.steps, weights in enumerate(course, start=1):
+        ones, applied = torch.ones(2), torch.tensor(weights)
+        step = BalancedStep(Measurement(("a", "b"), ones, gradient_norms=ones), applied, True, None, 1)
+        said |= dict(concerns.of(trainer, balancer, step, None))
+    return said
+
+
+@pytest.mark.parametrize("ones", [1, 3])
+def test_weights_of_one_before_the_first_update_are_no_size_to_compare_with(tmp_path, ones):
+    balancer = GramianWeighting(lambda gramian: gramian)
+    course = [(1.0, 1.0)] * ones + [(0.04, 0.041)] * 40
+    assert said_of_scale_alone(tmp_path, balancer, course, skipped=ones - 1) == {}
+    course[-20:] = [(0.001, 0.002)] * 20
+    said = said_of_scale_alone(tmp_path, GramianWeighting(lambda gramian: gramian), course)
+    assert said.keys() == {"shrunk"}
+
+
+def test_negative_weights_do_not_make_the_gradient_small(tmp_path):
+    balancer = with_negative_weights()
+    assert said_of_scale_alone(tmp_path, balancer, [(1.0, 1.0)] * 20 + [(1.0, -1.0)] * 40) == {}
+    said = said_of_scale_alone(tmp_path, balancer, [(1.0, -1.0)] * 20 + [(0.001, -0.01)] * 40)
+    assert "The weight of task 'a' has come to 0.001, and" in said["shrunk"]
 
 
 def test_a_noisy_batch_is_nobodys_concern(tmp_path):

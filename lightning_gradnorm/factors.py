@@ -136,10 +136,14 @@ class WeightFactors:
         """⟨gradient of task i, of task j⟩, ``[T, T]``."""
         if self.is_empty:
             return torch.zeros(self._tasks, self._tasks, dtype=widest_float(self._weight.device), device=self._weight.device)
-        inputs, deltas = self._rows(widest_float(self._weight.device), range(self._tasks))
-        stacked = torch.stack(deltas)
-        carried = (inputs @ inputs.mT) @ stacked
-        return stacked.flatten(1) @ carried.flatten(1).mT
+        wide = widest_float(self._weight.device)
+        inputs, deltas = self._rows(torch.float32, range(self._tasks))
+        inputs = inputs.to(wide)
+        gram = inputs @ inputs.mT
+        stacked = deltas[0].new_empty((len(deltas), *deltas[0].shape), dtype=wide)
+        for row, delta in zip(stacked, deltas, strict=True):
+            row.copy_(delta)
+        return torch.stack([stacked.flatten(1) @ (gram @ row).flatten() for row in stacked])  # one carried at a time
 
 
 def _gram_of(inputs: Tensor, deltas: Iterable[Tensor]) -> Gram:

@@ -36,8 +36,10 @@ class _ParametersOptimizer:
         """Forget all."""
         self._optimizer = self._factory(self._parameters, lr=self._lr)
 
-    def step(self) -> None:
-        """One step along ``.grad``, which is cleared."""
+    def step(self, gradients: Iterable[Tensor | None]) -> None:
+        """One step against these, one for each parameter; ``.grad`` is left empty."""
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -115,21 +117,19 @@ class ScalarizerBalancer(RuleBalancer):
     def weights_at(self, losses: Mapping[str, Tensor]) -> Tensor:
         self._check_names(tuple(losses))
         with self._learnt.untouched():
-            return self._slopes(stack_scalars(loss.detach() for loss in losses.values()), tuple(losses))
+            return self._slopes(stack_scalars(loss.detach() for loss in losses.values()), tuple(losses))[0]
 
     def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not bool(measurement.losses.isfinite().all()):
             return {"weights": torch.full_like(measurement.losses, torch.nan)}  # the step is skipped; nothing is learnt of it
         before = self._learnt.state_dict()
-        weights = self._slopes(measurement.losses, measurement.tasks)
+        weights, gradients = self._slopes(measurement.losses, measurement.tasks)
         if not bool(weights.isfinite().all()):
             self._learnt.load_state_dict(before)  # the step is skipped
         elif self._optimizer is not None and not self.frozen:
-            self._optimizer.step()
+            self._optimizer.step(gradients)
             with self._learnt.untouched():
-                weights = self._slopes(measurement.losses, measurement.tasks)
-        for parameter in self._parameters:
-            parameter.grad = None
+                weights, _ = self._slopes(measurement.losses, measurement.tasks)
         return {"weights": weights}
 
     def end_epoch(self) -> None:
@@ -148,13 +148,11 @@ class ScalarizerBalancer(RuleBalancer):
             self._optimizer.load_state_dict(self._optimizer.state_dict())  # its memory goes to where the parameters are
         self._device = device
 
-    def _slopes(self, losses: Tensor, tasks: Sequence[str]) -> Tensor:
-        """∂s/∂L, ``[T]``, detached; what the scalariser learns has its gradients in ``.grad``."""
+    def _slopes(self, losses: Tensor, tasks: Sequence[str]) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """∂s/∂L, ``[T]``, detached; and ∂s over what the scalariser learns."""
         if losses.device != self._device:
             self._move_to(losses.device)
         order = torch.tensor(self._in_order(tasks), device=losses.device)
-        for parameter in self._parameters:
-            parameter.grad = None
         exact = torch.autocast(losses.device.type, enabled=False)
         with torch.inference_mode(False), torch.enable_grad(), exact, random_numbers_of(self.steps, losses.device):
             leaf = losses[order].to(torch.get_default_dtype()).requires_grad_()
@@ -165,6 +163,6 @@ class ScalarizerBalancer(RuleBalancer):
                     f"The scalariser makes one number out of {len(tasks)} losses, a tensor of shape () that depends on them, "
                     f"and gave {total!r}."
                 )
-            torch.autograd.backward(total)
-        slopes = torch.zeros_like(losses) if leaf.grad is None else leaf.grad
-        return torch.empty_like(losses).index_copy(0, order, slopes.to(losses))
+            slopes, *gradients = torch.autograd.grad(total, [leaf, *self._parameters], allow_unused=True)
+        found = torch.zeros_like(losses) if slopes is None else slopes.to(losses)
+        return torch.empty_like(losses).index_copy(0, order, found), gradients

@@ -234,6 +234,12 @@ def test_what_a_scalariser_learns_is_trained_by_the_optimiser_of_its_own():
     assert balancer.settings()["optimizer"] == "SGD" and scalarizer.log_scale.grad is None
 
 
+def test_asking_for_weights_leaves_no_gradient():
+    scalarizer = IMTLL(3)
+    ScalarizerBalancer(scalarizer).weights_at(losses_of(1.0, 2.0, 3.0))
+    assert scalarizer.log_scale.grad is None
+
+
 def test_asking_for_weights_teaches_nothing():
     scalarizer = DWA()
     balancer = ScalarizerBalancer(scalarizer)

@@ -1,14 +1,14 @@
 """Dual-balancing (DB-MTL; Lin, Jiang, Ye, Zhang, Chen, Chen, Liu, Kwok 2023, arXiv 2308.12029)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers.checks import check_range
-from lightning_gradnorm.balancers.rule import RuleBalancer
-from lightning_gradnorm.measurement import Measurement, reading_is_free, stack_scalars
+from lightning_gradnorm.balancers.own_losses import OwnLosses
+from lightning_gradnorm.measurement import Measurement
 
 EPSILON = 1e-8  # beside losses and norms, as in the authors' code
 
@@ -22,7 +22,7 @@ def dual_balanced(norms: Tensor) -> Tensor:
     return norms.amax() / (norms + EPSILON)
 
 
-class DualBalancing(RuleBalancer):
+class DualBalancing(OwnLosses):
     """Trains on Σ_i α_i log L_i, α_i = max_j m_j / m_i, m_i the averaged norm of ∇_W log L_i: losses and gradients of one size.
 
     The applied weight, ∂total/∂L_i = α_i / L_i, depends on the losses of the step itself, is what is reported, and is not bound
@@ -45,7 +45,6 @@ class DualBalancing(RuleBalancer):
     """
 
     needs: tuple[str, ...] = ("gradient_norms",)
-    needs_positive_losses = True
     _remembers = (("norm", 0.0), ("measured", 0.0), ("factor", 1.0))
 
     def __init__(
@@ -58,15 +57,10 @@ class DualBalancing(RuleBalancer):
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"decay": self.decay, "fading": self.fading}
 
-    @torch.no_grad()
-    def weights_at(self, losses: Mapping[str, Tensor]) -> Tensor:
-        self._check_names(tuple(losses))
-        stacked = stack_scalars(losses.values())
-        if reading_is_free(stacked):
-            self._check_not_negative(losses, stacked)
+    def _weights_of(self, losses: Tensor, tasks: Sequence[str]) -> Tensor:
         factors = dict(zip(self.tasks, self._memory["factor"].unbind(), strict=True))
-        one = stacked.new_ones(())
-        return torch.stack([factors.get(task, one).to(stacked) for task in losses]) / (stacked + EPSILON)
+        one = losses.new_ones(())
+        return torch.stack([factors.get(task, one).to(losses) for task in tasks]) / (losses + EPSILON)
 
     def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert measurement.gradient_norms is not None, "the contract has checked it"

@@ -1,12 +1,10 @@
 """Geometric loss strategy (Chennupati, Sistu, Yogamani, Rawashdeh, CVPR workshops 2019, arXiv 1904.08492)."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from lightning_gradnorm.balancers.rule import RuleBalancer
-from lightning_gradnorm.measurement import Measurement, reading_is_free, stack_scalars
+from lightning_gradnorm.balancers.own_losses import OwnLosses
 
 _LEAST_LOSS = 1e-30
 
@@ -17,7 +15,7 @@ def geometric_weights(losses: Tensor) -> Tensor:
     return (losses.log().mean() - losses.log()).exp() / len(losses)
 
 
-class GeometricLoss(RuleBalancer):
+class GeometricLoss(OwnLosses):
     """Trains on (Π_i L_i)^{1/T}: every task's relative progress counts alike, whatever its unit.
 
     It has no state. The applied weight ∂total/∂L_i depends on the losses of the step itself, is what is reported, and is
@@ -33,15 +31,5 @@ class GeometricLoss(RuleBalancer):
         ValueError: for a negative loss.
     """
 
-    needs_positive_losses = True
-
-    @torch.no_grad()
-    def weights_at(self, losses: Mapping[str, Tensor]) -> Tensor:
-        self._check_names(tuple(losses))
-        stacked = stack_scalars(losses.values())
-        if reading_is_free(stacked):
-            self._check_not_negative(losses, stacked)
-        return geometric_weights(stacked)
-
-    def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"weights": geometric_weights(measurement.losses)}
+    def _weights_of(self, losses: Tensor, tasks: Sequence[str]) -> Tensor:
+        return geometric_weights(losses)

@@ -1,14 +1,13 @@
 """Soft optimal uncertainty weighting (UW-SO; Kirchdorfer et al., GCPR 2024, arXiv 2408.07985)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers.checks import check_range
-from lightning_gradnorm.balancers.rule import RuleBalancer
-from lightning_gradnorm.measurement import Measurement, reading_is_free, stack_scalars
+from lightning_gradnorm.balancers.own_losses import OwnLosses
 
 _LEAST_LOSS = 1e-30
 
@@ -18,7 +17,7 @@ def soft_optimal(losses: Tensor, temperature: float) -> Tensor:
     return torch.softmax(1 / (temperature * losses.clamp_min(_LEAST_LOSS)), 0)
 
 
-class SoftOptimalUncertainty(RuleBalancer):
+class SoftOptimalUncertainty(OwnLosses):
     """w = softmax(1 / (τ L)): what uncertainty weighting comes to in the end, at once; Σ w = 1.
 
     The weights depend on the losses of the step itself, are constants for its gradient, and are what is reported. The
@@ -36,8 +35,6 @@ class SoftOptimalUncertainty(RuleBalancer):
         ValueError: for a setting outside its range; for a negative loss.
     """
 
-    needs_positive_losses = True
-
     def __init__(self, temperature: float = 1.0, *, tasks: Iterable[str] | None = None, update_every: int = 1) -> None:
         self.temperature: float = check_range("temperature", temperature, above=0)
         super().__init__(tasks=tasks, update_every=update_every)
@@ -45,13 +42,5 @@ class SoftOptimalUncertainty(RuleBalancer):
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"temperature": self.temperature}
 
-    @torch.no_grad()
-    def weights_at(self, losses: Mapping[str, Tensor]) -> Tensor:
-        self._check_names(tuple(losses))
-        stacked = stack_scalars(losses.values())
-        if reading_is_free(stacked):
-            self._check_not_negative(losses, stacked)
-        return soft_optimal(stacked, self.temperature)
-
-    def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"weights": soft_optimal(measurement.losses, self.temperature)}
+    def _weights_of(self, losses: Tensor, tasks: Sequence[str]) -> Tensor:
+        return soft_optimal(losses, self.temperature)

@@ -52,7 +52,7 @@ def test_a_step_that_is_neither_measured_nor_logged_enters_few_functions(tmp_pat
 
 def test_tasks_add_no_calls_of_ours_to_such_a_step(tmp_path):
     few, many = (calls(tmp_path, tasks, rarely()).per_step() - calls(tmp_path, tasks).per_step() for tasks in (4, 24))
-    assert many == few, (few, many)
+    assert many == pytest.approx(few, abs=0.9), "one call for each task would be twenty more; Python itself makes one at times"
 
 
 class Operations(TorchDispatchMode):

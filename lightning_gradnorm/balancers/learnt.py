@@ -92,17 +92,17 @@ class Learnt:
 def random_numbers_of(seed: int, device: torch.device) -> Iterator[None]:
     """What is drawn inside from PyTorch or NumPy depends on the seed alone, and nothing outside on what is drawn."""
     devices = [device] if device.type == "cuda" else []
-    of_numpy = np.random.get_state()  # noqa: NPY002 the global one is what others draw from
+    of_numpy = np.random.get_state()  # noqa: NPY002 (the global numbers are what others draw from)
     try:
         with torch.random.fork_rng(devices=devices):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
-            np.random.seed(seed)  # noqa: NPY002
+            np.random.seed(seed)  # noqa: NPY002 (as above)
             for each in devices:
                 with torch.cuda.device(each):
                     torch.cuda.manual_seed(seed)
             yield
     finally:
-        np.random.set_state(of_numpy)  # noqa: NPY002
+        np.random.set_state(of_numpy)  # noqa: NPY002 (as above)
 
 
 def _held(part: Any) -> Iterator[tuple[str, Any]]:

@@ -99,7 +99,7 @@ class ScalarizerBalancer(RuleBalancer):
                 f"{type(scalarizer).__name__} wants the losses of the same batch once more after the network's step "
                 "(update()), and in Lightning a batch is seen once. Take another scalariser."
             )
-        self.scalarizer: Callable[..., Any] = scalarizer
+        self.scalarizer: Any = scalarizer
         self.lr: float = check_range("lr", lr, at_least=0)
         check_factory("optimizer", optimizer)
         step = getattr(scalarizer, "step", None)  # of TorchJD's dynamic weight average
@@ -134,7 +134,7 @@ class ScalarizerBalancer(RuleBalancer):
 
     def end_epoch(self) -> None:
         if self._steps_by_epoch:
-            self.scalarizer.step()  # type: ignore[attr-defined]
+            self.scalarizer.step()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._move_to(torch.device("cpu"))

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_gradnorm.folders import Folder
@@ -78,8 +78,7 @@ class RunsReport:
 
     def draw(self, folder: str | Path) -> str | Path:
         """Write the figure into a folder, also behind a URL; returns its path. Needs matplotlib."""
-        curves: Mapping[str, Sequence[RecordedRun]] = self.groups
-        return Folder(folder).write(FILE_NAME, draw_groups(curves, self.metrics, self.heading).png)
+        return Folder(folder).write(FILE_NAME, draw_groups(self.groups, self.metrics, self.heading).png)
 
 
 def _mean(values: Sequence[float]) -> str:

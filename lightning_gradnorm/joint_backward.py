@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -98,6 +98,10 @@ class JointBackward(GradientReader):
             HiddenUseError: if W was used inside a reentrant checkpoint too.
         """
         self.discard()
+        return self._found()
+
+    def _found(self) -> TaskGradients:
+        """What has arrived at W by now: all that is wanted, once every node that is a task's own has run."""
         if any(count > 1 for count in self._accumulated.values()):
             raise HiddenUseError
         cotangents = [c for c in self._cotangents if c is not None]
@@ -164,11 +168,15 @@ class JointBackward(GradientReader):
                 graph.merged, graph.leaving, graph.targets, self._wanted, len(self.tasks), self._keep
             )
         descent = Descent(list(graph.merged), graph.merged, graph.targets, self._arrivals, by_node, frames)
-        held = frames if self._may_hurry() else graph.merged
+        held = self._held(graph, frames)
         apart = not self._keep and bool(ends or by_node)
         pace = Pace(descent, graph.merged, graph.leaving, graph.owners, held, self._let_go, ends, apart=apart)
         self._handles += [node.register_prehook(_engine_at(pace, node)) for node in pace.calls]
         return pace
+
+    def _held(self, graph: TaskGraph, frames: Container[Node]) -> Container[Node]:
+        """Where tasks' cotangents wait for the engine."""
+        return frames if self._may_hurry() else graph.merged
 
     def _may_hurry(self) -> bool:
         """Whether nodes may run before the engine comes: not beside a device's streams, or hooks that gather shards."""

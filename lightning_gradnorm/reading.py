@@ -22,7 +22,8 @@ from lightning_gradnorm.gradients import (
     JointBackward,
     PerTaskBackward,
 )
-from lightning_gradnorm.task_gradients import TaskGradients
+from lightning_gradnorm.recombination import RecombiningBackward
+from lightning_gradnorm.task_gradients import TaskGradients, Weigh
 from lightning_gradnorm.vector_jacobian import has_shards
 
 Engine = Literal["auto", "joint", "per_task"]
@@ -84,11 +85,24 @@ class Reading:
         edges: Sequence[GradientEdge] | None = None,
         *,
         keep: bool = True,
+        weigh: Weigh | None = None,
     ) -> None:
-        """Get ready for the backward of ``root``; arguments and errors are those of ``GradientReader``."""
+        """Get ready for the backward of ``root``; other arguments and errors are those of ``GradientReader``.
+
+        Args:
+            root: scalar that ``backward()`` will be called on.
+            losses: the tapped losses.
+            tensors: W.
+            edges: where its gradients arrive.
+            keep: whether more than norms will be asked for.
+            weigh: the weights under which the gradients are put together anew where the tasks meet, in this backward, if they
+                are to be; see ``RecombiningBackward``.
+
+        Raises:
+            ScatteredTasksError: if there is no such place.
+        """
         self.discard()
-        reader = self._type(root, losses, tensors, edges, keep=keep)
-        self._reader = reader
+        reader = self._reader = self._new(root, losses, tensors, edges, keep=keep, weigh=weigh)
         # PyTorch 2.13 frees a graph that Python has looked at by recursion, and 40,000 nodes in a row overflow the stack. Not
         # if Python holds the nodes until all else is gone, as it is by the next reading, and lets go of parents first.
         deep = isinstance(reader, JointBackward) and len(reader.graph.owners) > _DEEP
@@ -103,16 +117,34 @@ class Reading:
                 self._second = PerTaskBackward(root, losses, tensors, edges)
             except (CompiledSharedLayerError, HiddenUseError):
                 self._second = None  # that way is not open here
-            self._reader = reader = JointBackward(root, losses, tensors, edges)
+            reader = self._reader = self._new(root, losses, tensors, edges, weigh=weigh, verify=True)
+            assert isinstance(reader, JointBackward), "as the one before"
             if self._second is not None:
                 self._audit = Audit(root, reader.graph, reader.parameters)
                 self._whole = gradients_of({"total": root}, reader.wanted)[0]
+
+    def _new(
+        self,
+        root: Tensor,
+        losses: Mapping[str, Tensor],
+        tensors: Sequence[Tensor],
+        edges: Sequence[GradientEdge] | None,
+        *,
+        keep: bool = True,
+        weigh: Weigh | None,
+        verify: bool = False,
+    ) -> GradientReader:
+        if weigh is not None:
+            return RecombiningBackward(root, losses, tensors, edges, weigh=weigh, verify=verify)
+        return self._type(root, losses, tensors, edges, keep=keep)
 
     def finish(self) -> TaskGradients | None:
         """What the backward brought; ``None`` where nothing was begun.
 
         Raises:
-            IncompleteBackwardError: if it could not be read; ``engine="auto"`` goes on with the other engine.
+            IncompleteBackwardError: if it could not be read; ``engine="auto"`` goes on with the other engine, where that can do
+                what was asked for.
+            RuntimeError: if what was put together anew has proved wrong.
         """
         reader, second, audit, whole = self._reader, self._second, self._audit, self._whole
         self._reader = self._second = self._audit = None
@@ -122,7 +154,7 @@ class Reading:
         try:
             found = reader.gradients()
         except IncompleteBackwardError as error:
-            if self.engine == "auto":
+            if self.engine == "auto" and not isinstance(reader, RecombiningBackward):
                 self._type = PerTaskBackward
                 self.words.append(f"{error} From the next step on, engine='per_task' is used, which is slower.")
             raise
@@ -141,6 +173,12 @@ class Reading:
         if difference is None or changed:
             return found
         task, one, other = difference
+        if isinstance(reader, RecombiningBackward):
+            raise RuntimeError(
+                "The gradients that were put together anew in the backward are not those of one backward per task: the norm "
+                f"of task {slow.tasks[task]!r} is {one:.4g} by the first, {other:.4g} by the second. Take when='next step'. "
+                "Please report the network: this should not happen."
+            )
         self._type, self.engine_used = PerTaskBackward, PerTaskBackward.engine
         self.words.append(
             "The gradients read from the one backward are not those of one backward per task: the norm of task "

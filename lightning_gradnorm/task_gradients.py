@@ -1,6 +1,6 @@
 """What a backward brought for each task on the shared parameters: gradients, and what is made of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -109,6 +109,10 @@ class TaskGradients:
         ]
         stacked = torch.stack(rows)
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+
+
+Weigh = Callable[[TaskGradients], Sequence[float]]
+"""Makes a weight for each task out of the tasks' gradients on W."""
 
 
 def _plain(gradient: Tensor) -> Tensor:

@@ -37,6 +37,9 @@ class MeasurementWindow:
             squared norms add up then.
         besides: fields of a measurement that every task brings a number for, which is averaged as its loss is.
         pairs: whether the inner products of every two tasks' gradients are wanted too.
+
+    Attributes:
+        is_whole: whether all ranks' parts are in it.
     """
 
     def __init__(self, *, of_features: bool = False, besides: Sequence[str] = (), pairs: bool = False) -> None:
@@ -52,6 +55,7 @@ class MeasurementWindow:
             tuple[str, str], Tensor
         ] = {}  # of features, Σ ⟨g_a, g_b⟩ over the micro-batches, in one order each
         self._measured = False
+        self.is_whole: bool = False
 
     def __bool__(self) -> bool:
         return bool(self._noted or self._losses)
@@ -75,6 +79,12 @@ class MeasurementWindow:
         """The tasks that took part."""
         self._add_up()
         return tuple(self._losses)
+
+    @property
+    def counts(self) -> Mapping[str, int | Tensor]:
+        """Task → how many micro-batches had it."""
+        self._add_up()
+        return self._counts
 
     @property
     def applied(self) -> dict[str, Tensor]:
@@ -113,6 +123,34 @@ class MeasurementWindow:
             return
         self._spread_out()
         self._add_flat(gradients)
+
+    def join(self, batch: "MeasurementWindow", applied: Mapping[str, float]) -> None:
+        """Take a window of one micro-batch, of this rank or of all.
+
+        Args:
+            batch: of the same kind as this one; it is not to be used any more.
+            applied: task → the weight that the micro-batch has applied.
+        """
+        batch._add_up()
+        self._add_up()
+        batch._applied = {task: loss.new_tensor(applied[task]) for task, loss in batch._losses.items()}
+        if not self:
+            vars(self).update(vars(batch))
+            return
+        self._spread_out()
+        batch._spread_out()
+        self.is_whole &= batch.is_whole
+        for task, weight in batch._applied.items():
+            count = self._counts[task] = self._counts.get(task, 0) + batch._counts[task]
+            share = batch._counts[task] / count
+            self._applied[task] = (
+                self._applied[task] + (weight - self._applied[task]) * share if task in self._applied else weight
+            )
+        of_fields = [(self._besides[field], batch._besides[field]) for field in self._besides]
+        for held, further in ((self._losses, batch._losses), (self._sums, batch._sums), *of_fields):
+            held.update({task: _summed(held.get(task), value) for task, value in further.items()})
+        for pair, product in batch._products.items():
+            self._products[pair] = _summed(self._products.get(pair), product)
 
     def _spread_out(self) -> None:
         if self._only is not None:
@@ -170,6 +208,7 @@ class MeasurementWindow:
         self._sums = {tasks[k]: reduced[k, :entries] for k in present} if entries else {}
         self._products = {_in_order(pair): product for pair, product in zip(pairs, products.unbind(), strict=True)}
         self._measured = bool(self._sums)
+        self.is_whole = True
 
     def measurement(self, *, magnitudes: bool = False) -> Measurement | None:
         """Means, and norms of the mean gradients if there are any, of the tasks that took part; ``None`` if none did.

@@ -41,10 +41,17 @@ MAY_IMPORT = {
     },
     "gradients": FLOOR
     | {"autograd_graph", "descent", "gradient_reader", "joint_backward", "task_gradients", "vector_jacobian"},
+    "recombination": {
+        "autograd_graph",
+        "gradient_reader",
+        "joint_backward",
+        "task_gradients",
+        "vector_jacobian",
+    },
     "traces": {"autograd_graph", "descent", "gradient_reader", "task_gradients", "vector_jacobian"},
     "audit": {"autograd_graph", "measurement", "vector_jacobian"},
     "regularisers": set(),
-    "reading": {"audit", "balancers", "descent", "gradients", "task_gradients", "vector_jacobian"},
+    "reading": {"audit", "balancers", "descent", "gradients", "recombination", "task_gradients", "vector_jacobian"},
     "layer_watch": {"gradients"},
     "window": {"measurement", "task_gradients"},
     "folders": set(),

@@ -123,9 +123,9 @@ KEPT = {
 def test_gradients_are_kept_where_more_than_their_norms_is_asked_for(tmp_path, monkeypatch, kept, method, settings, trainer):
     asked, right = [], SharedReading.before_backward
 
-    def before_backward(self, root, losses, *, keep):
+    def before_backward(self, root, losses, *, keep, **further):
         asked.append(keep)
-        return right(self, root, losses, keep=keep)
+        return right(self, root, losses, keep=keep, **further)
 
     monkeypatch.setattr(SharedReading, "before_backward", before_backward)
     trainer = trainer | ({"logger": MemoryLogger()} if trainer.get("logger") else {})

@@ -126,6 +126,19 @@ class LossBalancer(NamedTasks, ABC):
         """Whether a task's weight in a step depends on the losses of that step, so that they have to come together."""
         return type(self).weights_at is not LossBalancer.weights_at
 
+    @property
+    def acts_in_backward(self) -> bool:
+        """Whether the total is the plain sum, and ``weigh`` weighs the shared parameters' gradients in its backward."""
+        return False
+
+    def weigh(self, measurement: Measurement) -> Tensor:
+        """The weights of these very gradients, shape ``[T]``, on the CPU; of methods that act in the backward.
+
+        Args:
+            measurement: of one batch, of all ranks, as far as its backward has come.
+        """
+        raise NotImplementedError
+
     def weights_at(self, losses: Mapping[str, Tensor]) -> Tensor:
         """∂total/∂L_i at these losses, shape ``[T]``, detached; for most methods they do not depend on the losses.
 
@@ -146,6 +159,8 @@ class LossBalancer(NamedTasks, ABC):
         Raises:
             ValueError: if a name is not one of the declared tasks, or a loss is one that the method cannot weigh.
         """
+        if self.acts_in_backward:
+            return torch.ones_like(self.weights_for(losses))
         return self.weights_for(losses) if self.frozen else self.weights_at(losses)
 
     def weights_for(self, tasks: Iterable[str]) -> Tensor:

@@ -14,6 +14,7 @@ from lightning_gradnorm.session.noted import NotedLosses
 from lightning_gradnorm.session.ranks import RankAgreement
 from lightning_gradnorm.session.shared import SharedReading, hides_parameters
 from lightning_gradnorm.shared_layer import SharedLayer
+from lightning_gradnorm.task_gradients import TaskGradients
 from lightning_gradnorm.window import MeasurementWindow
 
 Tell = Callable[[str, str], None]
@@ -32,6 +33,7 @@ class Measuring:
     """
 
     window: MeasurementWindow
+    _acts: bool  # the backward under way puts the tasks' gradients together anew
 
     def __init__(self, reading: SharedReading, balancer: LossBalancer) -> None:
         self.reading: SharedReading = reading
@@ -44,12 +46,15 @@ class Measuring:
 
     def new_window(self) -> None:
         """Another optimiser step."""
-        self.window = MeasurementWindow(
-            of_features=self.reading.norm_of == "features", besides=self._besides, pairs=self._pairs
-        )
+        self.window = self._window()
+        self._acts = False
         self.traces: dict[str, Tensor] = {}
         self._batches = 0
         self._left_out = False  # the rest of the step, which cannot be measured
+
+    def _window(self) -> MeasurementWindow:
+        of_features = self.reading.norm_of == "features"
+        return MeasurementWindow(of_features=of_features, besides=self._besides, pairs=self._pairs)
 
     def before_backward(self, root: Tensor, noted: NotedLosses, loop: Loop, tell: Tell) -> bool:
         """Get ready for the backward of ``root``.
@@ -66,6 +71,7 @@ class Measuring:
         Raises:
             UnreachedSharedLayerError: if some of the tasks reach W and others do not.
             CompiledSharedLayerError, HiddenUseError: if residuals are to be read in a graph that cannot be walked twice.
+            ScatteredTasksError: if the method acts in the backward, and the tasks meet at several places.
             ValueError: if there is no W.
         """
         losses = noted.losses
@@ -78,8 +84,10 @@ class Measuring:
             self._left_out = True
             return False
         self._read_traces(noted.residuals, loop)
+        self._acts = self._balancer.acts_in_backward and (len(losses) > 1 or loop.ranks is not None)
+        weigh = functools.partial(self._weigh, noted, loop.ranks) if self._acts else None
         try:
-            there = self.reading.before_backward(root, losses, keep=self._keeps or not loop.norms_suffice())
+            there = self.reading.before_backward(root, losses, keep=self._keeps or not loop.norms_suffice(), weigh=weigh)
         except UnreachedSharedLayerError as error:
             only_others = bool(self._reached) and self._reached.isdisjoint(losses)
             if len(error.tasks) < len(losses) or only_others or hides_parameters(root):
@@ -98,6 +106,32 @@ class Measuring:
                 "until it is trained.",
             )
         return there
+
+    def add_losses(self, noted: NotedLosses) -> None:
+        """Take the losses of a batch whose backward is to come; with the weights that it applies, if these are known by now."""
+        if not (self._acts and noted.tapped):
+            self.window.add_losses(noted.values, noted.weights, self._beside(noted))
+
+    def _beside(self, noted: NotedLosses) -> dict[str, Mapping[str, Tensor]]:
+        return {"kpis": noted.kpis, "ntk_traces": self.traces if noted.tapped else {}}
+
+    def _weigh(self, noted: NotedLosses, ranks: RankAgreement | None, gradients: TaskGradients) -> list[float]:
+        """Inside the backward of a batch: the weights under which its own gradients, of all ranks, are put together.
+
+        Raises:
+            ValueError: if the ranks have not all the same tasks.
+        """
+        batch = self._window()
+        batch.add_losses(noted.values, noted.weights, self._beside(noted))
+        batch.add_gradients(gradients)
+        if ranks is not None:
+            self.reduce(batch, ranks, measures=True)
+            ranks.check_complete(noted.losses, batch.counts)
+        measurement = batch.measurement()
+        assert measurement is not None, "it has losses"
+        weights = dict(zip(measurement.tasks, self._balancer.weigh(measurement).tolist(), strict=True))
+        self.window.join(batch, weights)
+        return [weights[task] for task in gradients.tasks]
 
     def _read_traces(self, residuals: Mapping[str, Tensor], loop: Loop) -> None:
         """With other signs in each step, on each rank and in each micro-batch, and the same after a resume."""
@@ -149,7 +183,8 @@ class Measuring:
         gradients = self.reading.engine.finish()
         if gradients is not None:
             self._reached.update(gradients.tasks)
-            self.window.add_gradients(gradients)
+            if not self._acts:
+                self.window.add_gradients(gradients)
 
     def reduce(self, window: MeasurementWindow, ranks: RankAgreement, *, measures: bool) -> None:
         """The same measurement on every rank: one collective, which all ranks call whatever they have seen.
@@ -159,6 +194,8 @@ class Measuring:
             ranks: what they agree on.
             measures: whether the step's gradients on W are wanted.
         """
+        if window.is_whole:
+            return
         layer = self.reading.layer
         if not ranks.tasks or (measures and not ranks.entries):
             ranks.agree((*self._balancer.known_tasks, *window.tasks), () if layer is None else layer.names, window.entries)

@@ -1,6 +1,6 @@
 """What the ranks of a distributed run agree on, so that all of them hold the same weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed
@@ -82,6 +82,25 @@ class RankAgreement:
             raise ValueError(
                 f"Task {', '.join(map(repr, new))} appeared after the first step of a distributed run, where the ranks agreed "
                 f"on the tasks {list(self.tasks)}. Declare all of them: tasks={[*self.tasks, *new]}."
+            )
+
+    @staticmethod
+    def check_complete(tasks: Iterable[str], counts: Mapping[str, int | Tensor]) -> None:
+        """Refuse a batch that has not the same tasks on every rank.
+
+        Args:
+            tasks: those of this rank's batch.
+            counts: task → how many ranks have it.
+
+        Raises:
+            ValueError: naming those that some rank lacks.
+        """
+        size, here = torch.distributed.get_world_size(), set(tasks)
+        lacking = [task for task, count in counts.items() if task not in here or int(count) < size]
+        if lacking:
+            raise ValueError(
+                f"Task {', '.join(map(repr, lacking))} is missing from the batch of a rank, and when='same step' has all ranks "
+                "weigh the same tasks in the same backward. Give every rank batches with all tasks, or take when='next step'."
             )
 
     @staticmethod

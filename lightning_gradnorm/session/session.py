@@ -18,7 +18,7 @@ from lightning_gradnorm.session.measuring import Measuring
 from lightning_gradnorm.session.noted import NotedLosses
 from lightning_gradnorm.session.ranks import RankAgreement
 from lightning_gradnorm.session.shared import NormOf, SharedReading
-from lightning_gradnorm.session.telling import unused
+from lightning_gradnorm.session.telling import evaluated_again, plain_step, unused
 from lightning_gradnorm.session.totals import Totals
 from lightning_gradnorm.session.words import Words
 from lightning_gradnorm.shared_layer import SharedLayer, SharedLayerSpec
@@ -179,6 +179,8 @@ class BalancingSession(Totals):
 
         Raises:
             UnreachedSharedLayerError: if some of the tasks reach W and others do not.
+            ScatteredTasksError: if the method acts in the backward, and the tasks meet at several places.
+            RuntimeError: if it does, and a closure is evaluated again.
             ValueError: if there is no W.
         """
         loop, self._in_backward = self._loop, True
@@ -191,15 +193,18 @@ class BalancingSession(Totals):
         noted = built[0] if len(built) == 1 else NotedLosses.joined(built)
         self.noted: list[NotedLosses] = [other for other in self.noted if all(other is not one for one in built)]
         if self._stepping and not self._balanced.isdisjoint(noted.losses):
+            if self.balancer.acts_in_backward:
+                raise RuntimeError(evaluated_again())
             return {}
         self._balanced.update(noted.losses)
         self.words.take(noted.losses, measured=noted.tapped)
         losses = noted.values
         if not noted.tapped or self._measuring.before_backward(root, noted, loop, self.tell):
-            besides = {"kpis": noted.kpis, "ntk_traces": self._measuring.traces if noted.tapped else {}}
-            self._measuring.window.add_losses(losses, noted.weights, besides)
+            self._measuring.add_losses(noted)
             for task, points in noted.points.items():
                 self._noted_points.setdefault(task, []).append(points)
+        elif self.balancer.acts_in_backward:
+            self.tell("plain step", plain_step())
         return losses
 
     def after_backward(self) -> None:
@@ -213,7 +218,7 @@ class BalancingSession(Totals):
             self._measuring.after_backward()
         except IncompleteBackwardError:
             self.drop()
-            if self.reading.engine.engine != "auto":
+            if self.reading.engine.engine != "auto" or self.balancer.acts_in_backward:
                 raise
         while self.reading.engine.words:
             word = self.reading.engine.words.pop(0)

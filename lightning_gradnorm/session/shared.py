@@ -19,6 +19,7 @@ from lightning_gradnorm.shared_layer import (
     resolve_shared_layer,
     shared_features,
 )
+from lightning_gradnorm.task_gradients import Weigh
 from lightning_gradnorm.traces import generator_of, ntk_trace, random_signs
 
 NormOf = Literal["parameters", "features"]
@@ -48,6 +49,11 @@ class SharedReading:
 
     def __init__(self, engine: Engine, norm_of: NormOf, balancer: LossBalancer) -> None:
         check_choice("norm_of", norm_of, get_args(NormOf))
+        if balancer.acts_in_backward and engine == "per_task":
+            raise ValueError(
+                "engine='per_task' reads the gradients before the backward, and when='same step' acts inside of it. Leave "
+                "engine at 'auto', or take when='next step'."
+            )
         if "gradient_means" in balancer.needs and norm_of == "features":
             raise ValueError(
                 "norm_of='features' has norms only, and this method needs the sizes of single entries of the parameters' "
@@ -202,24 +208,28 @@ class SharedReading:
 
     # -- around the backward ---------------------------------------------------------------------------------------
 
-    def before_backward(self, root: Tensor, losses: Mapping[str, Tensor], *, keep: bool = True) -> bool:
+    def before_backward(
+        self, root: Tensor, losses: Mapping[str, Tensor], *, keep: bool = True, weigh: Weigh | None = None
+    ) -> bool:
         """Get ready for the backward of ``root``.
 
         Args:
             root: scalar that ``backward()`` will be called on.
             losses: the tapped losses that it was built from.
             keep: whether the gradients themselves will be asked for, or their norms alone.
+            weigh: the weights under which they are put together anew in this backward, if they are to be.
 
         Returns:
             Whether there is anything to read: not while the whole layer is frozen, or was not called.
 
         Raises:
             UnreachedSharedLayerError: if a task's loss does not reach W.
+            ScatteredTasksError: if they cannot be put together anew.
         """
         tensors, edges = self._wanted()
         if not tensors:
             return False
-        self.engine.begin(root, losses, tensors, edges, keep=keep)
+        self.engine.begin(root, losses, tensors, edges, keep=keep, weigh=weigh)
         return True
 
     def ntk_traces(self, residuals: Mapping[str, Tensor], *seed: int) -> dict[str, Tensor]:

@@ -42,6 +42,22 @@ def of_idle(tasks: Mapping[str, int]) -> str:
     )
 
 
+def evaluated_again() -> str:
+    """What is said of a closure that is evaluated again in a step, where a method acts in the backward."""
+    return (
+        "The optimiser evaluates its closure again, as L-BFGS does to search a line, and when='same step' would change the "
+        "objective under it at every evaluation. Take when='next step', whose weights stay as they are within a step."
+    )
+
+
+def plain_step() -> str:
+    """What is said of a step in which a method that acts in the backward could not act."""
+    return (
+        "when='same step' did not act in a step, which was trained on the plain sum of the losses: there was no shared layer "
+        "to compare gradients on. Name one that is trained and that every batch uses: shared_layer."
+    )
+
+
 def needs_total(balancer: LossBalancer, task_has_points: bool) -> str:
     """Why a task's loss cannot come by itself, before the others of its step; nothing where it can.
 

@@ -181,6 +181,38 @@ def run_of_torchjd(rank, path):
     torch.save(found, path)
 
 
+# case → (DDP settings, Trainer settings)
+SAME_STEP = {
+    "plain": ({}, {}),
+    "accumulation": ({}, {"accumulate_grad_batches": 2}),
+    "gradient_as_bucket_view": ({"gradient_as_bucket_view": True}, {}),
+    "static_graph": ({"static_graph": True}, {}),
+}
+
+
+def fit_same_step(case, folder, batches, strategy, **trainer_settings):
+    callback = WatchMethod(lambda: GramianWeighting(UPGradWeighting(), when="same step"))
+    return fit_module(Scenario(case), callback, folder, batches, strategy, **trainer_settings)
+
+
+def run_same_step(rank, path):
+    found = {}
+    for case, (ddp, trainer_settings) in SAME_STEP.items():
+        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60), **ddp)
+        found[case] = fit_same_step("plain", path.parent, part_of(rank), strategy, **trainer_settings)
+    torch.save(found, path)
+
+
+def run_same_step_absent(rank, path):
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=20), find_unused_parameters=True)
+    try:
+        fit_same_step("absent on one rank", path.parent, part_of(rank), strategy)
+        error = ""
+    except Exception as raised:
+        error = str(raised)
+    torch.save({"error": error}, path)
+
+
 class Watch(GradNormCallback):
     """Remembers weights and norms of every step, and the total that was logged."""
 

@@ -3,8 +3,9 @@
     python benchmarks/gramian_lag.py                                  # two problems of the suite, two weightings, three seeds
     python benchmarks/gramian_lag.py --problems digits --weightings UPGrad --seeds 1 --steps 100
 
-Three trainings of each: the plain sum; ``GramianWeighting``, whose weights are of the steps before; and the same weighting in
-the step itself, of the gradients on all that the tasks share, which are then put together by it.
+Four trainings of each: the plain sum; ``GramianWeighting``, whose weights are of the steps before; the same weighting in the
+step itself, of the gradients on W (``when="same step"``); and of those on all that the tasks share, as TorchJD has it. In the step the
+heads keep their own gradients.
 """
 
 import argparse
@@ -58,8 +59,8 @@ def flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Te
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
 
-def train(problem: Problem, balancer: LossBalancer | None, weighting: Weighting, steps: int) -> Training:
-    """One training; without a balancer, by the weighting in the step itself."""
+def train(problem: Problem, balancer: LossBalancer | None, weighting: Weighting, steps: int, *, of_w: bool) -> Training:
+    """One training; without a balancer, by the weighting in the step itself, of the gradients on W or on all."""
     parameters = dict(problem.named_parameters())
     optimizer = torch.optim.Adam(parameters.values(), lr=problem.lr, betas=problem.betas)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: problem.lr_factor(step / steps))
@@ -75,7 +76,7 @@ def train(problem: Problem, balancer: LossBalancer | None, weighting: Weighting,
         on_w = torch.stack([flat([row[n] for n in problem.shared], [parameters[n] for n in problem.shared]) for row in by_name])
         gramian = on_w.double() @ on_w.double().T
         if balancer is None:
-            applied = weighting(jacobian @ jacobian.T)
+            applied = weighting(gramian if of_w else jacobian @ jacobian.T)
         else:
             applied = balancer.weights_for(losses)
             # The plain sum has no other weights than its own.
@@ -118,16 +119,17 @@ def main(argv: Sequence[str]) -> None:
     for name in options.problems:
         make = PROBLEMS[name]
         steps = options.steps or make.steps
-        ways: list[tuple[str, Callable[[], LossBalancer | None], Callable[[], Weighting]]] = [
-            ("plain sum", EqualWeights, UPGradWeighting)
+        ways: list[tuple[str, Callable[[], LossBalancer | None], Callable[[], Weighting], bool]] = [
+            ("plain sum", EqualWeights, UPGradWeighting, True)
         ]
         for word in options.weightings:
             weighting = WEIGHTINGS[word]
             for decay in (0.9, 0.0):
-                ways.append((f"{word}, β = {decay:g}", partial(balancer_of, weighting, decay), weighting))
-            ways.append((f"{word} in the step", lambda: None, weighting))
-        for way, balancer, weighting in ways:
-            found = [train(fresh(make, seed), balancer(), weighting(), steps) for seed in range(options.seeds)]
+                ways.append((f"{word}, β = {decay:g}", partial(balancer_of, weighting, decay), weighting, True))
+            ways.append((f"{word} in the step, of W", lambda: None, weighting, True))
+            ways.append((f"{word} in the step, of all", lambda: None, weighting, False))
+        for way, balancer, weighting, of_w in ways:
+            found = [train(fresh(make, seed), balancer(), weighting(), steps, of_w=of_w) for seed in range(options.seeds)]
             columns = [[getattr(one, column) for one in found] for column in ("error", "conflicts", "lag", "cosine")]
             rows.append([name, way, *map(cell, columns)])
             print(*rows[-1], file=sys.stderr, flush=True)

@@ -28,7 +28,9 @@ from benchmarks import workloads
 from benchmarks.methods import FeatureNorms, JointEngine, Method, PlainSum, ProductPerTask
 from benchmarks.overhead import CLOCKS, Timer, flops, machine, markdown, peak_bytes
 from benchmarks.workloads import WORKLOADS, Losses, Workload
-from lightning_gradnorm import GramianWeighting, JointBackward, tap_losses
+from lightning_gradnorm import GramianWeighting, JointBackward, Measurement, tap_losses
+from lightning_gradnorm.recombination import RecombiningBackward
+from lightning_gradnorm.task_gradients import TaskGradients
 
 FEATURES = {"conv": "trunk", "transformer": "encoder", "mlp": "trunk"}  # where each network's tasks part
 
@@ -102,6 +104,43 @@ class UPGradHere(Method):
         self.balancer.update(reader.measurement(gramian=True))
 
 
+class UPGradSameStep(Method):
+    """UPGrad in the step itself: the tasks' gradients weighed where they meet, by the Gram matrix on W."""
+
+    name = "UPGrad, same step, W"
+
+    def __init__(self, workload: Workload, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(workload, optimizer)
+        self.balancer = GramianWeighting(UPGradWeighting(), when="same step")
+        self.shared = self.compared()
+
+    def compared(self) -> Sequence[Tensor]:
+        return self.workload.shared
+
+    def backward(self, losses: Losses) -> None:
+        losses = tap_losses(losses)
+        measured: list[Measurement] = []
+
+        def weigh(gradients: TaskGradients) -> list[float]:
+            values = torch.stack([loss.detach() for loss in losses.values()]).double()
+            measured.append(Measurement(gradients.tasks, values, gramian=gradients.gramian()))
+            return self.balancer.weigh(measured[0]).tolist()
+
+        total = self.balancer.total(losses)
+        RecombiningBackward(total, losses, self.shared, weigh=weigh)
+        total.backward()
+        self.balancer.update(measured[0])
+
+
+class UPGradSameStepAll(UPGradSameStep):
+    """The same with W all that the tasks share, which is what TorchJD's is."""
+
+    name = "UPGrad, same step, all"
+
+    def compared(self) -> Sequence[Tensor]:
+        return shared_parameters(self.workload)
+
+
 class TorchJD(Method):
     """TorchJD 0.18: the Jacobian of all shared parameters, aggregated by IMTL-G, which evens out the tasks' projections."""
 
@@ -162,6 +201,8 @@ PEERS: dict[str, type[Method]] = {
     "gradnorm-pytorch": GradNormPytorch,
     "libmtl": LibMTL,
     "upgrad": UPGradHere,
+    "upgrad-same": UPGradSameStep,
+    "upgrad-same-all": UPGradSameStepAll,
     "torchjd": TorchJD,
     "torchjd-upgrad": TorchJDUPGrad,
     "pina": Pina,

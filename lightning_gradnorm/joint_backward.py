@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradnorm.autograd_graph import MERGED, REST, Edge, TaskGraph, task_graph
-from lightning_gradnorm.descent import Arrivals, Descent, Pace
+from lightning_gradnorm.descent import Arrivals, Descent, Pace, Target
 from lightning_gradnorm.factors import WeightFactors
 from lightning_gradnorm.gradient_reader import (
     BETWEEN,
@@ -145,9 +145,11 @@ class JointBackward(GradientReader):
             raise ValueError("Every loss needs an autograd node of its own: pass the losses through tap_losses() first.")
         graph = task_graph(root.grad_fn, taps, self._wanted)
         self._check(graph, losses)
+        further = self._further_targets(graph)
+        graph.targets.update(further)
         self.is_merged = all(graph.owners.get(node, REST) == MERGED for node, _ in graph.targets)
         self._awaited, self._graph = len(graph.leaving), graph
-        self._arrivals = Arrivals(len(self.tasks), len(self._wanted), graph.targets, graph.merged)
+        self._arrivals = Arrivals(len(self.tasks), len(self._wanted) + len(further), graph.targets, graph.merged)
         self._pace = self._paced(graph)
         for node, leaving in graph.leaving.items():
             self._handles.append(node.register_hook(functools.partial(self._read, graph.owners[node], leaving)))
@@ -164,15 +166,18 @@ class JointBackward(GradientReader):
         by_node: Mapping[Node, tuple[int, WeightFactors]] = {}
         frames = frames_of(graph.merged)
         if self._keeps_factors and not frames:  # a frame's operands can be had once
-            by_node, self._factors = find_factors(
-                graph.merged, graph.leaving, graph.targets, self._wanted, len(self.tasks), self._keep
-            )
+            of_w = {target: k for target, k in graph.targets.items() if k < len(self._wanted)}
+            by_node, self._factors = find_factors(graph.merged, graph.leaving, of_w, self._wanted, len(self.tasks), self._keep)
         descent = Descent(list(graph.merged), graph.merged, graph.targets, self._arrivals, by_node, frames)
         held = self._held(graph, frames)
         apart = not self._keep and bool(ends or by_node)
         pace = Pace(descent, graph.merged, graph.leaving, graph.owners, held, self._let_go, ends, apart=apart)
         self._handles += [node.register_prehook(_engine_at(pace, node)) for node in pace.calls]
         return pace
+
+    def _further_targets(self, graph: TaskGraph) -> dict[Target, int]:
+        """Places, beside W's, at which each task's gradient is wanted → their numbers, which follow those of W."""
+        return {}
 
     def _held(self, graph: TaskGraph, frames: Container[Node]) -> Container[Node]:
         """Where tasks' cotangents wait for the engine."""

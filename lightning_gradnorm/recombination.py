@@ -1,17 +1,19 @@
 """The tasks' gradients put together anew, in the one joint backward, at the node where all of them meet."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_gradnorm.autograd_graph import MERGED, REST, Edge, TaskGraph
+from lightning_gradnorm.autograd_graph import MERGED, REST, TaskGraph
+from lightning_gradnorm.descent import Target
 from lightning_gradnorm.gradient_reader import IncompleteBackwardError
 from lightning_gradnorm.joint_backward import JointBackward
 from lightning_gradnorm.task_gradients import TaskGradients, Weigh
-from lightning_gradnorm.vector_jacobian import added, has_shards
+from lightning_gradnorm.vector_jacobian import has_shards
 
 _INSTEAD = "Take when='next step', which needs no such place."
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}  # of a sum of cotangents; less is kept in half precision
@@ -62,55 +64,57 @@ class RecombiningBackward(JointBackward):
         super().__init__(root, losses, parameters, edges)
 
     def _begin(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
-        self._place: tuple[Node, int] | None = None
+        self._place: MeetingPlace | None = None
+        self._numbers: dict[int, int] = {}  # input of the meeting place → the number of what arrives there
         self._has_rest, self._has_acted = False, False
-        self._arrived: dict[int, Tensor] = {}
         super()._begin(root, losses)
 
-    def _check(self, graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:
-        super()._check(graph, losses)
-        self._place = meeting_place(graph)
-        self._has_rest = any(
-            way == self._place for node, owner in graph.owners.items() if owner == REST for way in node.next_functions
-        )
-        if has_shards(graph.merged):
+    def _further_targets(self, graph: TaskGraph) -> dict[Target, int]:
+        place = self._place = meeting_place(graph)
+        if has_shards(node for node in graph.merged if node in place.below):
             raise ScatteredTasksError("parameters between that place and the shared layer are sharded")
+        above = graph.merged.keys() - place.below | {place.node}
+        rest = (node for node, owner in graph.owners.items() if owner == REST)
+        self._has_rest = any(child in above for node in rest for child, _ in node.next_functions)
+        known = {number: graph.targets.get((place.node, number)) for number in place.inputs}
+        new = [number for number, k in known.items() if k is None]
+        further = {(place.node, number): k for k, number in enumerate(new, len(self._wanted))}
+        self._numbers = {number: further[place.node, number] if k is None else k for number, k in known.items()}
+        return further
 
     def _held(self, graph: TaskGraph, frames: Container[Node]) -> Container[Node]:
-        assert self._place is not None, "it was checked"
-        return {self._place[0]}  # all below is carried down as the engine comes there
+        assert self._place is not None, "it was found"
+        held = super()._held(graph, frames)
+        above = {node for node in graph.merged if node not in self._place.below and node in held}
+        return above | {self._place.node}  # all below is carried down as the engine comes there
 
     def _lay_hooks(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
         super()._lay_hooks(root, losses)
-        assert self._place is not None, "it was checked"
-        node, number = self._place
-        self._handles.append(node.register_prehook(lambda sums: self._recombine(sums, number)))
-
-    def _read(self, task: int, leaving: list[Edge], grad_inputs: tuple[Tensor | None, ...], ways: object) -> None:
-        for output, *_ in leaving:
-            gradient = grad_inputs[output]
-            if gradient is not None:
-                self._arrived[task] = added(self._arrived[task], gradient) if task in self._arrived else gradient
-        super()._read(task, leaving, grad_inputs, ways)
+        assert self._place is not None, "it was found"
+        self._handles.append(self._place.node.register_prehook(self._recombine))
 
     @torch.no_grad()
-    def _recombine(self, sums: tuple[Tensor | None, ...], number: int) -> tuple[Tensor | None, ...]:
-        """In the place of the sum that has arrived at this input of the node, the weighted one."""
-        arrived, self._arrived = self._arrived, {}
-        whole = sums[number]
-        assert whole is not None, "the tasks' cotangents have arrived"
-        rest = _sum(arrived, [-1.0] * len(self.tasks), whole) if self._has_rest else None
-        if self._verify and not self._has_rest:
-            self._refuse_changed(whole, arrived)
-        weighted = _sum(arrived, self._weigh(self._found()), rest)
+    def _recombine(self, sums: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """In the place of the sums that have arrived at the node, the weighted ones."""
+        weights, rows = self._weigh(self._found()), self._arrivals.gradients
+        sent = list(sums)
+        for number, k in self._numbers.items():
+            whole, parts = sums[number], [(weights[task], row[k]) for task, row in enumerate(rows)]
+            arrived = [(weight, part) for weight, part in parts if part is not None]
+            if whole is None or not arrived:
+                continue
+            if self._verify and not self._has_rest:
+                _refuse_changed(whole, [part for _, part in arrived])
+            rest = _sum([(-1.0, part) for _, part in arrived], whole) if self._has_rest else None
+            sent[number] = _sum(arrived, rest)
+        for row in rows:
+            del row[len(self._wanted) :]
         self._has_acted = True
-        return tuple(weighted if i == number else held for i, held in enumerate(sums))
+        return tuple(sent)
 
-    def _refuse_changed(self, whole: Tensor, arrived: Mapping[int, Tensor]) -> None:
-        sizes = torch.stack([part.abs().amax() for part in arrived.values()])
-        off = (_sum(arrived, [-1.0] * len(self.tasks), whole)).abs().amax()
-        if off.isfinite() and off > _ROUNDING.get(whole.dtype, _ROUNDING_IN_HALF) * sizes.amax():
-            raise ScatteredTasksError("a hook on the trunk's output changes the gradient that arrives there")
+    def _found(self) -> TaskGradients:
+        found = super()._found()
+        return replace(found, gradients=[row[: len(self.parameters)] for row in found.gradients])
 
     def gradients(self) -> TaskGradients:
         if not self._has_acted:
@@ -123,40 +127,75 @@ class RecombiningBackward(JointBackward):
 
     def discard(self) -> None:
         super().discard()
-        self._arrived, self._place = {}, None
+        self._place = None
 
 
-def _sum(parts: Mapping[int, Tensor], weights: Sequence[float], start: Tensor | None) -> Tensor:
+def _refuse_changed(whole: Tensor, parts: Sequence[Tensor]) -> None:
+    off = _sum([(-1.0, part) for part in parts], whole).abs().amax()
+    largest = torch.stack([part.abs().amax() for part in parts]).amax()
+    if off.isfinite() and off > _ROUNDING.get(whole.dtype, _ROUNDING_IN_HALF) * largest:
+        raise ScatteredTasksError("a hook on the trunk's output changes the gradient that arrives there")
+
+
+def _sum(parts: Iterable[tuple[float, Tensor]], start: Tensor | None) -> Tensor:
     """Σ_i w_i g_i, added to what there is at the start, if anything."""
-    for task, part in parts.items():
-        start = part * weights[task] if start is None else torch.add(start, part, alpha=weights[task])
+    for weight, part in parts:
+        start = part * weight if start is None else torch.add(start, part, alpha=weight)
     assert start is not None, "there are tasks"
     return start
 
 
-def meeting_place(graph: TaskGraph) -> tuple[Node, int]:
-    """The node, and its input, at which all tasks' gradients come together on their way to W, and nothing else is shared above.
+class MeetingPlace(NamedTuple):
+    """The node that all ways from the losses to W lead through.
+
+    Attributes:
+        node: nearest to the losses.
+        inputs: those of its inputs, one for each output of its operation, at which gradients arrive.
+        below: the node, and all that it leads to.
+    """
+
+    node: Node
+    inputs: tuple[int, ...]
+    below: set[Node]
+
+
+def meeting_place(graph: TaskGraph) -> MeetingPlace:
+    """Where all tasks' gradients have come together, with all that the tasks share below it.
+
+    Above it tasks may share operations, the mean over positions, say, but no parameter.
 
     Raises:
-        ScatteredTasksError: if there are several.
+        ScatteredTasksError: if there is no such place.
     """
-    places = {(child, number) for out in graph.leaving.values() for _, child, number, _, _ in out}
-    if len(places) > 1:
-        names = sorted({_name_of(node) for node, _ in places})
-        raise ScatteredTasksError(f"they meet at {len(places)} places on the way to the shared layer ({', '.join(names)})")
-    (place,) = places
-    if graph.owners.get(place[0]) != MERGED:
+    entries: dict[Node, set[int]] = {}
+    for out in graph.leaving.values():
+        for _, entry, number, _, _ in out:
+            entries.setdefault(entry, set()).add(number)
+    names = sorted({_name_of(node) for node in entries})
+    open_ways = {node: set(numbers) for node, numbers in entries.items()}
+    for node in reversed(graph.merged):  # parents before children
+        if len(open_ways) == 1:
+            break
+        if node in open_ways:
+            del open_ways[node]
+            for below, number in node.next_functions:
+                if below is not None and (below in graph.merged or (below, number) in graph.targets):
+                    open_ways.setdefault(below, set()).add(number)
+    if len(open_ways) > 1:
+        raise ScatteredTasksError(f"they come to the shared layer by several ways ({', '.join(names)})")
+    ((node, inputs),) = open_ways.items()
+    if graph.owners.get(node) != MERGED:
         raise ScatteredTasksError("there is one task alone")
-    below = _below(place[0])
-    for node, owner in graph.owners.items():
-        for way in node.next_functions if owner >= 0 else ():
-            child, _ = way
-            shared = child is not None and (child in below or graph.owners.get(child) == MERGED)
-            if shared and way != place:
-                raise ScatteredTasksError(
-                    f"they also meet at {_name_of(child)}, which is no part of what lies below that output"
-                )
-    return place
+    trunk = _below(node)
+    for other, owner in graph.owners.items():
+        if other in trunk or owner == REST:
+            continue
+        if owner == MERGED and hasattr(other, "variable"):
+            raise ScatteredTasksError(f"they also share {_name_of(other)}, which is no part of that trunk")
+        for child, _ in other.next_functions:
+            if child is not None and child in trunk and child is not node:
+                raise ScatteredTasksError(f"a task also comes to {_name_of(child)}, inside the trunk, by a way of its own")
+    return MeetingPlace(node, tuple(sorted(inputs)), trunk)
 
 
 def _below(node: Node) -> set[Node]:

@@ -43,6 +43,7 @@ MAY_IMPORT = {
     | {"autograd_graph", "descent", "gradient_reader", "joint_backward", "task_gradients", "vector_jacobian"},
     "recombination": {
         "autograd_graph",
+        "descent",
         "gradient_reader",
         "joint_backward",
         "task_gradients",

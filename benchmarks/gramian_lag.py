@@ -4,8 +4,8 @@
     python benchmarks/gramian_lag.py --problems digits --weightings UPGrad --seeds 1 --steps 100
 
 Four trainings of each: the plain sum; ``GramianWeighting``, whose weights are of the steps before; the same weighting in the
-step itself, of the gradients on W (``when="same step"``); and of those on all that the tasks share, as TorchJD has it. In the step the
-heads keep their own gradients.
+step itself, of the gradients on W (``when="same step"``); and of those on all that the tasks share, as TorchJD has it. In the
+step the heads keep their own gradients.
 """
 
 import argparse

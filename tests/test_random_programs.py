@@ -13,6 +13,7 @@ from tests.random_programs.description import Hook, Piece, Program, Shared, Task
 from tests.random_programs.network import LOSSES
 from tests.random_programs.operations import AROUND
 from tests.random_programs.pieces import PIECES
+from tests.random_programs.recombining import check_recombined
 from tests.random_programs.running import READERS, run_plainly
 from tests.random_programs.strategies import programs
 
@@ -30,6 +31,20 @@ def test_readers_agree_with_one_autograd_grad_per_task_and_leave_no_trace():
 
     one()
     assert outcomes["agreed"] > outcomes.total() / 2  # or nothing is looked at
+
+
+def test_gradients_put_together_anew_are_those_of_one_autograd_grad_per_task():
+    outcomes = Counter()
+
+    @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+    @given(programs())
+    def one(program):
+        verdict = check_recombined(program)
+        outcomes[verdict.outcome] += 1
+        assert verdict.outcome != "DIFFERENT", f"{program!r}: {verdict.differences}"
+
+    one()
+    assert outcomes["agreed"] > outcomes.total() / 6  # or nothing is looked at: most programs have no one place of meeting
 
 
 @given(programs())

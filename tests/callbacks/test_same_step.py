@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchjd.aggregation import PCGradWeighting, UPGrad, UPGradWeighting
@@ -14,7 +15,7 @@ from lightning_gradnorm.recombination import ScatteredTasksError
 from tests.callbacks import distributed_worker as worker
 from tests.callbacks.test_resume import PER_EPOCH, STEPS, assert_went_on, fit
 from tests.callbacks.two_processes import on_two_processes
-from tests.helpers import Recorder, TrunkAndHeads, batches, quiet_trainer
+from tests.helpers import SCALES, Recorder, TrunkAndHeads, batches, quiet_trainer
 
 
 def callback_of(weighting=None, *, shared_layer=("trunk",), **settings):
@@ -72,6 +73,38 @@ def test_precision(tmp_path, precision):
     plain = trained(tmp_path, copy.deepcopy(module))
     moved = (plain.parameters[-1] - full.parameters[-1]).norm()
     assert (other.parameters[-1].float() - full.parameters[-1]).norm() < (0.1 if precision == "bf16-mixed" else 1e-4) * moved
+
+
+@pytest.mark.filterwarnings("ignore:.*weight update.* so far")
+@pytest.mark.parametrize("init_scale", [8.0, 65536.0, 2.0**40])
+def test_grad_scaler_is_divided_out_and_sees_what_overflows(tmp_path, init_scale):
+    module = TrunkAndHeads(scales=dict.fromkeys(SCALES, 0.01))
+
+    def half(scale):
+        scaler, callback = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6), callback_of()
+        seen = trained(tmp_path, copy.deepcopy(module), callback, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        return seen, callback
+
+    (scaled, callback), (plain, _) = half(init_scale), half(4.0)
+    if init_scale == 2.0**40:
+        assert callback.balancer.skipped_updates == 6
+        assert torch.equal(scaled.parameters[-1], torch.cat([p.detach().flatten() for p in module.parameters()]))
+    else:
+        for one, other in zip(scaled.weights, plain.weights, strict=True):
+            assert one == pytest.approx(other, rel=0.05)
+
+
+@pytest.mark.feature("`when='same step'` above a compiled trunk, with `norm_of='features'`", "supported", "as without it")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of itself
+def test_above_a_compiled_trunk(tmp_path):
+    module = TrunkAndHeads()
+    other = copy.deepcopy(module)
+    other.trunk = torch.compile(other.trunk, backend="aot_eager")
+    at_features = {"shared_layer": ["trunk"], "norm_of": "features"}
+    one, two = trained(tmp_path, module, callback_of(**at_features)), trained(tmp_path, other, callback_of(**at_features))
+    torch.testing.assert_close(one.parameters[-1], two.parameters[-1])
+    assert len({weights["small"] for weights in two.weights}) == 6
 
 
 @pytest.mark.parametrize("weighting", [UPGradWeighting, PCGradWeighting])

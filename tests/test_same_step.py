@@ -1,6 +1,7 @@
 """Weights that act in the step whose gradients they are of: against TorchJD's own ``mtl_backward``, and where they must not."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -149,6 +150,38 @@ def test_each_micro_batch_has_its_own_weights():
             parameter.grad = parameter.grad / 3 + before.get(name, 0)
     assert_same(gradients(ours), gradients(theirs))
     torch.testing.assert_close(session.step().applied, torch.stack(weights).mean(0), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_measured_is_of_the_mean_gradient_as_ever(count):
+    network, late = Network(), Network()
+    session = session_of(network, UPGradWeighting(), ["trunk.4"])
+    other = BalancingSession(GramianWeighting(UPGradWeighting()), late, shared_layer=["trunk.4"])
+    for x in batches(count):
+        backward(session, session.total(network.losses(x)))
+        backward(other, other.total(late.losses(x)))
+    found, expected = session.step().measurement, other.step().measurement
+    for name in ("losses", "gradient_norms", "gramian"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-10, atol=0)
+
+
+def test_where_the_weighting_has_no_answer_the_last_weights_act():
+    network, plain = Network(), Network()
+    answers = [torch.tensor([torch.nan, 1.0, 1.0]), torch.tensor([0.5, 1.0, 2.0]), torch.tensor([torch.inf, 1.0, 1.0])]
+    session = session_of(network, lambda gramian: answers.pop(0))
+    (x,) = batches()
+    applied = []
+    for _ in range(3):
+        network.zero_grad()
+        backward(session, session.total(network.losses(x)))
+        if not applied:
+            sum(plain.losses(x).values()).backward()
+            assert_same(gradients(network), gradients(plain))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            applied.append(session.step().applied.tolist())
+    assert applied == [[1.0, 1.0, 1.0], [0.5, 1.0, 2.0], [0.5, 1.0, 2.0]]
+    assert int(session.balancer.skipped_updates) == 2
 
 
 def test_further_terms_of_the_total_act_as_they_are():

@@ -137,8 +137,10 @@ class GramianWeighting(RuleBalancer):
         taking_part = without_idle(measurement, mask_of(measurement, self.needs))
         found = self._found(taking_part)
         weights = self.weights_for(measurement.tasks).to(found)
-        if bool(found.isfinite().all()):
-            weights[[measurement.tasks.index(task) for task in taking_part.tasks]] = found
+        if not bool(found.isfinite().all()):  # the last ones act once more, and the update is skipped
+            self._acted.append((measurement.tasks, torch.full_like(weights, torch.nan)))
+            return weights
+        weights[[measurement.tasks.index(task) for task in taking_part.tasks]] = found
         self._acted.append((measurement.tasks, weights))
         return weights
 

@@ -196,10 +196,14 @@ def fit_same_step(case, folder, batches, strategy, **trainer_settings):
 
 
 def run_same_step(rank, path):
-    found = {}
+    found, calls = {}, []
+    reduce = RankAgreement.all_reduce
+    RankAgreement.all_reduce = staticmethod(lambda vector: calls.append(vector.numel()) or reduce(vector))
     for case, (ddp, trainer_settings) in SAME_STEP.items():
+        calls.clear()
         strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60), **ddp)
         found[case] = fit_same_step("plain", path.parent, part_of(rank), strategy, **trainer_settings)
+        found[case]["collectives"] = len(calls)
     torch.save(found, path)
 
 

@@ -182,6 +182,7 @@ def test_two_processes_equal_one(tmp_path):
     for case, (_, trainer_settings) in worker.SAME_STEP.items():
         assert one[case]["history"] == other[case]["history"], case
         assert torch.equal(one[case]["parameters"], other[case]["parameters"]), case
+        assert one[case]["collectives"] == other[case]["collectives"] == worker.STEPS, "one for each backward, none after it"
         alone = worker.fit_same_step("plain", tmp_path, worker.global_batches(), "auto", **trainer_settings)
         for weights, its_weights in zip(one[case]["history"], alone["history"], strict=True):
             assert weights == pytest.approx(its_weights, rel=1e-4), case

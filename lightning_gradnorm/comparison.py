@@ -10,11 +10,13 @@ import torch
 
 from lightning_gradnorm.balancers import (
     AdaptiveNormalizedLoss,
+    CoVWeighting,
     DualBalancing,
     DynamicTaskPrioritization,
     DynamicWeightAverage,
     EqualWeights,
     GeometricLoss,
+    GO4Align,
     GradNorm,
     GramianWeighting,
     LearningRateAnnealing,
@@ -68,6 +70,8 @@ METHODS: dict[str, MakeBalancer] = {
     "annealing (norms)": lambda: LearningRateAnnealing(form="norm", update_every=10),
     "DB-MTL": DualBalancing,
     "UW-SO": SoftOptimalUncertainty,
+    "GO4Align": GO4Align,
+    "CoV": CoVWeighting,
     "random": RandomLossWeighting,
     "geometric": GeometricLoss,
     "ReLoBRaLo": ReLoBRaLo,

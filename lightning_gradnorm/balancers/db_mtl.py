@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_gradnorm.balancers.checks import check_range
@@ -58,9 +57,7 @@ class DualBalancing(OwnLosses):
         return super().settings() | {"decay": self.decay, "fading": self.fading}
 
     def _weights_of(self, losses: Tensor, tasks: Sequence[str]) -> Tensor:
-        factors = dict(zip(self.tasks, self._memory["factor"].unbind(), strict=True))
-        one = losses.new_ones(())
-        return torch.stack([factors.get(task, one).to(losses) for task in tasks]) / (losses + EPSILON)
+        return self._remembered("factor", tasks, losses) / (losses + EPSILON)
 
     def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert measurement.gradient_norms is not None, "the contract has checked it"

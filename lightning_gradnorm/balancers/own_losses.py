@@ -30,6 +30,18 @@ class OwnLosses(RuleBalancer):
     def _next(self, measurement: Measurement, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"weights": self._weights_of(measurement.losses, measurement.tasks)}
 
+    def _remembered(self, name: str, tasks: Sequence[str], like: Tensor) -> Tensor:
+        """These tasks' entries of a remembered vector, shape ``[len(tasks)]``; a new task's is the one that it starts at.
+
+        Args:
+            name: of the vector, one of ``_remembers``.
+            tasks: their names.
+            like: a tensor of the device and the type that the entries are to have.
+        """
+        first = like.new_full((), dict(self._remembers)[name])
+        known = dict(zip(self.tasks, self._memory[name].unbind(), strict=True))
+        return torch.stack([known.get(task, first).to(like) for task in tasks])
+
     @abstractmethod
     def _weights_of(self, losses: Tensor, tasks: Sequence[str]) -> Tensor:
         """∂total/∂L_i at these losses, shape ``[T]``.

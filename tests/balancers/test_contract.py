@@ -12,12 +12,14 @@ import torchjd.scalarization
 
 from lightning_gradnorm import (
     AdaptiveNormalizedLoss,
+    CoVWeighting,
     DualBalancing,
     DynamicTaskPrioritization,
     DynamicWeightAverage,
     EqualWeights,
     FixedWeights,
     GeometricLoss,
+    GO4Align,
     GradNorm,
     GramianWeighting,
     LearningRateAnnealing,
@@ -32,6 +34,7 @@ from lightning_gradnorm import (
     SoftOptimalUncertainty,
     UncertaintyWeighting,
 )
+from lightning_gradnorm.balancers.own_losses import OwnLosses
 from tests.helpers import of_version_0_1, same_state
 
 pytestmark = [of_version_0_1, pytest.mark.filterwarnings("ignore:.* gave .* a negative weight")]
@@ -92,6 +95,8 @@ BALANCERS = {
     "AdaptiveNormalizedLoss": lambda **settings: AdaptiveNormalizedLoss(0.9, **settings),
     "GramianWeighting": lambda **settings: GramianWeighting(even_norms, **settings),
     "DualBalancing": DualBalancing,
+    "GO4Align": lambda **settings: GO4Align(beta=0.001, **settings),
+    "CoVWeighting": CoVWeighting,
     "SoftOptimalUncertainty": lambda **settings: SoftOptimalUncertainty(2.0, **settings),
     "LearningRateAnnealing": lambda **settings: LearningRateAnnealing("b", update_every=2, **settings),
     "LearningRateAnnealing norm": lambda **settings: LearningRateAnnealing(form="norm", update_every=1, **settings),
@@ -106,6 +111,15 @@ BALANCERS = {
 }
 BALANCERS |= {f"TorchJD {name}": around(GramianWeighting, make) for name, make in WEIGHTINGS.items()}
 BALANCERS |= {f"TorchJD {name}": around(ScalarizerBalancer, make) for name, make in SCALARIZERS.items()}
+
+
+def _of_go4align():
+    """Of the losses 1, 2 and 3, the first alone in its group."""
+    smoothness = [math.exp(-0.001 * k) for k in (1, 2, 3)]
+    first, second, third = (3 * q / sum(smoothness) * 2 / k for k, q in enumerate(smoothness, 1))
+    return [first, (second + third) / 2, (second + third) / 2]
+
+
 # What the first step applies to losses of 1, 2 and 3, where that is not ones.
 FIRST = {
     "FixedWeights": [0.25, 2.0, 1.5],
@@ -114,6 +128,7 @@ FIRST = {
     "AdaptiveNormalizedLoss": [1 / 3, 1 / 6, 1 / 9],
     "GeometricLoss": [6 ** (1 / 3) / 3, 6 ** (1 / 3) / 6, 6 ** (1 / 3) / 9],
     "DualBalancing": [1, 1 / 2, 1 / 3],
+    "GO4Align": _of_go4align(),
     "SoftOptimalUncertainty": [math.exp(0.5 / k) / sum(math.exp(0.5 / j) for j in (1, 2, 3)) for k in (1, 2, 3)],
     "ScalarizerBalancer": [k / 14**0.5 for k in (1, 2, 3)],
     "TorchJD STCH": [math.exp(k / 3) / sum(math.exp(j / 3) for j in (1, 2, 3)) / 3 for k in (1, 2, 3)],
@@ -197,8 +212,7 @@ def test_reported_weights_are_the_applied_ones(make):
     losses = {task: torch.tensor(1.7, dtype=torch.float64, requires_grad=True) for task in TASKS}
     applied = torch.stack(torch.autograd.grad(balancer.total(losses), list(losses.values())))
     assert torch.equal(applied, balancer.weights_at(losses))
-    of_the_step = GeometricLoss | ScalarizerBalancer | DualBalancing | SoftOptimalUncertainty
-    if not isinstance(balancer, of_the_step):  # its weights are of the losses themselves
+    if not isinstance(balancer, OwnLosses | ScalarizerBalancer):  # their weights are of the losses themselves
         assert dict(zip(TASKS, applied.tolist(), strict=True)) == balancer.weights
 
 
@@ -374,7 +388,7 @@ def test_losses_of_zero_and_of_any_size_leave_usable_weights(make):
             run(balancer, measurements(6))
         run(balancer, [measurement] * 5)
         w = balancer.weights_for(TASKS)
-        may_be_none = isinstance(balancer, ScalarizerBalancer | SoftOptimalUncertainty)  # beside a loss of 1e30
+        may_be_none = isinstance(balancer, ScalarizerBalancer | SoftOptimalUncertainty | GO4Align)  # beside a loss of 1e30
         least = 0.0 if may_be_none else torch.finfo(torch.float64).tiny
         assert w.isfinite().all() and (w >= least).all(), losses
 

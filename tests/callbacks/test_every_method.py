@@ -11,12 +11,14 @@ from torchmetrics import MeanMetric
 
 from lightning_gradnorm import (
     AdaptiveNormalizedLoss,
+    CoVWeighting,
     DualBalancing,
     DynamicTaskPrioritization,
     DynamicWeightAverage,
     EqualWeights,
     FixedWeights,
     GeometricLoss,
+    GO4Align,
     GradNorm,
     GramianWeighting,
     LearningRateAnnealing,
@@ -54,6 +56,8 @@ METHODS = {
     "GradNorm": GradNorm,
     "DB-MTL": lambda: DualBalancing(update_every=2),
     "UW-SO": SoftOptimalUncertainty,
+    "GO4Align": lambda: GO4Align(3, beta=0.001),
+    "CoV": CoVWeighting,
     "UPGrad": lambda: GramianWeighting(aggregation.UPGradWeighting()),
     "MGDA": lambda: GramianWeighting(aggregation.MGDAWeighting(), update_every=2),
     "DualProj": lambda: GramianWeighting(aggregation.DualProjWeighting(), ema_decay=0.5),

@@ -16,7 +16,7 @@ def parameters_after(tmp_path, make, **settings):
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
-@pytest.mark.parametrize("name", ["DB-MTL", "UW-SO", "geometric", "STCH", "UPGrad", "AMNL", "GradNorm"])
+@pytest.mark.parametrize("name", ["DB-MTL", "UW-SO", "GO4Align", "geometric", "STCH", "UPGrad", "AMNL", "GradNorm"])
 def test_a_monitored_run_is_trained_as_without(tmp_path, name):
     found = parameters_after(tmp_path, METHODS[name], mode="monitor")
     torch.testing.assert_close(found, parameters_after(tmp_path, METHODS[name]), rtol=1e-6, atol=1e-7)

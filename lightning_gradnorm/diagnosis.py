@@ -21,6 +21,7 @@ from lightning_gradnorm.task_names import task_tag
 _EVEN = 3.0  # ratio of gradient norms up to which equal weights do
 _UNEVEN = 10.0  # from which on one task owns the shared layer
 _CONFLICT = -0.1  # mean cosine below which two tasks pull against each other
+_UNDONE = 0.5  # part of a task's gain that the others undo at even sizes, from which on a conflict counts
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,23 @@ class Diagnosis:
         return max(norms) / min(norms) if norms else 1.0
 
     @property
+    def _cosines_of_tasks(self) -> dict[tuple[str, str], float]:
+        return {pair: cosine for pair, cosine in self.cosines.items() if self._tasks.keys() >= {*pair}}
+
+    @property
     def conflicting(self) -> list[tuple[str, str]]:
         """Pairs of tasks that pull against each other on most batches, the worst first."""
-        of_tasks = {pair: cosine for pair, cosine in self.cosines.items() if self._tasks.keys() >= {*pair}}
-        pairs = [pair for pair, cosine in of_tasks.items() if cosine < _CONFLICT and self.conflicts[pair] > 0.5]
+        pairs = [pair for pair, cosine in self._cosines_of_tasks.items() if cosine < _CONFLICT and self.conflicts[pair] > 0.5]
         return sorted(pairs, key=lambda pair: self.cosines[pair])
+
+    @property
+    def undone(self) -> dict[str, float]:
+        """Task → which part of what a step of its own gains it the others undo, were all gradients of one size.
+
+        To first order, in a step along the sum: −Σ of the task's mean cosines. Above 1 its loss rises; below 0 the others help.
+        """
+        cosines = self._cosines_of_tasks
+        return {task: -sum(cosine for pair, cosine in cosines.items() if task in pair) for task in self._tasks}
 
     @property
     def weighting(self) -> str:
@@ -116,16 +129,38 @@ class Diagnosis:
                     else "Weighting may help a little, and a factor set by hand as much. Try GradNormCallback(), and compare()."
                 )
             )
+        return [*said, *self._of_conflicts]
+
+    @property
+    def _of_conflicts(self) -> list[str]:
+        """Whether they are worth gradient surgery."""
+        said = []
         if self.conflicting:
             a, b = self.conflicting[0]
             said.append(
                 f"{a!r} and {b!r} pull against each other (mean cosine {self.cosines[a, b]:+.2f}, below 0 on "
-                f"{self.conflicts[a, b]:.0%} of the batches). Weights only choose who wins; gradient surgery (TorchJD) is the "
-                "better tool for that."
+                f"{self.conflicts[a, b]:.0%} of the batches)."
             )
-        elif len(self.cosines):
+        task, part = max(self.undone.items(), key=lambda found: found[1])
+        undo = f"With gradients of one size the others would undo {max(part, 0):.0%} of what a step gains {task!r}"
+        if min(self.undone.values()) >= _UNDONE:
+            said.append(
+                f"{undo}, and half or more of every other task's gain. No weights, and so no gradient surgery, can give to one "
+                "without taking from another here: give each task more layers of its own. See docs/gradient-surgery.md."
+            )
+        elif part >= _UNDONE:
+            said.append(
+                f"{undo}, and less than half of another's. Gradient surgery can even that out: try GramianWeighting beside "
+                "GradNormCallback(), and compare(). See docs/gradient-surgery.md."
+            )
+        elif said:
+            said.append(
+                f"{undo}, and no more of any other task's: too little for gradient surgery (GramianWeighting), which is worth "
+                "a try from a half on."
+            )
+        elif self.cosines:
             said.append("No two tasks pull against each other on most batches, so gradient surgery has little to do.")
-        return said
+        return [" ".join(said)] if said else []
 
     def __str__(self) -> str:
         tasks = plain_rows(

@@ -66,10 +66,57 @@ def test_gradients_of_other_size_do(size, verdict):
     assert f"The gradient of 'big' is {size:.3g}× that of 'a'" in str(found)
 
 
-def test_conflicts_are_for_surgery():
+def test_a_task_that_the_others_outvote_is_for_surgery():
+    found = of(a=[1.0, 0.0, 0.0, 0.0], b=[1.0, 0.3, 0.0, 0.0], c=[-1.0, 0.0, 1.0, 0.0])
+    assert found.undone["c"] == pytest.approx(0.5**0.5 * (1 + 1 / 1.09**0.5), rel=1e-4)
+    assert found.undone["a"] < 0 and found.undone["b"] < 0, "they help each other"
+    assert found.advice[-1] == (
+        "'a' and 'c' pull against each other (mean cosine -0.71, below 0 on 100% of the batches). With gradients of one size "
+        "the others would undo 138% of what a step gains 'c', and less than half of another's. Gradient surgery can even that "
+        "out: try GramianWeighting beside GradNormCallback(), and compare(). See docs/gradient-surgery.md."
+    )
+
+
+def test_where_all_lose_alike_there_is_nothing_to_shift():
     found = of(a=[1.0, 0.0, 0.0, 0.0], b=[-1.0, 1.0, 0.0, 0.0])
-    assert "'a' and 'b' pull against each other (mean cosine -0.71, below 0 on 100% of the batches)" in str(found)
-    assert "TorchJD" in str(found)
+    assert found.undone == pytest.approx({"a": 0.5**0.5, "b": 0.5**0.5}, rel=1e-5)
+    assert found.advice[-1] == (
+        "'a' and 'b' pull against each other (mean cosine -0.71, below 0 on 100% of the batches). With gradients of one size "
+        "the others would undo 71% of what a step gains 'a', and half or more of every other task's gain. No weights, and so "
+        "no gradient surgery, can give to one without taking from another here: give each task more layers of its own. See "
+        "docs/gradient-surgery.md."
+    )
+
+
+def test_a_mild_conflict_is_not():
+    found = of(a=[1.0, 0.0, 0.0, 0.0], b=[-0.16, 0.98, 0.0, 0.0], c=[0.1, 0.0, 1.0, 0.0])
+    assert found.conflicting == [("a", "b")]
+    assert found.advice[-1] == (
+        "'a' and 'b' pull against each other (mean cosine -0.16, below 0 on 100% of the batches). With gradients of one size "
+        "the others would undo 18% of what a step gains 'b', and no more of any other task's: too little for gradient surgery "
+        "(GramianWeighting), which is worth a try from a half on."
+    )
+
+
+def test_a_conflict_that_other_tasks_outweigh_undoes_nothing():
+    found = of(a=[1.0, 0.0, 0.0, 0.0], b=[-0.16, 0.98, 0.0, 0.0], c=[1.0, 1.0, 0.0, 0.0])
+    assert found.conflicting == [("a", "b")] and max(found.undone.values()) < 0
+    assert "the others would undo 0% of what a step gains" in found.advice[-1]
+
+
+def test_a_task_that_many_are_a_little_against_is_for_surgery():
+    found = of(odd=[1.0, 0.0, 0.0, 0.0], **{f"t{k}": [-0.09, 1.0, 0.0, 0.0] for k in range(7)})
+    assert found.conflicting == []
+    assert found.undone["odd"] == pytest.approx(7 * 0.09 / 1.0081**0.5, rel=1e-4)
+    assert found.undone["t0"] < -5, "the others help"
+    assert found.advice[-1].startswith("With gradients of one size the others would undo 63% of what a step gains 'odd', and")
+
+
+def test_what_is_undone_is_what_a_step_along_the_sum_of_even_gradients_loses():
+    gradients = {"a": [3.0, 4.0, 0.0, 0.0], "b": [-8.0, 1.0, 2.0, 0.0], "c": [0.5, 0.0, 0.1, 0.0]}
+    even = {task: torch.tensor(g) / torch.tensor(g).norm() for task, g in gradients.items()}
+    gains = {task: float(g @ sum(even.values())) for task, g in even.items()}
+    assert of(**gradients).undone == pytest.approx({task: 1 - gain for task, gain in gains.items()}, rel=1e-4)
 
 
 def test_one_task_and_a_task_without_gradient():

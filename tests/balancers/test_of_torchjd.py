@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchjd.aggregation import GradVacWeighting, IMTLGWeighting, MGDAWeighting, PCGradWeighting, UPGradWeighting
+from torchjd.aggregation import (
+    AlignedMTLWeighting,
+    DualProjWeighting,
+    GradVacWeighting,
+    IMTLGWeighting,
+    MGDAWeighting,
+    PCGradWeighting,
+    UPGradWeighting,
+)
 from torchjd.scalarization import DWA, FAMO, IMTLL, STCH
 
 from lightning_gradnorm import GramianWeighting, Measurement, ScalarizerBalancer
@@ -36,6 +44,32 @@ def test_without_an_average_the_weights_are_the_weighting_s_own(weighting):
         balancer.update(measured(seed))
         expected = weighting()(measured(seed).gramian)
         assert list(balancer.weights.values()) == pytest.approx(expected.clamp_min(LEAST * expected.max()).tolist(), rel=1e-12)
+
+
+SURGERY = [
+    AlignedMTLWeighting, DualProjWeighting, GradVacWeighting, IMTLGWeighting, MGDAWeighting, PCGradWeighting, UPGradWeighting,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cosine", [-0.9, -0.5, -0.16, 0.3])
+@pytest.mark.parametrize("weighting", SURGERY)
+def test_of_two_gradients_of_one_size_surgery_makes_the_direction_of_the_sum(weighting, cosine):
+    """As docs/gradient-surgery.md says."""
+    first, second = weighting()(torch.tensor([[1.0, cosine], [cosine, 1.0]], dtype=torch.float64)).tolist()
+    assert first == pytest.approx(second, rel=1e-3) and first > 0
+
+
+@pytest.mark.parametrize(
+    ("weighting", "expected"),
+    [(lambda gramian: torch.ones(3).double(), [0.84, 0.84, -0.13]), (UPGradWeighting(), [0.56, 0.56, 0.29]),
+     (MGDAWeighting(), [0.43, 0.43, 0.43])],
+)  # fmt: skip
+def test_one_against_two_is_what_surgery_is_for(weighting, expected):
+    """The cosines of docs/gradient-surgery.md, of a step to each task's gradient."""
+    gramian = torch.tensor([[1.0, 0.9, -0.6], [0.9, 1.0, -0.6], [-0.6, -0.6, 1.0]], dtype=torch.float64)
+    weights = weighting(gramian)
+    cosines = gramian @ weights / (weights @ gramian @ weights).sqrt()
+    assert cosines.tolist() == pytest.approx(expected, abs=0.005)
 
 
 def test_the_average_is_a_mean_at_first_and_exponential_then():

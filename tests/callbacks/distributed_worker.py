@@ -12,7 +12,9 @@ from torchjd.aggregation import GradVacWeighting, PCGradWeighting, UPGradWeighti
 from torchjd.scalarization import IMTLL, STCH, Random
 
 from lightning_gradnorm import (
+    CoVWeighting,
     DynamicTaskPrioritization,
+    GO4Align,
     GradNormCallback,
     GramianWeighting,
     LossBalancingCallback,
@@ -160,6 +162,12 @@ OF_TORCHJD = {
 }
 
 
+OF_LOSSES = {
+    "CoV": CoVWeighting,
+    "GO4Align": lambda: GO4Align(3, beta=0.001),
+}
+
+
 class WatchMethod(LossBalancingCallback):
     """Remembers the weights of every step."""
 
@@ -173,8 +181,16 @@ class WatchMethod(LossBalancingCallback):
 
 
 def run_of_torchjd(rank, path):
+    run_methods(OF_TORCHJD, rank, path)
+
+
+def run_of_losses(rank, path):
+    run_methods(OF_LOSSES, rank, path)
+
+
+def run_methods(methods, rank, path):
     found = {}
-    for name, make in OF_TORCHJD.items():
+    for name, make in methods.items():
         torch.manual_seed(rank)  # what a method draws must not come from here
         strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
         found[name] = fit_module(Scenario("plain"), WatchMethod(make), path.parent, part_of(rank), strategy)

@@ -80,15 +80,23 @@ def test_the_ranks_traces_are_averaged(tmp_path):
 
 @pytest.mark.feature("TorchJD's weightings and scalarisers under DDP", "supported", "the same weights on every rank")
 def test_methods_of_torchjd_equal_those_of_one_process(tmp_path):
-    one, other = on_two_processes(worker.run_of_torchjd, tmp_path, timeout=300)
-    for name, make in worker.OF_TORCHJD.items():
+    assert_as_one_process(worker.run_of_torchjd, worker.OF_TORCHJD, tmp_path)
+
+
+def test_methods_of_losses_equal_those_of_one_process(tmp_path):
+    assert_as_one_process(worker.run_of_losses, worker.OF_LOSSES, tmp_path)
+
+
+def assert_as_one_process(run, methods, tmp_path):
+    one, other = on_two_processes(run, tmp_path, timeout=300)
+    for name, make in methods.items():
         assert one[name]["history"] == other[name]["history"], name
         assert torch.equal(one[name]["parameters"], other[name]["parameters"]), name
         torch.manual_seed(5)
         alone = worker.fit_module(worker.Scenario("plain"), worker.WatchMethod(make), tmp_path, global_batches(), "auto")
         assert len(alone["history"]) == STEPS
-        if name == "STCH":
-            continue  # its weights are of each rank's own losses
+        if name in ("STCH", "GO4Align"):
+            continue  # the weights are of each rank's own losses
         for weights, its_weights in zip(one[name]["history"], alone["history"], strict=True):
             assert weights == pytest.approx(its_weights, rel=1e-4), name
         torch.testing.assert_close(one[name]["parameters"], alone["parameters"], rtol=1e-4, atol=1e-5)

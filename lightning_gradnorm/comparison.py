@@ -48,6 +48,7 @@ def _torchjd() -> Any:
 
 OF_TORCHJD: dict[str, MakeBalancer] = {
     "UPGrad": lambda: GramianWeighting(_torchjd().aggregation.UPGradWeighting()),
+    "UPGrad, same step": lambda: GramianWeighting(_torchjd().aggregation.UPGradWeighting(), when="same step"),
     "MGDA": lambda: GramianWeighting(_torchjd().aggregation.MGDAWeighting()),
     "PCGrad": lambda: GramianWeighting(_torchjd().aggregation.PCGradWeighting()),
     "GradVac": lambda: GramianWeighting(_torchjd().aggregation.GradVacWeighting()),
@@ -136,7 +137,8 @@ def everything() -> list[str]:
     found = []
     for name, make in METHODS.items():
         with contextlib.suppress(ImportError):  # of TorchJD, or of what one of its methods needs besides
-            if "kpis" not in make().needs:
+            method = make()
+            if "kpis" not in method.needs and not method.acts_in_backward:  # not every module's tasks meet at one place
                 found.append(name)
     return found
 

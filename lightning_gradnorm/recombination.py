@@ -186,18 +186,33 @@ def meeting_place(graph: TaskGraph) -> MeetingPlace:
     if len(open_ways) > 1:
         raise ScatteredTasksError(f"they come to the shared layer by several ways ({', '.join(names)})")
     ((node, inputs),) = open_ways.items()
-    if graph.owners.get(node) != MERGED:
+    if len(graph.reaching) == 1:
         raise ScatteredTasksError("there is one task alone")
     trunk = _below(node)
-    for other, owner in graph.owners.items():
-        if other in trunk or owner == REST:
-            continue
-        if owner == MERGED and hasattr(other, "variable"):
-            raise ScatteredTasksError(f"they also share {_name_of(other)}, which is no part of that trunk")
-        for child, _ in other.next_functions:
-            if child is not None and child in trunk and child is not node:
-                raise ScatteredTasksError(f"a task also comes to {_name_of(child)}, inside the trunk, by a way of its own")
+    _check_above(graph, node, trunk)
     return MeetingPlace(node, tuple(sorted(inputs)), trunk)
+
+
+def _check_above(graph: TaskGraph, place: Node, trunk: Container[Node]) -> None:
+    """Raise where tasks share a parameter outside the trunk, or one comes into it by another way."""
+    stack: list[tuple[Node, int]] = []  # a node that a task comes to and others may, and the task
+    for node, owner in graph.owners.items():
+        if node in trunk or owner == REST:
+            continue
+        for child, _ in node.next_functions:
+            if child is not None and child in trunk and child is not place:
+                raise ScatteredTasksError(f"a task also comes to {_name_of(child)}, inside the trunk, by a way of its own")
+            if child is not None and owner != MERGED and graph.owners.get(child) == MERGED:
+                stack.append((child, owner))
+    tasks_at: dict[Node, set[int]] = {}
+    while stack:
+        node, task = stack.pop()
+        if node in trunk or task in tasks_at.setdefault(node, set()):
+            continue
+        tasks_at[node].add(task)
+        if hasattr(node, "variable") and len(tasks_at[node]) > 1:
+            raise ScatteredTasksError(f"they also share {_name_of(node)}, which is no part of that trunk")
+        stack += [(child, task) for child, _ in node.next_functions if child is not None]
 
 
 def _below(node: Node) -> set[Node]:

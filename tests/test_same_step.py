@@ -239,6 +239,16 @@ def test_a_trunk_with_several_outputs():
     assert_same(gradients(ours), gradients(theirs))
 
 
+def test_a_penalty_on_all_parameters_makes_no_head_a_part_of_the_trunk():
+    ours, theirs = Network(), Network()
+    (x,) = batches()
+    session = session_of(ours, UPGradWeighting(), ["trunk.4"])
+    backward(session, session.total(ours.losses(x)) + sum(p.square().sum() for p in ours.parameters()))
+    by_hand(theirs, UPGradWeighting(), x, ["trunk.4"])
+    sum(p.square().sum() for p in theirs.parameters()).backward()
+    assert_same(gradients(ours), gradients(theirs))
+
+
 @pytest.mark.parametrize("scale", [1e-3, 65536.0])
 def test_a_scaled_loss_has_scaled_gradients_and_the_same_weights(scale):
     plain, scaled = Network(), Network()

@@ -1,4 +1,4 @@
-"""The tasks' gradients on one weight, kept as the factors that they are products of: the Gram form of their norms.
+"""The tasks' gradients on one weight, kept as the factors that they are products of: the Gram form of their inner products.
 
 A product Y = X Wᵀ, rows X ``[R, inputs]``, gives task i the gradient Δ_iᵀ X, with Δ_i ``[R, outputs]`` what arrives at Y. Its
 norm needs no such product: ‖Δ_iᵀ X‖² = ⟨X Xᵀ, Δ_i Δ_iᵀ⟩, the Gram form, which takes fewer operations where rows are few. That
@@ -9,6 +9,7 @@ X and Δ_i are taken from the product's own node in the graph, and only where th
 transposed, or cast to another precision.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -77,20 +78,17 @@ class WeightFactors:
         return True
 
     def _rows(self, least: torch.dtype, tasks: Iterable[int]) -> tuple[Tensor, list[Tensor]]:
-        """X and each of these Δ_i over all products, ``[(groups,) R, …]``, in at least that dtype."""
-        kinds = {x.dtype for x in self._inputs} | {delta.dtype for deltas in self._deltas for delta in deltas.values()}
-        wide = least
-        for kind in kinds:
-            wide = torch.promote_types(wide, kind)
-        outputs = next(iter(next(filter(None, self._deltas)).values())).shape[-1]
+        """X, in at least that dtype, and each of these Δ_i as it is, over all products, ``[(groups,) R, …]``."""
+        every = [delta for deltas in self._deltas for delta in deltas.values()]
+        kind = functools.reduce(torch.promote_types, {row.dtype for row in (*self._inputs, *every)}, least)
         deltas = []
         for task in tasks:
             parts = [
-                by_task[task].to(wide) if task in by_task else x.new_zeros((*x.shape[:-1], outputs), dtype=wide)
+                by_task[task] if task in by_task else every[0].new_zeros(*x.shape[:-1], every[0].shape[-1])
                 for x, by_task in zip(self._inputs, self._deltas, strict=True)
             ]
             deltas.append(_joined(parts))
-        return _joined([x.to(wide) for x in self._inputs]), deltas
+        return _joined([x.to(kind) for x in self._inputs]), deltas
 
     @property
     def is_empty(self) -> bool:
@@ -107,12 +105,11 @@ class WeightFactors:
         parts: list[tuple[list[int], Tensor]] = []
         if self._gram is not None and self._let_go:
             parts.append((self._let_go, self._gram.squares()))
-        kept = [task for task in range(self._tasks) if any(task in deltas for deltas in self._deltas)]
-        if kept:
+        if kept := self._kept:
             inputs, deltas = self._rows(torch.float32, kept)
             gram = _gram_of(inputs, deltas)
             squares = gram.squares()
-            if can_wait(squares.device) and not gram.trusts(squares, deltas):
+            if can_wait(squares.device) and not gram.trusts(squares, (delta.to(inputs) for delta in deltas)):
                 squares = _gram_of(*self._rows(torch.float64, kept)).squares()
             parts.append((kept, squares))
         if len(parts) == 1 and parts[0][0] == list(range(self._tasks)):
@@ -128,28 +125,40 @@ class WeightFactors:
         if self.is_empty:
             return [None] * self._tasks
         inputs, deltas = self._rows(torch.float32, range(self._tasks))
-        rows = [delta.mT @ inputs if self._turned else inputs.mT @ delta for delta in deltas]
+        rows = [row.mT @ inputs if self._turned else inputs.mT @ row for row in (delta.to(inputs) for delta in deltas)]
         return [row.reshape(self._weight.shape) for row in rows]
 
     @torch.no_grad()
     def inner(self) -> Tensor:
-        """⟨gradient of task i, of task j⟩, ``[T, T]``."""
-        if self.is_empty:
-            return torch.zeros(self._tasks, self._tasks, dtype=widest_float(self._weight.device), device=self._weight.device)
+        """⟨gradient of task i, of task j⟩, ``[T, T]``, as wide as the device allows.
+
+        On the CPU, what float32 is not to be trusted with to 1e-6 of the two norms is computed again in float64. Elsewhere
+        nobody waits for that answer, and the products are as wide as their sums.
+        """
         wide = widest_float(self._weight.device)
-        inputs, deltas = self._rows(torch.float32, range(self._tasks))
-        inputs = inputs.to(wide)
-        gram = inputs @ inputs.mT
-        stacked = deltas[0].new_empty((len(deltas), *deltas[0].shape), dtype=wide)
-        for row, delta in zip(stacked, deltas, strict=True):
-            row.copy_(delta)
-        return torch.stack([stacked.flatten(1) @ (gram @ row).flatten() for row in stacked])  # one carried at a time
+        found = torch.zeros(self._tasks, self._tasks, dtype=wide, device=self._weight.device)
+        if self.is_empty:
+            return found
+        index = torch.tensor(kept := self._kept, device=found.device)
+        for least in (torch.float32, torch.float64) if can_wait(found.device) else (wide,):
+            inputs, deltas = self._rows(least, kept)
+            gram = Gram(inputs)
+            inner = gram.inner(deltas)
+            found[index.unsqueeze(1), index] = inner
+            if least == wide or gram.trusts_inner(inner, deltas):
+                break
+        return found
+
+    @property
+    def _kept(self) -> list[int]:
+        """The tasks whose Δ is here."""
+        return [task for task in range(self._tasks) if any(task in deltas for deltas in self._deltas)]
 
 
 def _gram_of(inputs: Tensor, deltas: Iterable[Tensor]) -> Gram:
     gram = Gram(inputs)
     for delta in deltas:
-        gram.take(delta)
+        gram.take(delta.to(inputs))
     return gram
 
 

@@ -130,7 +130,8 @@ class GradientReader(ABC):
         """
         gradients = self.gradients()
         inner = gradients.gramian() if gramian else None
-        return Measurement(self.tasks, stack_scalars(self._losses), gradients.norms(), gramian=inner)
+        norms = gradients.norms() if inner is None else inner.diagonal().clamp_min(0).sqrt()
+        return Measurement(self.tasks, stack_scalars(self._losses), norms, gramian=inner)
 
 
 def check_reached(graph: TaskGraph, losses: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
-"""The Gram form: norms of products Δ_iᵀ X out of X Xᵀ and Δ_i Δ_iᵀ, and what rounding does to them."""
+"""The Gram form: inner products of products Δ_iᵀ X, and their norms, out of X Xᵀ and the Δ_i; what rounding does to them."""
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,14 +11,18 @@ from torch import Tensor
 from lightning_gradnorm.measurement import widest_float
 
 _TRUSTED = 1e-4  # largest relative error of a square that is let pass
+_EXPECTED = 1e-6  # largest error of an inner product that is let pass, over the product of the two norms
 _PROBES = 4
+_BLOCK = 1 << 18  # elements of all tasks' Δ that are multiplied at once: what the cache holds
+_LEAST_WIDTH = 64  # of such a block, so that its products are not slow
 _Number = TypeVar("_Number", float, Tensor)
 
 
 class Gram:
-    """‖Δ_iᵀ X‖² of one task after the other, with what all rows of X have in common taken out first.
+    """‖Δ_iᵀ X‖² of one task after the other, or ⟨Δ_iᵀ X, Δ_jᵀ X⟩ of all, with what the rows of X have in common taken out first.
 
     With μ the mean of the rows, X = X̃ + 1 μᵀ and s_i = Δ_iᵀ 1: ‖Δ_iᵀ X‖² = ⟨X̃ X̃ᵀ, Δ_i Δ_iᵀ⟩ + 2 ⟨s_i, Δ_iᵀ X̃ μ⟩ + ‖s_i‖² ‖μ‖².
+    Of X̃ X̃ᵀ = U + Uᵀ a half is multiplied: ⟨Δ_iᵀ X̃, Δ_jᵀ X̃⟩ = ⟨Δ_i, U Δ_j⟩ + ⟨U Δ_i, Δ_j⟩.
 
     Args:
         inputs: X, ``[(groups,) R, inputs]``.
@@ -87,6 +91,41 @@ class Gram:
         squares: Tensor = torch.stack(self._wholes).view(tasks, -1).to(wide).sum(1) + common
         return squares * torch.stack(self._units).to(wide).square() if self._scales else squares
 
+    def inner(self, deltas: Sequence[Tensor]) -> Tensor:
+        """⟨Δ_iᵀ X, Δ_jᵀ X⟩, ``[T, T]``, as wide as the device allows; none of them is kept.
+
+        Args:
+            deltas: each ``[(groups,) R, outputs]``, of any float dtype.
+        """
+        tasks, kind, wide = len(deltas), self._pair.dtype, self._mean_square.dtype
+        units = [_largest(delta.to(kind)) for delta in deltas] if self._scales else []
+        twice = self._pair.new_zeros(tasks, tasks)  # ⟨Δ_i, 2 U Δ_j⟩
+        half = twice.new_zeros(tasks, tasks, dtype=wide)
+        for block in self._blocks(deltas, units):
+            for start, length, strip in self._strips:
+                beside = block.shape[-2] - start
+                product = strip.view(*block.shape[1:-2], length, beside) @ block.narrow(-2, start, beside)
+                twice.addmm_(block.narrow(-2, start, length).reshape(tasks, -1), product.reshape(tasks, -1).t())
+            # Summed as a sum is, not as a product: equal numbers would be rounded one way.
+            sums = block.sum(-2).to(wide)
+            others = (self._pair[..., 1:, :] @ block).squeeze(-2).to(wide)
+            others.addcmul_(sums, self._mean_square.unsqueeze(-1), value=0.5)
+            half.addmm_(sums.reshape(tasks, -1), others.reshape(tasks, -1).t())
+        half.add_(twice, alpha=0.5)
+        inner = half + half.t()
+        if not units:
+            return inner
+        sizes = (torch.stack(units) * self._of_inputs).to(wide)
+        return inner * torch.outer(sizes, sizes)
+
+    def _blocks(self, deltas: Sequence[Tensor], units: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The same columns of all Δ_i, ``[T, (groups,) R, width]``, in X's dtype."""
+        rows = len(deltas) * math.prod(deltas[0].shape[:-1])
+        width = max(_BLOCK // max(rows, 1), _LEAST_WIDTH)
+        for start in range(0, deltas[0].shape[-1], width):
+            parts = [delta[..., start : start + width].to(self._pair.dtype) for delta in deltas]
+            yield torch.stack([part / unit for part, unit in zip(parts, units, strict=True)] if units else parts)
+
     def _common(self, own: _Number, crossed: _Number, weighted: _Number, length: _Number) -> _Number:
         """What the mean has a part in, of a task or ``[T]``, and 0 where rounding alone has kept s from 0.
 
@@ -122,6 +161,33 @@ class Gram:
             self._trusts_one(square, float(length), delta)
             for square, length, delta in zip(squares.tolist(), self._lengths, deltas, strict=True)
         )
+
+    def trusts_inner(self, inner: Tensor, deltas: Sequence[Tensor]) -> bool:
+        """Whether inner products are right to 1e-6 of the two norms, by what is to be expected of rounding; asks the device.
+
+        Rounding errors that know nothing of each other add up to ε Σ_r (‖x̃_r‖² + ‖μ‖²) ‖δ_r‖² and less on the diagonal, and
+        beside it to the geometric mean of two. At worst they all have one direction: so each square has to be one that
+        ``trusts`` lets pass, too.
+
+        Args:
+            inner: what ``inner`` gave for these Δ_i.
+            deltas: what was given.
+        """
+        return all(map(self._expects_one, inner.diagonal().tolist(), deltas))
+
+    def _expects_one(self, square: float, delta: Tensor) -> bool:
+        rows = torch.linalg.vector_norm(delta.to(self._pair.dtype), dim=-1).to(self._mean_square.dtype)
+        length = float(torch.linalg.vector_norm(rows))
+        error = 2 * self._eps * (float((rows.square() * self._row_squares).sum()) + square) + self._tiny * (square > 0)
+        return error <= _EXPECTED * square and self._trusts_one(square, length, delta.to(self._pair.dtype))
+
+    @functools.cached_property
+    def _row_squares(self) -> Tensor:
+        """‖x̃_r‖² + ‖μ‖² of each row, ``[(groups,) R]``."""
+        groups, own = self._pair.shape[:-2], []
+        for _, length, strip in self._strips:
+            own.append(strip.view(*groups, length, -1).diagonal(dim1=-2, dim2=-1))
+        return torch.cat(own, dim=-1).to(self._mean_square.dtype) + self._mean_square.unsqueeze(-1)
 
     def _trusts_one(self, square: float, length: float, delta: Tensor) -> bool:
         if not math.isfinite(square):

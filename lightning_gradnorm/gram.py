@@ -13,8 +13,8 @@ from lightning_gradnorm.measurement import widest_float
 _TRUSTED = 1e-4  # largest relative error of a square that is let pass
 _EXPECTED = 1e-6  # largest error of an inner product that is let pass, over the product of the two norms
 _PROBES = 4
-_BLOCK = 1 << 18  # elements of all tasks' Δ that are multiplied at once: what the cache holds
-_LEAST_WIDTH = 64  # of such a block, so that its products are not slow
+_BLOCK = 1 << 19  # elements of all tasks' Δ that are multiplied at once: what the cache holds
+_WIDTH = 64  # such a block has a multiple of it as columns, so that its products are not slow
 _Number = TypeVar("_Number", float, Tensor)
 
 
@@ -120,11 +120,17 @@ class Gram:
 
     def _blocks(self, deltas: Sequence[Tensor], units: Sequence[Tensor]) -> Iterator[Tensor]:
         """The same columns of all Δ_i, ``[T, (groups,) R, width]``, in X's dtype."""
-        rows = len(deltas) * math.prod(deltas[0].shape[:-1])
-        width = max(_BLOCK // max(rows, 1), _LEAST_WIDTH)
-        for start in range(0, deltas[0].shape[-1], width):
-            parts = [delta[..., start : start + width].to(self._pair.dtype) for delta in deltas]
-            yield torch.stack([part / unit for part, unit in zip(parts, units, strict=True)] if units else parts)
+        shape, outputs = (len(deltas), *deltas[0].shape[:-1]), deltas[0].shape[-1]
+        width = max(_BLOCK // max(math.prod(shape), 1) // _WIDTH, 1) * _WIDTH
+        room = self._pair.new_empty(math.prod(shape) * min(width, outputs))
+        for start in range(0, outputs, width):
+            length = min(width, outputs - start)
+            block = room[: math.prod(shape) * length].view(*shape, length)
+            for row, delta in zip(block, deltas, strict=True):
+                row.copy_(delta.narrow(-1, start, length))
+            for row, unit in zip(block, units, strict=False):
+                row.div_(unit)
+            yield block
 
     def _common(self, own: _Number, crossed: _Number, weighted: _Number, length: _Number) -> _Number:
         """What the mean has a part in, of a task or ``[T]``, and 0 where rounding alone has kept s from 0.

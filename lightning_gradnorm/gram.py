@@ -19,7 +19,7 @@ _Number = TypeVar("_Number", float, Tensor)
 
 
 class Gram:
-    """‖Δ_iᵀ X‖² of one task after the other, or ⟨Δ_iᵀ X, Δ_jᵀ X⟩ of all, with what the rows of X have in common taken out first.
+    """‖Δ_iᵀ X‖² of one task after the other, or ⟨Δ_iᵀ X, Δ_jᵀ X⟩ of all; what the rows of X have in common is taken out first.
 
     With μ the mean of the rows, X = X̃ + 1 μᵀ and s_i = Δ_iᵀ 1: ‖Δ_iᵀ X‖² = ⟨X̃ X̃ᵀ, Δ_i Δ_iᵀ⟩ + 2 ⟨s_i, Δ_iᵀ X̃ μ⟩ + ‖s_i‖² ‖μ‖².
     Of X̃ X̃ᵀ = U + Uᵀ a half is multiplied: ⟨Δ_iᵀ X̃, Δ_jᵀ X̃⟩ = ⟨Δ_i, U Δ_j⟩ + ⟨U Δ_i, Δ_j⟩.
@@ -105,13 +105,14 @@ class Gram:
             for start, length, strip in self._strips:
                 beside = block.shape[-2] - start
                 product = strip.view(*block.shape[1:-2], length, beside) @ block.narrow(-2, start, beside)
-                twice.addmm_(block.narrow(-2, start, length).reshape(tasks, -1), product.reshape(tasks, -1).t())
+                own = block.narrow(-2, start, length).reshape(tasks, -1)
+                twice = torch.addmm(twice, own, product.reshape(tasks, -1).t())
             # Summed as a sum is, not as a product: equal numbers would be rounded one way.
             sums = block.sum(-2).to(wide)
             others = (self._pair[..., 1:, :] @ block).squeeze(-2).to(wide)
             others.addcmul_(sums, self._mean_square.unsqueeze(-1), value=0.5)
-            half.addmm_(sums.reshape(tasks, -1), others.reshape(tasks, -1).t())
-        half.add_(twice, alpha=0.5)
+            half = torch.addmm(half, sums.reshape(tasks, -1), others.reshape(tasks, -1).t())
+        half = half + twice / 2
         inner = half + half.t()
         if not units:
             return inner

@@ -145,7 +145,7 @@ class WeightFactors:
             gram = Gram(inputs)
             inner = gram.inner(deltas)
             found[index.unsqueeze(1), index] = inner
-            if least == wide or gram.trusts_inner(inner, deltas):
+            if inputs.dtype == wide or gram.trusts_inner(inner, deltas):
                 break
         return found
 

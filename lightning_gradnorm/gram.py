@@ -191,9 +191,10 @@ class Gram:
     @functools.cached_property
     def _row_squares(self) -> Tensor:
         """‖x̃_r‖² + ‖μ‖² of each row, ``[(groups,) R]``."""
-        groups, own = self._pair.shape[:-2], []
-        for _, length, strip in self._strips:
-            own.append(strip.view(*groups, length, -1).diagonal(dim1=-2, dim2=-1))
+        own = []
+        for start, length, strip in self._strips:
+            strip = strip.view(*self._pair.shape[:-2], length, self._pair.shape[-1] - start)
+            own.append(strip.diagonal(dim1=-2, dim2=-1))
         return torch.cat(own, dim=-1).to(self._mean_square.dtype) + self._mean_square.unsqueeze(-1)
 
     def _trusts_one(self, square: float, length: float, delta: Tensor) -> bool:

@@ -141,20 +141,37 @@ def test_equal_numbers_are_not_all_rounded_one_way(rows):
     assert_right(found.gramian(), oracle(layer, x, deltas), 1e-6)
 
 
-@pytest.mark.parametrize("mean", [0.0, 30.0, 1e4])
-def test_what_single_precision_is_not_to_be_trusted_with_is_computed_again(mean):
-    """The rows' common part all but cancels, or one task's rows are all but orthogonal to those of the input."""
+@pytest.mark.parametrize(("mean", "along"), [(0.0, 1e-1), (0.0, 1e-3), (30.0, 1e-3), (1e4, 1e-3)])
+def test_what_nearly_cancels_is_computed_again(mean, along):
+    """The rows' common part, or one task's rows are all but orthogonal to those of the input."""
     torch.manual_seed(0)
     q = torch.linalg.qr(torch.randn(30, 30)).Q
     x = mean + q[:, :3] @ torch.randn(3, 60)
-    deltas = [q[:, 3:8] @ torch.randn(5, 50) + 1e-3 * q[:, :3] @ torch.randn(3, 50), torch.randn(30, 50)]
-    deltas = [delta - delta.mean(0) for delta in deltas]
+    deltas = [q[:, 3:8] @ torch.randn(5, 50) + along * q[:, :3] @ torch.randn(3, 50), torch.randn(30, 50)]
+    assert_computed_again(x, [delta - delta.mean(0) for delta in deltas])
+
+
+def test_what_rounding_can_turn_one_way_is_computed_again():
+    """A batch of two different rows, each with the same said to all of them: there are few different numbers to round."""
+    torch.manual_seed(0)
+    signs = torch.where(torch.arange(1024) < 528, 1.0, -1.0).unsqueeze(1)
+    assert_computed_again(signs * torch.randn(60), [torch.full((1024, 50), 1 / 3), torch.randn(1024, 50)])
+
+
+def assert_computed_again(x, deltas):
     gram = Gram(x)
     assert not gram.trusts_inner(gram.inner(deltas), deltas)
     factors = WeightFactors(2, torch.empty(50, 60), turned=True)
     factors._inputs, factors._deltas = [x], [dict(enumerate(deltas))]
     rows = torch.stack([(delta.double().T @ x.double()).flatten() for delta in deltas])
-    assert_right(factors.inner(), rows @ rows.T, 1e-6)
+    assert_right(factors.inner(), rows @ rows.T, 1e-10)
+
+
+@pytest.mark.parametrize(("rows", "outputs"), [(0, 5), (3, 0), (0, 0)])
+def test_of_nothing_they_are_zero(rows, outputs):
+    factors = WeightFactors(2, torch.empty(outputs, 6), turned=True)
+    factors._inputs, factors._deltas = [torch.ones(rows, 6)], [{0: torch.ones(rows, outputs), 1: torch.ones(rows, outputs)}]
+    assert factors.inner().tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])

@@ -33,6 +33,7 @@ class WeightFactors:
             point they do so but for rounding, which a large common part of the inputs would make much of.
         products: how many products the weight is used in.
         keep: whether the Δ_i are kept; else each is let go of once it has its part in ``squares``, where that can be.
+        pairs: whether, if they are not kept, they are let go of together instead, once ``inner`` can be had.
     """
 
     def __init__(
@@ -43,9 +44,12 @@ class WeightFactors:
         sums_to_zero: bool = False,
         products: int = 1,
         keep: bool = True,
+        pairs: bool = False,
     ) -> None:
         self._tasks, self._weight, self._turned, self._sums_to_zero = tasks, weight, turned, sums_to_zero
-        self._keeps = keep or products > 1
+        self._keeps = keep or pairs or products > 1
+        self._awaited = tasks * products if pairs and not keep else None  # Δ_i, before all are let go of
+        self._inner: Tensor | None = None
         self._inputs: list[Tensor] = []
         self._deltas: list[dict[int, Tensor]] = []
         self._places: dict[int, int] = {}  # identity of a product's node → its number
@@ -66,6 +70,10 @@ class WeightFactors:
         delta = _places(node, cotangent) if convolves else cotangent.detach()
         if self._keeps or not self._squared(delta, task):
             self._deltas[place][task] = delta
+        if sum(map(len, self._deltas)) == self._awaited:
+            self.inner()
+            self._inputs.clear()
+            self._deltas.clear()
 
     def _squared(self, delta: Tensor, task: int) -> bool:
         """Whether a Δ has its part in ``squares``, and need not be kept."""
@@ -102,6 +110,8 @@ class WeightFactors:
         On the CPU, what float32 cannot hold to 1e-4 is computed again in float64; elsewhere nobody waits for the answer, and
         the factors are scaled so that their squares neither over- nor underflow.
         """
+        if self._inner is not None:
+            return self._inner.diagonal().clamp_min(0)
         parts: list[tuple[list[int], Tensor]] = []
         if self._gram is not None and self._let_go:
             parts.append((self._let_go, self._gram.squares()))
@@ -135,6 +145,11 @@ class WeightFactors:
         On the CPU, what float32 is not to be trusted with to 1e-6 of the two norms is computed again in float64. Elsewhere
         nobody waits for that answer, and the products are as wide as their sums.
         """
+        if self._inner is None:
+            self._inner = self._inner_now()
+        return self._inner
+
+    def _inner_now(self) -> Tensor:
         wide = widest_float(self._weight.device)
         found = torch.zeros(self._tasks, self._tasks, dtype=wide, device=self._weight.device)
         if self.is_empty:

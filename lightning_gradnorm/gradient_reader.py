@@ -66,6 +66,8 @@ class GradientReader(ABC):
             its ``torch.autograd.graph.get_gradient_edge`` before.
         keep: whether the gradients themselves will be asked for. If only their norms are, a large one is let go of as soon as
             its norm is had, where the engine can.
+        pairs: whether their inner products will be asked for, too: if these and norms are all, what they are made of is let go
+            of as soon as they are had, where the engine can.
 
     Attributes:
         tasks: task names.
@@ -86,9 +88,10 @@ class GradientReader(ABC):
         edges: Iterable[GradientEdge] | None = None,
         *,
         keep: bool = True,
+        pairs: bool = False,
     ) -> None:
         self.tasks: tuple[str, ...] = tuple(losses)
-        self._keep = keep
+        self._keep, self._pairs = keep, pairs
         given = list(parameters)
         first = {id(parameter): k for k, parameter in reversed(list(enumerate(given)))}  # one given twice counts once
         kept = sorted(first.values())
@@ -126,7 +129,7 @@ class GradientReader(ABC):
         """The losses and unweighted gradient norms as a balancer's ``update`` takes them, once ``root.backward()`` has run.
 
         Args:
-            gramian: whether the gradients' inner products are wanted too; they need ``keep=True``.
+            gramian: whether the gradients' inner products are wanted too; they need ``keep=True`` or ``pairs=True``.
         """
         gradients = self.gradients()
         inner = gradients.gramian() if gramian else None

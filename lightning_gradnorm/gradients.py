@@ -72,7 +72,7 @@ class PerTaskBackward(GradientReader):
         losses: task name → loss from ``tap_losses`` that ``root`` was built from.
         parameters: W, the shared parameters.
         edges: where gradients are read, one for each of them, if not at the parameters themselves.
-        keep: makes no difference here.
+        keep, pairs: make no difference here.
     """
 
     engine: ClassVar[str] = "per_task"

@@ -58,6 +58,7 @@ class JointBackward(GradientReader):
         parameters: W, the shared parameters.
         edges: where gradients are read, one for each of them, if not at the parameters themselves.
         keep: whether more than the norms will be asked for; if not, a large gradient is let go of once its norm is had.
+        pairs: whether, if not, inner products will be asked for all the same: then factors are let go of once these are had.
 
     Attributes:
         is_merged: whether several tasks meet above every tensor of W, so that products are needed at all.
@@ -117,7 +118,8 @@ class JointBackward(GradientReader):
                 f"The total gives {', '.join(f'task {task!r}' for task in unseen)} the weight 0, so nothing of its gradient is "
                 "in the backward. Leave it out of the losses, give it a small weight, or choose engine='per_task'."
             )
-        return TaskGradients(self.tasks, self._arrivals.gradients, seeds, self.parameters, self._factors, self._norms)
+        rows = self._arrivals.gradients
+        return TaskGradients(self.tasks, rows, seeds, self.parameters, self._factors, self._norms, self._pairs)
 
     @property
     def shapes(self) -> tuple[Any, ...]:
@@ -160,14 +162,16 @@ class JointBackward(GradientReader):
 
     def _paced(self, graph: TaskGraph) -> Pace | None:
         """What carries on from where tasks meet above W, and lets go of large gradients; ``None`` where there is neither."""
-        ends = {} if self._keep else _ends_to_let_go(graph, self.parameters)
+        ends = {} if self._keep or self._pairs else _ends_to_let_go(graph, self.parameters)
         if not graph.merged and not ends:
             return None
         by_node: Mapping[Node, tuple[int, WeightFactors]] = {}
         frames = frames_of(graph.merged)
         if self._keeps_factors and not frames:  # a frame's operands can be had once
             of_w = {target: k for target, k in graph.targets.items() if k < len(self._wanted)}
-            by_node, self._factors = find_factors(graph.merged, graph.leaving, of_w, self._wanted, len(self.tasks), self._keep)
+            by_node, self._factors = find_factors(
+                graph.merged, graph.leaving, of_w, self._wanted, len(self.tasks), self._keep, self._pairs
+            )
         descent = Descent(list(graph.merged), graph.merged, graph.targets, self._arrivals, by_node, frames)
         held = self._held(graph, frames)
         apart = not self._keep and bool(ends or by_node)

@@ -85,6 +85,7 @@ class Reading:
         edges: Sequence[GradientEdge] | None = None,
         *,
         keep: bool = True,
+        pairs: bool = False,
         weigh: Weigh | None = None,
     ) -> None:
         """Get ready for the backward of ``root``; other arguments and errors are those of ``GradientReader``.
@@ -95,6 +96,7 @@ class Reading:
             tensors: W.
             edges: where its gradients arrive.
             keep: whether more than norms will be asked for.
+            pairs: whether inner products will be asked for beside the norms.
             weigh: the weights under which the gradients are put together anew where the tasks meet, in this backward, if they
                 are to be; see ``RecombiningBackward``.
 
@@ -102,7 +104,7 @@ class Reading:
             ScatteredTasksError: if there is no such place.
         """
         self.discard()
-        reader = self._reader = self._new(root, losses, tensors, edges, keep=keep, weigh=weigh)
+        reader = self._reader = self._new(root, losses, tensors, edges, keep=keep, pairs=pairs, weigh=weigh)
         # PyTorch 2.13 frees a graph that Python has looked at by recursion, and 40,000 nodes in a row overflow the stack. Not
         # if Python holds the nodes until all else is gone, as it is by the next reading, and lets go of parents first.
         deep = isinstance(reader, JointBackward) and len(reader.graph.owners) > _DEEP
@@ -131,12 +133,13 @@ class Reading:
         edges: Sequence[GradientEdge] | None,
         *,
         keep: bool = True,
+        pairs: bool = False,
         weigh: Weigh | None,
         verify: bool = False,
     ) -> GradientReader:
         if weigh is not None:
             return RecombiningBackward(root, losses, tensors, edges, weigh=weigh, verify=verify)
-        return self._type(root, losses, tensors, edges, keep=keep)
+        return self._type(root, losses, tensors, edges, keep=keep, pairs=pairs)
 
     def finish(self) -> TaskGradients | None:
         """What the backward brought; ``None`` where nothing was begun.

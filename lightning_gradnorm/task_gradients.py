@@ -23,6 +23,7 @@ class TaskGradients:
         factors: number of a parameter → the factors of all tasks' gradients on it.
         others: per task, number of a parameter → the norm of a gradient that was let go of; ``None`` where none was. Else only
             ``norms`` can be asked for.
+        pairs: whether the inner products can be asked for all the same.
     """
 
     tasks: tuple[str, ...]
@@ -31,6 +32,7 @@ class TaskGradients:
     parameters: list[Tensor]
     factors: Mapping[int, WeightFactors] = field(default_factory=dict)
     others: list[dict[int, Tensor]] | None = None
+    pairs: bool = False
 
     def norms(self) -> Tensor:
         """n_i = ‖∇_W L_i‖₂ of the unweighted losses, shape ``[T]``, summed in float64 where the device has it."""
@@ -56,7 +58,7 @@ class TaskGradients:
 
     def cosines(self) -> Tensor:
         """Cosine of the angle between every two tasks' gradients, ``[T, T]``; NaN beside one of zeros."""
-        self._check_kept()
+        self._check_kept(or_pairs=True)
         signs = self.cotangents.sign()
         if not self.factors:
             return cosines(self._rows(self.gradients, self.parameters)) * torch.outer(signs, signs)
@@ -66,7 +68,7 @@ class TaskGradients:
 
     def gramian(self) -> Tensor:
         """⟨∇_W L_i, ∇_W L_j⟩ of the unweighted losses, ``[T, T]``, as wide as the device allows."""
-        self._check_kept()
+        self._check_kept(or_pairs=True)
         inner = self._inner() if self.factors else gramian_of(self._rows(self.gradients, self.parameters))
         return inner / torch.outer(self.cotangents, self.cotangents)
 
@@ -88,11 +90,11 @@ class TaskGradients:
         rows = self._rows(whole, self.parameters)
         return rows / self.cotangents.to(rows.dtype).unsqueeze(1)
 
-    def _check_kept(self) -> None:
-        if self.others is not None:
+    def _check_kept(self, *, or_pairs: bool = False) -> None:
+        if self.others is not None and not (or_pairs and self.pairs):
             raise RuntimeError(
                 "The tasks' gradients were let go of once their norms were known (keep=False), so these are all that can be "
-                "asked for. Read them with keep=True."
+                "asked for. Read them with keep=True; for inner products, pairs=True is enough."
             )
 
     def _rows(self, gradients: list[list[Tensor | None]], parameters: list[Tensor]) -> Tensor:

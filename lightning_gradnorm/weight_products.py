@@ -24,6 +24,7 @@ def find_factors(
     wanted: Sequence[Any],
     tasks: int,
     keep: bool = True,
+    pairs: bool = False,
 ) -> tuple[dict[Node, tuple[int, WeightFactors]], dict[int, WeightFactors]]:
     """The products whose gradient on a weight of W is better kept as factors.
 
@@ -36,6 +37,7 @@ def find_factors(
         wanted: the tensors of W.
         tasks: how many.
         keep: whether the factors are to be kept once the norms are had.
+        pairs: whether, if not, they are to be kept until the inner products are had.
 
     Returns:
         Product's node → (which child is the weight, factors); number of the tensor of W → factors.
@@ -62,7 +64,7 @@ def find_factors(
         turns = {products[node].turned for node in users}
         if len(turns) == 1 and _gram_is_less(users, wanted[k], tasks):
             normalised = all(_normalises(parent) for node in users for parent in above[node])
-            chosen[k] = WeightFactors(tasks, wanted[k], turns.pop(), normalised, len(users), keep)
+            chosen[k] = WeightFactors(tasks, wanted[k], turns.pop(), normalised, len(users), keep, pairs)
     return {node: (p.operand, chosen[p.number]) for node, p in products.items() if p.number in chosen}, chosen
 
 

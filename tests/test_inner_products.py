@@ -35,7 +35,7 @@ def read(weights, losses, **settings):
     losses = tap_losses(losses)
     root = sum(losses.values())
     reader = JointBackward(root, losses, weights, **settings)
-    root.backward()
+    root.backward(retain_graph=True)
     return reader.gradients()
 
 
@@ -214,17 +214,18 @@ def test_they_take_the_operations_of_the_norms_and_those_between_the_tasks(found
 def test_they_bring_the_norms_with_them():
     layer, x = nn.Linear(INPUTS, OUTPUTS), torch.randn(ROWS, INPUTS)
 
-    def measured(gramian):
+    def measured():
         outputs = layer(x)
         losses = tap_losses({f"task{i}": (outputs * (i + 1)).square().mean() for i in range(TASKS)})
         root = sum(losses.values())
         reader = JointBackward(root, losses, [layer.weight])
         root.backward()
-        return flops(lambda: measurements.append(reader.measurement(gramian=gramian))), reader
+        return reader
 
     measurements = []
-    operations, reader = measured(gramian=True)
-    assert operations == flops(reader.gradients().gramian)
+    reader = measured()
+    operations = flops(lambda: measurements.append(reader.measurement(gramian=True)))
+    assert operations == flops(measured().gradients().gramian)
     assert measurements[0].gradient_norms.tolist() == measurements[0].gramian.diagonal().sqrt().tolist()
 
 
@@ -234,3 +235,42 @@ def test_the_factors_are_not_copied_all_at_once():
     found = read([layer.weight], losses_of(outputs, [torch.randn(outputs.shape) for _ in range(4)]))
     factors = 4 * 4 * outputs.numel()  # bytes
     assert peak_bytes(found.gramian) < factors / 2
+
+
+@pytest.mark.parametrize("kind", ["linear", "grouped"])
+@pytest.mark.parametrize("used", [1, 2])
+def test_the_factors_are_let_go_of_once_all_are_there(used, kind):
+    """While the backward is still on its way; what is made of them is the same."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    seen = []
+
+    def read_with(**settings):
+        inputs = x.tanh()
+        inputs.register_hook(lambda gradient: seen.append([factors.is_empty for factors in reader._factors.values()]))
+        outputs = sum(layer(inputs * (i + 1)).tanh() for i in range(used))
+        draws = torch.Generator().manual_seed(0)
+        targets = [torch.randn(outputs.shape, generator=draws, dtype=torch.float64) for _ in range(3)]
+        losses = tap_losses({f"task{i}": (outputs - target).square().mean() for i, target in enumerate(targets)})
+        root = sum((i + 1) * loss for i, loss in enumerate(losses.values()))
+        reader = JointBackward(root, losses, layer.parameters(), **settings)
+        root.backward()
+        return reader.gradients()
+
+    kept, gone = read_with(), read_with(keep=False, pairs=True)
+    assert seen == [[False], [True]]
+    for ask in ("gramian", "cosines", "norms"):
+        torch.testing.assert_close(getattr(gone, ask)(), getattr(kept, ask)(), rtol=1e-12, atol=0)
+    with pytest.raises(RuntimeError, match=r"Read them with keep=True; for inner products, pairs=True is enough"):
+        gone.flat()
+
+
+def test_of_tasks_that_do_not_all_come_the_factors_wait_to_the_end():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(30, 20, bias=False), torch.randn(9, 30)
+    first, second = layer(x), layer(x[:5])
+    losses = {f"both {i}": (first.square() * i).sum() + second.square().sum() for i in (1, 2)} | {"first": first.sum()}
+    kept, waiting = (read([layer.weight], losses, **settings) for settings in ({}, {"keep": False, "pairs": True}))
+    assert not waiting.factors[0].is_empty
+    torch.testing.assert_close(waiting.gramian(), kept.gramian())

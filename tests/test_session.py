@@ -12,6 +12,7 @@ from lightning_gradnorm import (
     DynamicTaskPrioritization,
     GradNorm,
     GradNormCallback,
+    GramianWeighting,
     LearningRateAnnealing,
     LossBalancingCallback,
     SelfAdaptivePoints,
@@ -116,7 +117,12 @@ KEPT = {
         {"log_cosines": False},
         {},
     ),
+    "nowhere for inner products": ([False] * 6, lambda: GramianWeighting(even), {"log_cosines": False}, {}),
 }
+
+
+def even(gramian):
+    return 1 / gramian.diagonal().sqrt()
 
 
 @pytest.mark.parametrize(("kept", "method", "settings", "trainer"), KEPT.values(), ids=KEPT)
@@ -133,10 +139,11 @@ def test_gradients_are_kept_where_more_than_their_norms_is_asked_for(tmp_path, m
     assert asked == kept
 
 
-def test_a_second_batch_where_a_step_has_one_leaves_one_step_out_and_is_added_from_then_on():
+@pytest.mark.parametrize("method", [lambda: GradNorm(lr=0.1), lambda: GramianWeighting(even)])
+def test_a_second_batch_where_a_step_has_one_leaves_one_step_out_and_is_added_from_then_on(method):
     def norms(norms_suffice):
         module, found = made(), []
-        session = BalancingSession(GradNorm(lr=0.1))
+        session = BalancingSession(method())
         session.open(Loop(module, norms_suffice=lambda: norms_suffice))
         for batches in (1, 1, 2, 2):
             for x in data()[:batches]:

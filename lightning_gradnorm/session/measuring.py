@@ -40,7 +40,7 @@ class Measuring:
         self._balancer = balancer
         self._besides = [field for field in ("kpis", "ntk_traces") if field in balancer.needs]
         self._pairs = "gramian" in balancer.needs
-        self._keeps = self._pairs or "gradient_means" in balancer.needs
+        self._keeps = "gradient_means" in balancer.needs
         self._reached: set[str] = set()  # the tasks whose gradient on W was read before
         self.new_window()
 
@@ -87,7 +87,8 @@ class Measuring:
         self._acts = self._balancer.acts_in_backward and (len(losses) > 1 or loop.ranks is not None)
         weigh = functools.partial(self._weigh, noted, loop.ranks) if self._acts else None
         try:
-            there = self.reading.before_backward(root, losses, keep=self._keeps or not loop.norms_suffice(), weigh=weigh)
+            keep = self._keeps or not loop.norms_suffice()
+            there = self.reading.before_backward(root, losses, keep=keep, pairs=self._pairs, weigh=weigh)
         except UnreachedSharedLayerError as error:
             only_others = bool(self._reached) and self._reached.isdisjoint(losses)
             if len(error.tasks) < len(losses) or only_others or hides_parameters(root):

@@ -209,7 +209,13 @@ class SharedReading:
     # -- around the backward ---------------------------------------------------------------------------------------
 
     def before_backward(
-        self, root: Tensor, losses: Mapping[str, Tensor], *, keep: bool = True, weigh: Weigh | None = None
+        self,
+        root: Tensor,
+        losses: Mapping[str, Tensor],
+        *,
+        keep: bool = True,
+        pairs: bool = False,
+        weigh: Weigh | None = None,
     ) -> bool:
         """Get ready for the backward of ``root``.
 
@@ -217,6 +223,7 @@ class SharedReading:
             root: scalar that ``backward()`` will be called on.
             losses: the tapped losses that it was built from.
             keep: whether the gradients themselves will be asked for, or their norms alone.
+            pairs: whether their inner products will be asked for beside the norms.
             weigh: the weights under which they are put together anew in this backward, if they are to be.
 
         Returns:
@@ -229,7 +236,7 @@ class SharedReading:
         tensors, edges = self._wanted()
         if not tensors:
             return False
-        self.engine.begin(root, losses, tensors, edges, keep=keep, weigh=weigh)
+        self.engine.begin(root, losses, tensors, edges, keep=keep, pairs=pairs, weigh=weigh)
         return True
 
     def ntk_traces(self, residuals: Mapping[str, Tensor], *seed: int) -> dict[str, Tensor]:

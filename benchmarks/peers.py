@@ -99,7 +99,7 @@ class UPGradHere(Method):
     def backward(self, losses: Losses) -> None:
         losses = tap_losses(losses)
         total = self.balancer.total(losses)
-        reader = JointBackward(total, losses, self.workload.shared)
+        reader = JointBackward(total, losses, self.workload.shared, keep=False, pairs=True)
         total.backward()
         self.balancer.update(reader.measurement(gramian=True))
 

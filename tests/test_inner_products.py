@@ -273,4 +273,4 @@ def test_of_tasks_that_do_not_all_come_the_factors_wait_to_the_end():
     losses = {f"both {i}": (first.square() * i).sum() + second.square().sum() for i in (1, 2)} | {"first": first.sum()}
     kept, waiting = (read([layer.weight], losses, **settings) for settings in ({}, {"keep": False, "pairs": True}))
     assert not waiting.factors[0].is_empty
-    torch.testing.assert_close(waiting.gramian(), kept.gramian())
+    assert_right(waiting.gramian(), kept.gramian(), TOLERANCE[torch.float32])

@@ -115,7 +115,8 @@ class WeightFactors:
         parts: list[tuple[list[int], Tensor]] = []
         if self._gram is not None and self._let_go:
             parts.append((self._let_go, self._gram.squares()))
-        if kept := self._kept:
+        kept = [task for task in range(self._tasks) if any(task in deltas for deltas in self._deltas)]
+        if kept:
             inputs, deltas = self._rows(torch.float32, kept)
             gram = _gram_of(inputs, deltas)
             squares = gram.squares()
@@ -154,20 +155,13 @@ class WeightFactors:
         found = torch.zeros(self._tasks, self._tasks, dtype=wide, device=self._weight.device)
         if self.is_empty:
             return found
-        index = torch.tensor(kept := self._kept, device=found.device)
         for least in (torch.float32, torch.float64) if can_wait(found.device) else (wide,):
-            inputs, deltas = self._rows(least, kept)
+            inputs, deltas = self._rows(least, range(self._tasks))
             gram = Gram(inputs)
-            inner = gram.inner(deltas)
-            found[index.unsqueeze(1), index] = inner
-            if inputs.dtype == wide or gram.trusts_inner(inner, deltas):
+            found = gram.inner(deltas)
+            if inputs.dtype == wide or gram.trusts_inner(found, deltas):
                 break
         return found
-
-    @property
-    def _kept(self) -> list[int]:
-        """The tasks whose Δ is here."""
-        return [task for task in range(self._tasks) if any(task in deltas for deltas in self._deltas)]
 
 
 def _gram_of(inputs: Tensor, deltas: Iterable[Tensor]) -> Gram:

@@ -89,7 +89,8 @@ def test_numbers_that_are_wrong_are_noticed(what, monkeypatch):
     right = getattr(TaskGradients, what)
     monkeypatch.setattr(TaskGradients, what, lambda self: right(self) * 1.001)
     found = check(Program(precision="float32")).differences
-    assert {(reader, what) for reader in READERS if what == "norms" or reader != "letting go"} == set(found)
+    silent = {"norms": (), "cosines": ("letting go",), "flat": ("letting go", "letting go of pairs")}[what]
+    assert {(reader, what) for reader in READERS if reader not in silent} == set(found)
     monkeypatch.setattr(TaskGradients, what, lambda self: right(self) * torch.nan)
     assert ("joint", what) in check(Program(precision="bfloat16")).differences
 

@@ -73,7 +73,7 @@ def expect(program: Program) -> Expected:
     exact, noise, here = _exact(program, own)
     # The joint backward brings what hooks on a task's own part make of its gradient; the other way sees no hook.
     without = _exact(program, set())[0] if own else exact
-    choices = {"joint": [exact], "letting go": [exact], "per task": [without], "audited": [exact, without]}
+    choices = {reader: [exact] for reader in READERS} | {"per task": [without], "audited": [exact, without]}
     return Expected(
         choices if judged else {reader: [] for reader in READERS}, noise, _refusals(program, here), _may_refuse(program, here)
     )
@@ -181,14 +181,14 @@ def _numbers(program: Program, read: Read, exact: Tensor, noise: Tensor) -> Iter
     off = (read.norms.double() - norms).abs()
     if _beyond(off, allowed, norms):
         yield "norms", f"{read.norms.tolist()}, exactly {norms.tolist()}, of which {noise.tolist()} is rounding"
-    if read.flat is None or read.cosines is None:
-        return
-    if read.flat.shape != exact.shape:
+    if read.flat is not None and read.flat.shape != exact.shape:
         yield "flat", f"shape {tuple(read.flat.shape)}, should be {tuple(exact.shape)}"
-    else:
+    elif read.flat is not None:
         off = torch.linalg.vector_norm(read.flat.double() - exact, dim=1)
         if _beyond(off, allowed, norms):
             yield "flat", f"off by {off.tolist()}, norms {norms.tolist()}, of which {noise.tolist()} is rounding"
+    if read.cosines is None:
+        return
     unit = exact / norms.unsqueeze(1)
     uncertain = allowed / norms  # of the angle
     off = (read.cosines.double() - unit @ unit.T).abs()

@@ -14,7 +14,7 @@ from lightning_gradnorm.reading import Reading
 from tests.random_programs.description import Program
 from tests.random_programs.network import Forward, Network
 
-READERS = ("joint", "letting go", "per task", "audited")
+READERS = ("joint", "letting go", "letting go of pairs", "per task", "audited")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 
 
@@ -118,6 +118,8 @@ def run_read(program: Program, kind: str) -> tuple[Read, Left]:
     elif kind == "letting go":
         with mock.patch("lightning_gradnorm.task_gradients._FEW", -1):  # what is small is kept
             reader = JointBackward(root, taps, made.w, made.edges, keep=False)
+    elif kind == "letting go of pairs":
+        reader = JointBackward(root, taps, made.w, made.edges, keep=False, pairs=True)
     else:
         reader = {"joint": JointBackward, "per task": PerTaskBackward}[kind](root, taps, made.w, made.edges)
     root.backward()
@@ -128,8 +130,9 @@ def run_read(program: Program, kind: str) -> tuple[Read, Left]:
     found = reading.finish() if kind == "audited" else reader.gradients()
     assert found is not None
     how = "with factors" if found.factors else "plainly"
-    others = (None, None) if kind == "letting go" else (found.cosines(), found.flat())
-    return Read(found.norms(), *others, found.cotangents, how, reading.words), left
+    cosines = None if kind == "letting go" else found.cosines()
+    flat = None if kind.startswith("letting go") else found.flat()
+    return Read(found.norms(), cosines, flat, found.cotangents, how, reading.words), left
 
 
 @dataclass

@@ -391,7 +391,7 @@ def test_a_closure_that_is_evaluated_again():
     backward(session, session.total(network.losses(x)))
     session.before_step()
     total = session.total(network.losses(x))
-    with pytest.raises(RuntimeError, match="evaluates its closure again"):
+    with pytest.raises(RuntimeError, match="it evaluates its closure again"):
         session.before_backward(total)
 
 

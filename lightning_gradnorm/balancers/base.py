@@ -113,6 +113,9 @@ class LossBalancer(KeptState, ABC):
         """
         raise NotImplementedError
 
+    def drop_step(self) -> None:
+        """Forget what ``weigh`` gave in a step that will have no ``update``."""
+
     def weights_at(self, losses: Mapping[str, Tensor]) -> Tensor:
         """∂total/∂L_i at these losses, shape ``[T]``, detached; for most methods they do not depend on the losses.
 

@@ -54,7 +54,8 @@ class GramianWeighting(RuleBalancer):
     what goes on is Σ_i w_i g_i with weights of these very gradients g_i. That is TorchJD's ``mtl_backward``, exactly so where W
     is all that the tasks share. The total is the plain sum then, and each head has its own task's gradient; the weights are the
     shared parameters' alone. A graph in which tasks also meet elsewhere is refused. Each micro-batch has weights of its own;
-    several ranks have the same ones, of their mean gradients.
+    several ranks have the same ones, of their mean gradients. It takes a callback or a session, which call ``weigh`` in the
+    backward; ``total`` and ``update`` by themselves are the plain sum's.
 
     The weights are the weighting's, on its scale: most of TorchJD's have the mean of the losses, 1/T each, where nothing
     conflicts. The first step applies weights of one, unless they act in the same step.
@@ -150,6 +151,9 @@ class GramianWeighting(RuleBalancer):
         finally:
             self._acted.clear()
 
+    def drop_step(self) -> None:
+        self._acted.clear()
+
     def _may_read(self, measurement: Measurement) -> bool:
         return True  # the weighting runs on the host
 
@@ -162,9 +166,10 @@ class GramianWeighting(RuleBalancer):
         return {"weights": self._applicable(averaged), "measured": measured}
 
     def _mean_acted(self, tasks: Sequence[str]) -> Tensor:
-        """Of the weights that the batches of the step applied, ``[T]``."""
+        """Of the weights that the batches of the step applied, ``[T]``; 1 for a task that was alone in each of its own."""
         every = {task: [w[there.index(task)] for there, w in self._acted if task in there] for task in tasks}
-        return torch.stack([torch.stack(weights).mean() for weights in every.values()])
+        one = torch.ones((), dtype=torch.float64)
+        return torch.stack([torch.stack(weights or [one]).mean() for weights in every.values()])
 
     def _applicable(self, weights: Tensor) -> Tensor:
         if self.when == "next step":

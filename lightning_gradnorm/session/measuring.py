@@ -13,6 +13,7 @@ from lightning_gradnorm.session.loop import Loop
 from lightning_gradnorm.session.noted import NotedLosses
 from lightning_gradnorm.session.ranks import RankAgreement
 from lightning_gradnorm.session.shared import SharedReading, hides_parameters
+from lightning_gradnorm.session.telling import alone
 from lightning_gradnorm.shared_layer import SharedLayer
 from lightning_gradnorm.task_gradients import TaskGradients
 from lightning_gradnorm.window import MeasurementWindow
@@ -85,6 +86,8 @@ class Measuring:
             return False
         self._read_traces(noted.residuals, loop)
         self._acts = self._balancer.acts_in_backward and (len(losses) > 1 or loop.ranks is not None)
+        if self._balancer.acts_in_backward and not self._acts:
+            tell("alone", alone(*losses))
         weigh = functools.partial(self._weigh, noted, loop.ranks) if self._acts else None
         try:
             keep = self._keeps or not loop.norms_suffice()

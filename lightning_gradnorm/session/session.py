@@ -109,7 +109,7 @@ class BalancingSession(Totals):
 
     def close(self) -> None:
         """End the run: no graph, network or hook is held; totals are the plain sum from now on."""
-        self.reading.drop()
+        self.drop()
         self.reading.close()
         if self._hook is not None:
             self._hook.remove()
@@ -228,6 +228,10 @@ class BalancingSession(Totals):
 
     def drop(self) -> None:
         """Forget the step under way."""
+        self._end_step()
+        self.balancer.drop_step()
+
+    def _end_step(self) -> None:
         self.reading.drop()
         self._new_window()
 
@@ -247,7 +251,7 @@ class BalancingSession(Totals):
         """
         window, points, balanced = self._measuring.window, {} if freeze_points else self._noted_points, self._balanced
         due, ranks = self.balancer.due, self._loop.ranks if self._loop is not None else None
-        self.drop()
+        self._end_step()
         if self._recording:
             self.begin_batch()
         if ranks is None and not balanced:

@@ -43,10 +43,23 @@ def of_idle(tasks: Mapping[str, int]) -> str:
 
 
 def evaluated_again() -> str:
-    """What is said of a closure that is evaluated again in a step, where a method acts in the backward."""
+    """What is said of a task that goes backward again once an optimiser steps, where a method acts in the backward."""
     return (
-        "The optimiser evaluates its closure again, as L-BFGS does to search a line, and when='same step' would change the "
-        "objective under it at every evaluation. Take when='next step', whose weights stay as they are within a step."
+        "A task goes backward again after the optimiser has begun to step: it evaluates its closure again, as L-BFGS does to "
+        "search a line, or it is a second optimiser's turn in the same batch. when='same step' would change the objective at "
+        "every evaluation. Take when='next step', whose weights stay as they are within a step."
+    )
+
+
+def alone(task: str) -> str:
+    """What is said of a backward with one task, where a method acts in the backward.
+
+    Args:
+        task: its name.
+    """
+    return (
+        f"A backward had one task alone, {task!r}, and when='same step' left its gradient as it is. Where each task has a "
+        "backward of its own nothing is weighed: call backward() once on the total of all tasks, or take when='next step'."
     )
 
 

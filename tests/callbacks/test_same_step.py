@@ -171,7 +171,7 @@ def test_tasks_that_meet_elsewhere_are_refused(tmp_path):
 
 
 def test_lbfgs_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match="evaluates its closure again"):
+    with pytest.raises(RuntimeError, match="it evaluates its closure again"):
         trained(tmp_path, TrunkAndHeads(torch.optim.LBFGS), callback_of())
 
 

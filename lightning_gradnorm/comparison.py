@@ -48,7 +48,7 @@ def _torchjd() -> Any:
 
 OF_TORCHJD: dict[str, MakeBalancer] = {
     "UPGrad": lambda: GramianWeighting(_torchjd().aggregation.UPGradWeighting()),
-    "UPGrad, same step": lambda: GramianWeighting(_torchjd().aggregation.UPGradWeighting(), when="same step"),
+    "UPGrad (same step)": lambda: GramianWeighting(_torchjd().aggregation.UPGradWeighting(), when="same step"),
     "MGDA": lambda: GramianWeighting(_torchjd().aggregation.MGDAWeighting()),
     "PCGrad": lambda: GramianWeighting(_torchjd().aggregation.PCGradWeighting()),
     "GradVac": lambda: GramianWeighting(_torchjd().aggregation.GradVacWeighting()),

@@ -61,17 +61,18 @@ class Audit:
 
         return hook
 
-    def hooks_changed(self, expected: Sequence[Tensor | None], difference: Tensor, rounding: float) -> bool:
+    def hooks_changed(self, expected: Sequence[Tensor | None], further: Tensor, difference: Tensor, rounding: float) -> bool:
         """Whether hooks of the user have changed what arrived; once the backward has run.
 
         Args:
             expected: what the root's own backward brings without hooks, one per tensor of W.
+            further: what the weights that act in the backward add to that, ``[|W|]``.
             difference: of two readings of the tasks' gradients, all tasks together, ``[|W|]``. Where no hook is at work, what
                 arrived is off by nothing, and not by as much as the readings.
             rounding: relative to all that arrived, what is nothing.
         """
         whole = _flat([self._whole.get(k) for k in range(len(self._parameters))], self._parameters)
-        off = (whole - self.scale.to(whole) * _flat(expected, self._parameters)).norm()
+        off = (whole - self.scale.to(whole) * (_flat(expected, self._parameters) + further.to(whole))).norm()
         return bool(off > rounding * whole.norm()) and bool(off > 0.5 * difference.to(off).norm())
 
     def discard(self) -> None:

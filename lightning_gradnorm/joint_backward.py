@@ -71,6 +71,7 @@ class JointBackward(GradientReader):
 
     engine: ClassVar[str] = "joint"
     _keeps_factors = True
+    _way_out = "choose engine='per_task'"
 
     def _begin(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
         self._cotangents: list[Tensor | None] = [None] * len(self.tasks)
@@ -109,14 +110,14 @@ class JointBackward(GradientReader):
         if self._awaited or len(cotangents) < len(self.tasks):
             raise IncompleteBackwardError(
                 "The backward did not pass through the graph of every task's loss, so the tasks' gradients could not be read "
-                "from it. Call backward() once on the total, without inputs=; or choose engine='per_task'."
+                f"from it. Call backward() once on the total, without inputs=; or {self._way_out}."
             )
         seeds = stack_scalars(cotangents)
         if seeds.device.type == "cpu" and 0.0 in (said := seeds.tolist()):
             unseen = [task for task, seed in zip(self.tasks, said, strict=True) if seed == 0]
             raise IncompleteBackwardError(
                 f"The total gives {', '.join(f'task {task!r}' for task in unseen)} the weight 0, so nothing of its gradient is "
-                "in the backward. Leave it out of the losses, give it a small weight, or choose engine='per_task'."
+                f"in the backward. Leave it out of the losses, give it a small weight, or {self._way_out}."
             )
         rows = self._arrivals.gradients
         return TaskGradients(self.tasks, rows, seeds, self.parameters, self._factors, self._norms, self._pairs)
@@ -126,6 +127,14 @@ class JointBackward(GradientReader):
         """What tells one kind of graph from another, while the backward is to come: nodes, and the shape where tasks meet."""
         merged = next(reversed(self.graph.merged), None)
         return len(self.graph.owners), () if merged is None else shape_of(merged)
+
+    def nodes_if_more_than(self, number: int) -> list[Node]:
+        """All nodes of the graph that Python has looked at, children before parents; none where they are fewer.
+
+        Args:
+            number: up to which a graph is freed without harm.
+        """
+        return self.graph.seen if len(self.graph.owners) > number else []
 
     @property
     def graph(self) -> TaskGraph:

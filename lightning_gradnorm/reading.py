@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradnorm.audit import Audit
+from lightning_gradnorm.autograd_graph import children_first
 from lightning_gradnorm.balancers.checks import check_choice
 from lightning_gradnorm.descent import gradients_of
 from lightning_gradnorm.gradients import (
@@ -104,12 +105,20 @@ class Reading:
             ScatteredTasksError: if there is no such place.
         """
         self.discard()
-        reader = self._reader = self._new(root, losses, tensors, edges, keep=keep, pairs=pairs, weigh=weigh)
+        try:
+            reader = self._reader = self._new(root, losses, tensors, edges, keep=keep, pairs=pairs, weigh=weigh)
+        except (ValueError, RuntimeError):
+            self._outlives = _nodes_if_deep(root)
+            raise
         # PyTorch 2.13 frees a graph that Python has looked at by recursion, and 40,000 nodes in a row overflow the stack. Not
         # if Python holds the nodes until all else is gone, as it is by the next reading, and lets go of parents first.
-        deep = isinstance(reader, JointBackward) and len(reader.graph.owners) > _DEEP
-        self._outlives = reader.graph.seen if isinstance(reader, JointBackward) and deep else []
-        kind = (tuple(losses), tuple((tuple(t.shape), t.dtype, id(t) if t.is_leaf else 0) for t in tensors), reader.shapes)
+        self._outlives = reader.nodes_if_more_than(_DEEP) if isinstance(reader, JointBackward) else []
+        kind = (
+            type(reader),
+            tuple(losses),
+            tuple((tuple(t.shape), t.dtype, id(t) if t.is_leaf else 0) for t in tensors),
+            reader.shapes,
+        )
         if kind in self._proved or len(self._proved) == _MOST_CHECKS or not isinstance(reader, JointBackward):
             return
         if not has_shards(reader.graph.edges):
@@ -169,9 +178,11 @@ class Reading:
         tolerance = _AGREE_IN_HALF if in_half else _AGREE.get(audit.precision, _AGREE_IN_HALF)
         difference = _difference(found.norms(), slow.norms(), tolerance)
         # The second reading does not see what hooks of the user do to gradients; the first sees a part of it.
-        together = _together(slow)
-        apart = _together(found) - audit.scale.to(together) * together
-        changed = difference is not None and audit.hooks_changed(whole, apart, tolerance.whole)
+        weights = reader.applied if isinstance(reader, RecombiningBackward) else [1.0] * len(found.tasks)
+        together = _together(slow, weights)
+        apart = _together(found, weights) - audit.scale.to(together) * together
+        further = _together(slow, [weight - 1 for weight in weights])
+        changed = difference is not None and audit.hooks_changed(whole, further, apart, tolerance.whole)
         audit.discard()
         if difference is None or changed:
             return found
@@ -199,10 +210,16 @@ class Reading:
         self._whole = []
 
 
-def _together(gradients: TaskGradients) -> Tensor:
-    """The tasks' gradients as the backward carries them, added up, ``[|W|]``."""
+def _nodes_if_deep(root: Tensor) -> list[Node]:
+    """All nodes of a graph, children before parents; none of one that is freed without harm."""
+    nodes = [node for node, _ in children_first([root.grad_fn] if root.grad_fn is not None else [], {})]
+    return nodes if len(nodes) > _DEEP else []
+
+
+def _together(gradients: TaskGradients, weights: Sequence[float]) -> Tensor:
+    """The tasks' gradients as the backward carries them, weighed and added up, ``[|W|]``."""
     rows = gradients.flat()
-    return (rows * gradients.cotangents.to(rows).unsqueeze(1)).sum(0)
+    return (rows * (gradients.cotangents.to(rows) * rows.new_tensor(weights)).unsqueeze(1)).sum(0)
 
 
 def _difference(found: Tensor, expected: Tensor, tolerance: _Tolerance) -> tuple[int, float, float] | None:

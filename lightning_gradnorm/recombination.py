@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils.hooks import RemovableHandle
 
-from lightning_gradnorm.autograd_graph import MERGED, REST, TaskGraph
-from lightning_gradnorm.descent import Target
+from lightning_gradnorm.autograd_graph import MERGED, REST, Edge, TaskGraph, children_first
+from lightning_gradnorm.descent import Target, gradients_of
 from lightning_gradnorm.gradient_reader import IncompleteBackwardError
 from lightning_gradnorm.joint_backward import JointBackward
 from lightning_gradnorm.task_gradients import TaskGradients, Weigh
 from lightning_gradnorm.vector_jacobian import has_shards
 
-_INSTEAD = "Take when='next step', which needs no such place."
+_INSTEAD = "Take when='next step'."
+_ONCE = "Call backward() once on the total, without inputs=."
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}  # of a sum of cotangents; less is kept in half precision
 _ROUNDING_IN_HALF = 5e-2
 
@@ -26,7 +28,7 @@ class ScatteredTasksError(RuntimeError):
     def __init__(self, what: str) -> None:
         super().__init__(
             "when='same step' acts where the tasks' gradients meet: at the one output of a trunk that holds all that the tasks "
-            f"share, and that every head takes. Here {what}. {_INSTEAD}"
+            f"share, and that every head takes. Here {what}. Take when='next step', which needs no such place."
         )
 
 
@@ -44,11 +46,18 @@ class RecombiningBackward(JointBackward):
         parameters: W, the shared parameters.
         edges: where gradients are read, one for each of them, if not at the parameters themselves.
         weigh: called once, in the backward.
-        verify: whether to see to it that what arrives there is the tasks' sum, which a hook may have changed; asks the device.
+        verify: whether to have a second look at what further terms bring there, by a backward of their own. That what arrives
+            is the tasks' sum, where there are no further ones, is seen to each time: a hook may change it.
+
+    Attributes:
+        applied: the weights that have acted, in the tasks' order; empty before.
 
     Raises:
         ScatteredTasksError: if the tasks meet elsewhere, too.
+        RuntimeError: in the backward, if that is to be differentiated itself.
     """
+
+    _way_out = "take when='next step'"
 
     def __init__(
         self,
@@ -66,8 +75,16 @@ class RecombiningBackward(JointBackward):
     def _begin(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
         self._place: MeetingPlace | None = None
         self._numbers: dict[int, int] = {}  # input of the meeting place → the number of what arrives there
-        self._has_rest, self._has_acted = False, False
+        self._has_rest = False
+        self._rest: _Unhooked | None = None
+        self.applied: list[float] = []
         super()._begin(root, losses)
+
+    def nodes_if_more_than(self, number: int) -> list[Node]:
+        assert self._place is not None, "it was found"
+        if len(self.graph.owners) + len(self._place.below) <= number:
+            return []
+        return [node for node, _ in children_first([self.graph.root], {})]
 
     def _further_targets(self, graph: TaskGraph) -> dict[Target, int]:
         place = self._place = meeting_place(graph)
@@ -91,52 +108,113 @@ class RecombiningBackward(JointBackward):
     def _lay_hooks(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
         super()._lay_hooks(root, losses)
         assert self._place is not None, "it was found"
+        hidden = self.graph.compiled(merged_only=False) or self.graph.has_reentrant_checkpoint()
+        if self._verify and self._has_rest and not hidden:
+            self._rest = _Unhooked(root, losses, [GradientEdge(self._place.node, number) for number in self._numbers])
+            self._handles.append(self._rest.handle)
         self._handles.append(self._place.node.register_prehook(self._recombine))
 
-    @torch.no_grad()
     def _recombine(self, sums: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """In the place of the sums that have arrived at the node, the weighted ones."""
-        weights, rows = self._weigh(self._found()), self._arrivals.gradients
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward(create_graph=True) asks for gradients that can be differentiated, and when='same step' multiplies "
+                f"them by weights that are made without a graph. {_INSTEAD}"
+            )
+        self._refuse_again()
+        rows = self._arrivals.gradients
+        weights = self.applied = list(self._weigh(self._found()))
         sent = list(sums)
         for number, k in self._numbers.items():
             whole, parts = sums[number], [(weights[task], row[k]) for task, row in enumerate(rows)]
             arrived = [(weight, part) for weight, part in parts if part is not None]
             if whole is None or not arrived:
                 continue
-            if self._verify and not self._has_rest:
-                _refuse_changed(whole, [part for _, part in arrived])
+            if self._rest is not None or not self._has_rest:
+                self._refuse_changed(whole, number, [part for _, part in arrived])
             rest = _sum([(-1.0, part) for _, part in arrived], whole) if self._has_rest else None
             sent[number] = _sum(arrived, rest)
         for row in rows:
             del row[len(self._wanted) :]
-        self._has_acted = True
         return tuple(sent)
+
+    def _read(self, task: int, leaving: list[Edge], grad_inputs: tuple[Tensor | None, ...], grad_outputs: object) -> None:
+        self._refuse_again()
+        super()._read(task, leaving, grad_inputs, grad_outputs)
+
+    def _refuse_again(self) -> None:
+        if self.applied:
+            raise IncompleteBackwardError(
+                f"The total went backward a second time, and the weights of when='same step' act once. {_ONCE} {_INSTEAD}"
+            )
+
+    def _refuse_changed(self, whole: Tensor, number: int, parts: list[Tensor]) -> None:
+        if self._rest is not None:
+            parts = [*parts, *self._rest.at(list(self._numbers).index(number), self._cotangents)]
+        if _is_off(whole, parts):
+            raise ScatteredTasksError("a hook on the trunk's output changes the gradient that arrives there")
 
     def _found(self) -> TaskGradients:
         found = super()._found()
         return replace(found, gradients=[row[: len(self.parameters)] for row in found.gradients])
 
     def gradients(self) -> TaskGradients:
-        if not self._has_acted:
+        if not self.applied:
             self.discard()
             raise IncompleteBackwardError(
-                "The backward did not come to where the tasks' gradients meet, so they could not be put together anew. Call "
-                f"backward() once on the total, without inputs=. {_INSTEAD}"
+                "The backward did not come to where the tasks' gradients meet, so they could not be put together anew. "
+                f"{_ONCE} {_INSTEAD}"
             )
         return super().gradients()
 
     def discard(self) -> None:
         super().discard()
-        self._place = None
+        self._place = self._rest = None
 
 
-def _refuse_changed(whole: Tensor, parts: Sequence[Tensor]) -> None:
+class _Unhooked:
+    """What the terms beside the tasks bring to some edges, were there no hook: the total's gradient without the tasks'.
+
+    Args:
+        root: scalar that ``backward()`` will be called on.
+        losses: task → loss that it was built from.
+        edges: where.
+
+    Attributes:
+        handle: of the hook that reads what ``root`` is scaled by.
+    """
+
+    def __init__(self, root: Tensor, losses: Mapping[str, Tensor], edges: Sequence[GradientEdge]) -> None:
+        assert root.grad_fn is not None, "it was built from losses"
+        self._of_root, self._of_tasks = gradients_of({"": root}, edges)[0], gradients_of(losses, edges)
+        self._scale: Tensor | None = None
+        self._number = root.output_nr
+        self.handle: RemovableHandle = root.grad_fn.register_prehook(self._note_scale)
+
+    def _note_scale(self, grad_outputs: tuple[Tensor | None, ...]) -> None:
+        self._scale = grad_outputs[self._number]
+
+    def at(self, k: int, of_losses: Sequence[Tensor | None]) -> list[Tensor]:
+        """The parts of the sum that arrives at the edge of number ``k``.
+
+        Args:
+            k: which edge.
+            of_losses: what has arrived at each task's loss.
+        """
+        whole, parts = self._of_root[k], [row[k] for row in self._of_tasks]
+        minus = [-part * seed for part, seed in zip(parts, of_losses, strict=True) if part is not None and seed is not None]
+        return minus if whole is None or self._scale is None else [whole * self._scale, *minus]
+
+
+def _is_off(whole: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether a sum is another than that of its parts, by more than rounding."""
     if whole.layout != torch.strided:
-        return
-    off = torch.linalg.vector_norm(_sum([(-1.0, part) for part in parts], whole), 1)
-    largest = torch.stack([torch.linalg.vector_norm(part, 1) for part in parts]).amax()
-    if off.isfinite() and off > _ROUNDING.get(whole.dtype, _ROUNDING_IN_HALF) * largest:
-        raise ScatteredTasksError("a hook on the trunk's output changes the gradient that arrives there")
+        return False
+    wide = torch.promote_types(whole.dtype, torch.float32)
+    off = torch.linalg.vector_norm(_sum([(-1.0, part.to(wide)) for part in parts], whole.to(wide)), 1)
+    sizes = torch.stack([torch.linalg.vector_norm(part.to(wide), 1) for part in parts])
+    rounding = max(_ROUNDING.get(whole.dtype, _ROUNDING_IN_HALF), len(parts) * torch.finfo(whole.dtype).eps)
+    return bool(off.isfinite() and off > rounding * sizes.sum())
 
 
 def _sum(parts: Iterable[tuple[float, Tensor]], start: Tensor | None) -> Tensor:
@@ -169,6 +247,8 @@ def meeting_place(graph: TaskGraph) -> MeetingPlace:
     Raises:
         ScatteredTasksError: if there is no such place.
     """
+    if len(graph.met) < 2:
+        raise ScatteredTasksError("there is one task alone")
     entries: dict[Node, set[int]] = {}
     for out in graph.leaving.values():
         for _, entry, number, _, _ in out:
@@ -186,8 +266,6 @@ def meeting_place(graph: TaskGraph) -> MeetingPlace:
     if len(open_ways) > 1:
         raise ScatteredTasksError(f"they come to the shared layer by several ways ({', '.join(names)})")
     ((node, inputs),) = open_ways.items()
-    if len(graph.reaching) == 1:
-        raise ScatteredTasksError("there is one task alone")
     trunk = _below(node)
     _check_above(graph, node, trunk)
     return MeetingPlace(node, tuple(sorted(inputs)), trunk)

@@ -210,11 +210,18 @@ def _is_off(whole: Tensor, parts: Sequence[Tensor]) -> bool:
     """Whether a sum is another than that of its parts, by more than rounding."""
     if whole.layout != torch.strided:
         return False
-    wide = torch.promote_types(whole.dtype, torch.float32)
-    off = torch.linalg.vector_norm(_sum([(-1.0, part.to(wide)) for part in parts], whole.to(wide)), 1)
-    sizes = torch.stack([torch.linalg.vector_norm(part.to(wide), 1) for part in parts])
-    rounding = max(_ROUNDING.get(whole.dtype, _ROUNDING_IN_HALF), len(parts) * torch.finfo(whole.dtype).eps)
-    return bool(off.isfinite() and off > rounding * sizes.sum())
+    rest = whole.to(torch.promote_types(whole.dtype, torch.float32), copy=True)
+    for part in parts:
+        rest.sub_(part)
+    off, rounding = _size(rest), max(_ROUNDING.get(whole.dtype, _ROUNDING_IN_HALF), len(parts) * torch.finfo(whole.dtype).eps)
+    if not off.isfinite() or off <= rounding * _size(whole):  # most often; where much cancels, the parts decide
+        return False
+    return bool(off > rounding * torch.stack([_size(part) for part in parts]).sum())
+
+
+def _size(tensor: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(tensor, 1, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return size
 
 
 def _sum(parts: Iterable[tuple[float, Tensor]], start: Tensor | None) -> Tensor:

@@ -41,8 +41,10 @@ MAY_IMPORT = {
     },
     "gradients": FLOOR
     | {"autograd_graph", "descent", "gradient_reader", "joint_backward", "task_gradients", "vector_jacobian"},
+    "meeting_place": {"autograd_graph"},
     "recombination": {
         "autograd_graph",
+        "meeting_place",
         "descent",
         "gradient_reader",
         "joint_backward",

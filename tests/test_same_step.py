@@ -20,7 +20,7 @@ from torchjd.aggregation import (
 from torchjd.autojac import jac_to_grad, mtl_backward
 
 from lightning_gradnorm import BalancingSession, GramianWeighting
-from lightning_gradnorm.recombination import ScatteredTasksError
+from lightning_gradnorm.meeting_place import ScatteredTasksError
 
 pytestmark = pytest.mark.usefixtures("float64")
 TRUNK = ["trunk.0", "trunk.2", "trunk.4"]

@@ -11,7 +11,8 @@ from torch import nn
 from torchjd.aggregation import UPGradWeighting
 
 from lightning_gradnorm import tap_losses
-from lightning_gradnorm.recombination import RecombiningBackward, ScatteredTasksError
+from lightning_gradnorm.meeting_place import ScatteredTasksError
+from lightning_gradnorm.recombination import RecombiningBackward
 from tests.test_same_step import TRUNK, Network, assert_same, backward, batches, by_hand, gradients, session_of
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -11,7 +11,7 @@ from torchjd.aggregation import PCGradWeighting, UPGrad, UPGradWeighting
 from torchjd.autojac import jac_to_grad, mtl_backward
 
 from lightning_gradnorm import GramianWeighting, LossBalancingCallback
-from lightning_gradnorm.recombination import ScatteredTasksError
+from lightning_gradnorm.meeting_place import ScatteredTasksError
 from tests.callbacks import distributed_worker as worker
 from tests.callbacks.test_resume import PER_EPOCH, STEPS, assert_went_on, fit
 from tests.callbacks.two_processes import on_two_processes

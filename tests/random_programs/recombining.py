@@ -10,7 +10,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_gradnorm import tap_losses
 from lightning_gradnorm.gradient_reader import CompiledSharedLayerError, HiddenUseError, UnreachedSharedLayerError
-from lightning_gradnorm.recombination import RecombiningBackward, ScatteredTasksError
+from lightning_gradnorm.meeting_place import ScatteredTasksError
+from lightning_gradnorm.recombination import RecombiningBackward
 from tests.random_programs.checking import Verdict
 from tests.random_programs.description import Program
 from tests.random_programs.network import Network

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks.experiments.records import Record
-from benchmarks.suite import command, data_files, equations, fluids, references
+from benchmarks.suite import command, data_files, equations, fluids, methods, references
 from benchmarks.suite.members import Stack, fresh
-from benchmarks.suite.methods import METHODS, fits, member
+from benchmarks.suite.methods import METHODS, member, obstacle
 from benchmarks.suite.registry import DATA, EQUATIONS, PROBLEMS
 from benchmarks.suite.summary import Summary
 from benchmarks.suite.taylor import TanhNetwork
@@ -48,11 +48,29 @@ def alone(make, one, steps):
         session.after_backward()
         adam.step()
         session.step()
+        if (step + 1) % problem.epoch() == 0:
+            session.end_epoch()
     return torch.tensor(seen), one.balancer.weights
 
 
-def members_of(make, methods, seeds, steps):
-    specs = {name: METHODS[name][make.kind] for name in methods if make.kind in METHODS[name]}
+def of_torchjd(kind, name, **settings):
+    kinds = {"aggregation": ("GramianWeighting", "weighting"), "scalarization": ("ScalarizerBalancer", "scalarizer")}
+    balancer, key = kinds[kind]
+    return methods.everywhere({"class": balancer, key: {"class": f"torchjd.{kind}.{name}", **settings}})
+
+
+OTHERS = {
+    "averages of epochs": methods.everywhere({"class": "DynamicWeightAverage"}),
+    "UPGrad": of_torchjd("aggregation", "UPGradWeighting"),
+    "GradVac": of_torchjd("aggregation", "GradVacWeighting", beta=0.1),
+    "IMTL-L": of_torchjd("scalarization", "IMTLL", shape="$tasks"),
+}
+
+
+def members_of(make, names, seeds, steps):
+    known = METHODS | OTHERS
+    mine = {name: known[name][make.kind] for name in names if make.kind in known[name]}
+    specs = {name: spec for name, spec in mine.items() if not obstacle(spec, make)}
     return [member(name, spec, make(seed), steps) for seed in seeds for name, spec in specs.items()]
 
 
@@ -60,12 +78,13 @@ WITH_FILES = [pytest.param(name, marks=real_data) for name in ("FD001", "Tox21")
 
 
 @pytest.mark.parametrize("name", ["Helmholtz", "Burgers, inverse", "cavity", "digits", "eight regressions", *WITH_FILES])
-def test_a_member_of_the_stack_is_what_it_would_be_alone(name):
+def test_a_member_of_the_stack_is_what_it_would_be_alone(name, monkeypatch):
     make = PROBLEMS[name]
-    methods = ("plain", "annealing", "hand 10", "GradNorm", "GradNorm, residuals", "NTK")
-    stack = Stack(make, members_of(make, methods, (0, 1), STEPS), STEPS)
+    monkeypatch.setattr(make, "epoch", lambda problem: 6)
+    names = ("plain", "annealing", "hand 10", "GradNorm", "GradNorm, residuals", "NTK", *OTHERS)
+    stack = Stack(make, members_of(make, names, (0, 1), STEPS), STEPS)
     seen = [stack.advance() for _ in range(STEPS)]
-    for place, lone in enumerate(members_of(make, methods, (0, 1), STEPS)):
+    for place, lone in enumerate(members_of(make, names, (0, 1), STEPS)):
         losses, weights = alone(make, lone, STEPS)
         mine = torch.tensor([[losses[task][place].item() for task in make.tasks] for losses in seen])
         assert stack.members[place].balancer.weights == pytest.approx(weights, rel=1e-5)
@@ -163,7 +182,8 @@ def test_a_run_goes_on_where_it_was_and_takes_methods_by_their_settings(tmp_path
 
 def test_a_method_that_names_a_residual_is_for_equations():
     spec = {"class": "LearningRateAnnealing", "reference": "$residual", "update_every": "$steps/400"}
-    assert fits(spec, PROBLEMS["wave"]) and not fits(spec, PROBLEMS["digits"])
+    assert not obstacle(spec, PROBLEMS["wave"])
+    assert obstacle(spec, PROBLEMS["digits"]) == "names a residual, and there is none"
     made = member("annealing", spec, PROBLEMS["wave"](0), 4000)
     assert (made.balancer.reference, made.balancer.update_every) == ("pde", 10)
     with pytest.raises(SystemExit, match="'x': 'Gradnorm' is no balancer"):

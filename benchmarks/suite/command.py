@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+import math
 import multiprocessing
 import platform
 import time
@@ -18,7 +19,7 @@ import lightning_gradnorm
 from benchmarks.experiments.records import Record, Records
 from benchmarks.suite import data_files
 from benchmarks.suite.members import MARKS, Member, train
-from benchmarks.suite.methods import METHODS, REFERENCES, Spec, by_kind, fits, member
+from benchmarks.suite.methods import METHODS, REFERENCES, Spec, by_kind, member, obstacle
 from benchmarks.suite.problem import Kind, Problem
 from benchmarks.suite.registry import PROBLEMS
 from benchmarks.suite.summary import Summary
@@ -48,11 +49,16 @@ def alone() -> None:
 
 
 def make(group: Group) -> list[Record]:
-    """Train a group."""
+    """Train a group; a method that wants a package which is not there is left out."""
     problem = PROBLEMS[group.problem]
-    members: list[Member] = [member(name, spec, problem(seed), group.steps) for name, spec, seed in group.trainings]
-    seconds = train(problem, members, group.steps)
-    return [record(group, one, spec, seconds) for one, (_, spec, _) in zip(members, group.trainings, strict=True)]
+    members: list[tuple[Member, Spec]] = []
+    for name, spec, seed in group.trainings:
+        try:
+            members.append((member(name, spec, problem(seed), group.steps), spec))
+        except ImportError as missing:
+            print(f"{group.problem}, {name}: left out, {missing}", flush=True)
+    seconds = train(problem, [one for one, _ in members], group.steps) if members else math.nan
+    return [record(group, one, spec, seconds) for one, spec in members]
 
 
 def attempt(group: Group) -> list[Record] | str:
@@ -96,9 +102,9 @@ def groups(options: argparse.Namespace, methods: Mapping[str, Mapping[Kind, Spec
         steps, wanted = steps_of(problem, options.budget), []
         for seed in options.seeds:
             for method in options.methods:
-                spec = methods[method].get(problem.kind)
-                if spec is None or not fits(spec, problem):
+                if problem.kind not in methods[method] or obstacle(methods[method][problem.kind], problem):
                     continue
+                spec = methods[method][problem.kind]
                 there = found.get((name, method, seed, steps), spec)
                 if there != spec:
                     raise SystemExit(f"The records have {method!r} with other settings, {there}: give these another name.")
@@ -110,12 +116,25 @@ def groups(options: argparse.Namespace, methods: Mapping[str, Mapping[Kind, Spec
             yield Group(name, steps, tuple(wanted[first : first + size]))
 
 
+def left_out(options: argparse.Namespace, methods: Mapping[str, Mapping[Kind, Spec]]) -> Iterator[tuple[str, str]]:
+    """Each method that is given for a problem and not tried on it, with the reason and the problems."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for method in options.methods:
+        for name in options.problems:
+            problem = PROBLEMS[name]
+            if problem.kind in methods[method] and (why := obstacle(methods[method][problem.kind], problem)):
+                found.setdefault((method, why), []).append(name)
+    yield from ((method, f"{why}: not tried on {', '.join(names)}") for (method, why), names in found.items())
+
+
 def run(options: argparse.Namespace, methods: Mapping[str, Mapping[Kind, Spec]], records: Records) -> None:
     """Make what is missing, in as many processes as were asked for.
 
     Raises:
         SystemExit: at the end, if some could not be made.
     """
+    for name, why in left_out(options, methods):
+        print(f"{name}: {why}", flush=True)
     todo = sorted(groups(options, methods, records), key=lambda group: -group.steps * len(group.trainings))
     done, began = 0, time.monotonic()
 

@@ -60,6 +60,7 @@ class Digits(Problem):
     tasks, raised = ("digit", "pixels", "ink"), ("digit", "pixels")
     shared = ("trunk.2.weight", "trunk.2.bias")
     lr = 3e-3
+    batch = 64
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -73,7 +74,10 @@ class Digits(Problem):
             self.pixels[-1].bias.copy_(mean_image)
 
     def stream(self) -> Iterator[Batch]:
-        return shuffled(digits()[0], 64, generator(self.seed))
+        return shuffled(digits()[0], self.batch, generator(self.seed))
+
+    def epoch(self) -> int:
+        return len(digits()[0][1]) // self.batch
 
     def answers(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores ``[N, 10]``, images ``[N, 64]``, ink ``[N]``."""

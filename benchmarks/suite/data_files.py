@@ -47,6 +47,7 @@ class Turbofan(Problem):
     kind, steps = "data", 1200
     tasks, raised = ("life", "health"), ("health",)
     shared = ("dense.0.weight", "dense.0.bias")
+    batch = 128
     subset: str
 
     def __init__(self, seed: int) -> None:
@@ -60,7 +61,10 @@ class Turbofan(Problem):
         return (1 + torch.tensor(torch.pi * progress).cos().item()) / 2
 
     def stream(self) -> Iterator[Batch]:
-        return shuffled(engines(self.subset).train, 128, generator(self.seed))
+        return shuffled(engines(self.subset).train, self.batch, generator(self.seed))
+
+    def epoch(self) -> int:
+        return len(engines(self.subset).train[1]) // self.batch
 
     def answers(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Life ``[N]``, scores of the states ``[N, 3]``."""
@@ -107,6 +111,7 @@ class Assays(Problem):
     tasks, raised = ASSAYS, ("NR-AR", "NR-AR-LBD", "NR-PPAR-gamma", "SR-ATAD5")
     shared = ("last.weight",)
     weight_decay = 1e-2
+    batch = 128
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -114,8 +119,11 @@ class Assays(Problem):
 
     def stream(self) -> Iterator[Batch]:
         draws = generator(self.seed)
-        for bits, labels in shuffled(molecules().train, 128, draws):
+        for bits, labels in shuffled(molecules().train, self.batch, draws):
             yield bits, labels, 2.0 * (torch.rand(len(bits), 256, generator=draws) < 0.5)
+
+    def epoch(self) -> int:
+        return len(molecules().train[1]) // self.batch
 
     def logits(self, bits: Tensor, kept: Tensor | None = None) -> Tensor:
         """``[N, 12]``."""

@@ -18,8 +18,8 @@ from lightning_gradnorm import LossBalancer, Measurement
 from lightning_gradnorm.traces import generator_of, random_signs, residual_cotangents
 
 NormsOn = Literal["shared", "matrices", "all"]
-Found = dict[NormsOn, dict[str, list[Tensor]]]  # where gradients are compared → statistic → ``[M]`` of each task so far
-Statistics = dict[str, Callable[[Tensor], Tensor]]  # name → of gradients ``[M, |W|]``, ``[M]``
+Found = dict[NormsOn, dict[str, list[Tensor]]]  # where gradients are compared → statistic → what was kept of each task so far
+Statistics = dict[str, Callable[[Tensor], Tensor]]  # name → what is kept of a task's gradients ``[M, |W|]``; mostly ``[M]``
 MARKS = (0.25, 0.5, 1.0)  # shares of the training at which errors are taken
 
 
@@ -98,10 +98,14 @@ class Stack:
             if due or type(balancer).weights_at is not LossBalancer.weights_at:
                 member.applied = None
         self.step += 1
+        if self.step % self.first.epoch() == 0:
+            for member in self.members:
+                member.balancer.end_epoch()
+                member.applied = None
         return dict(zip(self.tasks, detached.unbind(1), strict=True))
 
     def _measure(self, losses: dict[str, Tensor], points: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Where gradients are compared → statistic of a measurement → ``[T, M]``, of what some member needs now."""
+        """Where gradients are compared → statistic that a member needs now → ``[T, M]``, of the Gram matrix ``[T, M, T]``."""
         needs: dict[NormsOn, set[str]] = {}
         for member in self.members:
             if member.balancer.due and member.balancer.needs_gradients:
@@ -112,7 +116,10 @@ class Stack:
             if any("ntk_traces" in statistics for statistics in found.values()):
                 signs = random_signs(points[task].shape[1:], generator_of(self.step, 0, 0, number))
                 self._take(OF_RESIDUALS, signed_sums(points[task], signs), found)
-        return {norms_on: {name: torch.stack(v) for name, v in statistics.items()} for norms_on, statistics in found.items()}
+        return {
+            norms_on: {name: TOGETHER.get(name, torch.stack)(kept) for name, kept in statistics.items()}
+            for norms_on, statistics in found.items()
+        }
 
     def _take(self, statistics: Statistics, outputs: Tensor, found: Found) -> None:
         """Add to what was found those statistics that are wanted of the gradients of ``outputs``, one per member."""
@@ -142,8 +149,18 @@ OF_LOSSES: Statistics = {
     "gradient_norms": lambda gradients: gradients.norm(dim=1),
     "gradient_maxima": lambda gradients: gradients.abs().amax(1),
     "gradient_means": lambda gradients: gradients.abs().mean(1),
+    "gramian": lambda gradients: gradients,
 }
 OF_RESIDUALS: Statistics = {"ntk_traces": lambda gradients: gradients.square().sum(1)}
+
+
+def gram_rows(gradients: list[Tensor]) -> Tensor:
+    """⟨∇L_i, ∇L_j⟩ of each member, ``[T, M, T]``, given every task's gradients, ``[M, |W|]``."""
+    by_member = torch.stack(gradients, 1)
+    return (by_member @ by_member.mT).transpose(0, 1)
+
+
+TOGETHER: dict[str, Callable[[list[Tensor]], Tensor]] = {"gramian": gram_rows}  # of all tasks' kept; the others are stacked
 
 
 def signed_sums(squares: Tensor, signs: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The methods of the suite, each as plain settings, so that others can be given on the command line without code."""
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,11 @@ Spec = Mapping[str, Any]
 """The settings of a method: ``"class"``, a balancer's name in the package, and its arguments.
 
 ``"norms_on"``, if it is there, says where gradients are compared: ``"shared"`` (the problem's W, the default), ``"matrices"``
-or ``"all"``. Words that begin with ``$`` stand for what the problem has: ``"$residual"``, its first residual;
-``"$residuals"``, a list of all; ``"$steps/400"``, a share of the training, a whole number of steps; ``"$raised*10"``, weights
-of 10 on the tasks that are raised by hand and 1 on the others; ``"$trivial"``, one over the loss of the best constant
-prediction. A method that names what a problem does not have is not tried on it.
+or ``"all"``. An argument that has a ``"class"`` itself, by a dotted path, is an object: that class, called with the rest. Words
+that begin with ``$`` stand for what the problem has: ``"$residual"``, its first residual; ``"$residuals"``, a list of all;
+``"$tasks"``, how many tasks; ``"$steps/400"``, a share of the training, a whole number of steps; ``"$raised*10"``, weights of
+10 on the tasks that are raised by hand and 1 on the others; ``"$trivial"``, one over the loss of the best constant prediction.
+A method that wants what a problem does not have is not tried on it.
 """
 
 
@@ -40,16 +42,26 @@ METHODS: dict[str, dict[Kind, Spec]] = {
 REFERENCES = ("plain", "annealing", "hand 10", "hand 100")  # "hand 1" is the plain sum
 
 
-def fits(spec: Spec, problem: type[Problem]) -> bool:
-    """Whether the problem has what the settings name."""
-    words = [value for value in spec.values() if isinstance(value, str)]
+def obstacle(spec: Spec, problem: type[Problem]) -> str:
+    """Why a method of these settings is not tried on the problem; empty if it is."""
+    words, needs = [value for value in spec.values() if isinstance(value, str)], balancer_class("", spec).needs
+    if "kpis" in needs:
+        return "needs a key performance indicator of every task"
+    if "ntk_traces" in needs and not problem.residuals:
+        return "needs residuals of single points"
     if any(word.startswith("$residual") for word in words) and not problem.residuals:
-        return False
-    return not ("$trivial" in words and problem.kind == "equation")
+        return "names a residual, and there is none"
+    if "$trivial" in words and problem.kind == "equation":
+        return "asks for the best constant prediction, and there is nothing to predict"
+    return ""
 
 
 def filled(value: object, problem: Problem, steps: int) -> Any:
-    """A setting's value, with what the problem has in the place of a word that begins with ``$``."""
+    """A setting's value: an object made, or what the problem has in the place of a word that begins with ``$``."""
+    if isinstance(value, Mapping) and "class" in value:
+        module, _, name = value["class"].rpartition(".")
+        settings = {key: filled(one, problem, steps) for key, one in value.items() if key != "class"}
+        return getattr(importlib.import_module(module), name)(**settings)
     if not (isinstance(value, str) and value.startswith("$")):
         return value
     word, _, factor = value[1:].partition("*")
@@ -58,6 +70,8 @@ def filled(value: object, problem: Problem, steps: int) -> Any:
         return problem.residuals[0]
     if word == "residuals":
         return list(problem.residuals)
+    if word == "tasks":
+        return len(problem.tasks)
     if word == "steps":
         return max(round(steps / float(parts)), 1)
     if word == "raised":

@@ -58,6 +58,10 @@ class Problem(nn.Module):
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
         return self.losses(*batch)
 
+    def epoch(self) -> int:
+        """Steps from one end of an epoch to the next; where batches never repeat, a fiftieth of the training stands for it."""
+        return max(self.steps // 50, 1)
+
     def errors(self) -> Sequence[float]:
         """On what was held out; lower is better, above 0."""
         raise NotImplementedError

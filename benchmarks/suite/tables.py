@@ -37,6 +37,7 @@ class Regressions(Problem):
     tasks = tuple(f"unit {unit:g}" for unit in units)
     raised = tasks[:4]
     shared = ("trunk.2.weight", "trunk.2.bias")
+    batch = 64
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -44,7 +45,10 @@ class Regressions(Problem):
         self.heads = nn.ModuleList(nn.Linear(64, 1) for _ in self.units)
 
     def stream(self) -> Iterator[Batch]:
-        return shuffled(rows(self.seed, 16, 8, 2048)[0], 64, generator(self.seed))
+        return shuffled(rows(self.seed, 16, 8, 2048)[0], self.batch, generator(self.seed))
+
+    def epoch(self) -> int:
+        return 2048 // self.batch
 
     def losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         features = self.trunk(x)
@@ -66,6 +70,7 @@ class Tabular(Problem):
     tasks, raised = ("price", "sold"), ("sold",)
     shared = ("trunk.2.weight", "trunk.2.bias")
     unit = 20.0
+    batch = 32
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -78,7 +83,10 @@ class Tabular(Problem):
         return train, test
 
     def stream(self) -> Iterator[Batch]:
-        return shuffled(self.parts()[0], 32, generator(self.seed))
+        return shuffled(self.parts()[0], self.batch, generator(self.seed))
+
+    def epoch(self) -> int:
+        return 2048 // self.batch
 
     def losses(self, x: Tensor, price: Tensor, sold: Tensor) -> dict[str, Tensor]:
         features = self.trunk(x)

@@ -27,6 +27,8 @@ from benchmarks.suite.writing import write
 
 RESULTS = Path(__file__).parents[1] / "results" / "suite"
 AT_ONCE = 24  # trainings in one stack
+GIVEN = "given"  # among --methods: those of --method and --methods-file
+METHODS_HELP = f"names, or {GIVEN!r} for those given here; default: these and {', '.join(METHODS)}"
 
 
 class Group(NamedTuple):
@@ -188,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
     whole.add_argument("action", choices=("run", "table"))
     whole.add_argument("--problems", nargs="+", metavar="NAME", help="names, 'equations' or 'data'; default: all")
-    whole.add_argument("--methods", nargs="+", metavar="NAME", help=f"default: {', '.join(METHODS)} and those given here")
+    whole.add_argument("--methods", nargs="+", metavar="NAME", help=METHODS_HELP)
     whole.add_argument("--method", action="append", default=[], metavar="NAME=JSON", help="one more, by its settings")
     whole.add_argument("--methods-file", action="append", default=[], type=Path, metavar="YAML", help="name → settings")
     whole.add_argument("--seeds", type=int, nargs="+", default=[3], help="one number: how many; several: which; default 3")
@@ -209,6 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> Summary:
     options = parser().parse_args(arguments)
     given = given_methods(options)
     methods = METHODS | given
+    if options.methods and GIVEN in options.methods:
+        options.methods = list(dict.fromkeys([*(name for name in options.methods if name != GIVEN), *given]))
     kinds: dict[str, Kind] = {"equations": "equation", "data": "data"}
     asked = options.problems or list(PROBLEMS)
     options.problems = [n for n, p in PROBLEMS.items() if n in asked or any(kinds.get(a) == p.kind for a in asked)]

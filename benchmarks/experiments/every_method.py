@@ -1,0 +1,229 @@
+"""What ``docs/every-method.md`` can say of every method on several problems: errors, ranks, cost, and a heat-map.
+
+python -m benchmarks.experiments.every_method    # draws the heat-map
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import figure_style, plt
+from matplotlib.colors import LogNorm
+
+from benchmarks.experiments import scenes
+from benchmarks.experiments.records import Record, Records
+from benchmarks.suite.command import steps_of
+from benchmarks.suite.every_method import ANYWHERE, SPECS
+from benchmarks.suite.registry import PROBLEMS
+from benchmarks.suite.standings import Standing, overall, standings
+from benchmarks.suite.summary import MISSING, geometric_mean
+from lightning_gradnorm.report.comparison import mean_std
+from lightning_gradnorm.report.table import markdown_rows
+
+RESULTS = Path(__file__).parents[1] / "results"
+FOLDER = RESULTS / "every_method"
+BASELINE, SCENES = "equal", scenes.NAME
+SUITE = ("digits", "pairs of digits", "Tox21", "FD001", "Helmholtz", "Klein–Gordon")
+DATA = [name for name in SUITE if PROBLEMS[name].kind == "data"]
+EQUATIONS = [name for name in SUITE if PROBLEMS[name].kind == "equation"]
+TOP = 3.0  # ratios of so much and of one over so much have the ends of the colour scale
+
+
+def error_of(record: Record) -> float:
+    """The one error of a record, the geometric mean where there are several."""
+    values = list(record.measures.values())
+    return geometric_mean(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def read(folder: Path, rooms: Path) -> dict[tuple[str, str], dict[int, float]]:
+    """(problem, method) → seed → error, of whole trainings."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for record in [*Records(folder / "records.jsonl").all(), *Records(rooms / "records.jsonl").all()]:
+        if record.problem == SCENES or (record.problem in SUITE and record.steps == steps_of(PROBLEMS[record.problem], 1.0)):
+            found.setdefault((record.problem, record.method), {})[record.seed] = error_of(record)
+    return {key: found[key] for problem in (*SUITE, SCENES) for key in found if key[0] == problem}
+
+
+def short(ratio: float) -> str:
+    """To two decimals; a small one to two figures, a large one to the whole number."""
+    return f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.2f}" if ratio >= 0.0995 else f"{ratio:.2g}"
+
+
+def marked(one: Standing) -> str:
+    """The ratio, with a ring where the seeds cannot tell the method from the best."""
+    return f"{short(one.ratio)} °" if one.level else short(one.ratio)
+
+
+def written(value: object) -> str:
+    """A setting's value as one writes it in Python; a word that stands for what the problem has, without its sign."""
+    if isinstance(value, Mapping) and "class" in value:
+        return called(value)
+    return value[1:] if isinstance(value, str) and value.startswith("$") else repr(value)
+
+
+def called(spec: Mapping[str, Any]) -> str:
+    """The call that makes a method of these settings; the first argument of a method that is all about it has no name."""
+    name = str(spec["class"]).rpartition(".")[2]
+    given = {key: value for key, value in spec.items() if key not in ("class", "norms_on")}
+    parts = [written(v) if isinstance(v, Mapping) else f"{k}={written(v)}" for k, v in given.items()]
+    return f"{name}({', '.join(parts)})"
+
+
+class EveryMethod:
+    """The records, summed up.
+
+    Args:
+        folder: of the suite's records and the costs.
+        rooms: of the rendered rooms' records.
+    """
+
+    def __init__(self, folder: Path = FOLDER, rooms: Path = RESULTS / "scenes_methods") -> None:
+        errors = read(folder, rooms)
+        self.records = Records(folder / "records.jsonl")
+        self.all_found = standings(errors, BASELINE)
+        self.found = standings({key: by for key, by in errors.items() if key[1] in ANYWHERE}, BASELINE)
+        self.costs: dict[str, Any] = json.loads((folder / "costs.json").read_text(encoding="utf-8"))
+        self.time = {(row["method"], row["workload"]): row for row in self.costs["rows"]}
+        self.whole, self.on_data, self.on_equations = (overall(self.found, those) for those in (SUITE, DATA, EQUATIONS))
+        self.problems = [*SUITE, *([SCENES] if any(problem == SCENES for problem, _ in self.found) else [])]
+
+    def one(self, method: str, problem: str) -> Standing:
+        """A method on a problem."""
+        return self.found[problem, method]
+
+    def cell(self, method: str, problem: str) -> str:
+        """Its ratio: bold where no other method is better, with a ring where the seeds cannot tell it from that one."""
+        one = self.found.get((problem, method))
+        return MISSING if one is None else f"**{short(one.ratio)}**" if one.rank == 1 else marked(one)
+
+    def cost(self, method: str, workload: str) -> str:
+        """Time of a measured step over the plain sum's, with its quartiles."""
+        row = self.time.get((method, workload))
+        return MISSING if row is None else f"{row['time']:.2f} [{row['low']:.2f}–{row['high']:.2f}]"
+
+    def average_cost(self, method: str, workload: str) -> float:
+        """Over the training whose measured steps were counted, where the others cost what the plain sum costs in a session."""
+        row, idle = self.time[method, workload], self.time[BASELINE, workload]["time"]
+        return float(idle + row["measured"] * (row["time"] - idle)) if row["measured"] else float(row["time"])
+
+    def table(self) -> str:
+        """A row per method: those that were tried on all problems of the suite, the best first, and then the others."""
+        sums = ["mean, data", "mean, equations", "mean", "mean rank", "worst"]
+        columns = ["", *self.problems, *sums, "cost, conv", "cost, pinn"]
+        overalls = (self.on_data, self.on_equations, self.whole)
+        rows = []
+        for method in self.order:
+            ratios = [self.cell(method, problem) for problem in self.problems]
+            means = [short(of[method].ratio) if method in of else MISSING for of in overalls]
+            one = self.whole.get(method)
+            ranks = [MISSING] * 2 if one is None else [f"{one.rank:.1f}", short(one.worst)]
+            costs = [f"{self.average_cost(method, w):.2f}" if (method, w) in self.time else MISSING for w in ("conv", "pinn")]
+            rows.append([method, *ratios, *means, *ranks, *costs])
+        level = ["methods level with the best", *(f"{self.level(p)} of {self.methods(p)}" for p in self.problems)]
+        return markdown_rows(columns, [*rows, [*level, *[""] * (len(columns) - len(level))]])
+
+    @property
+    def order(self) -> list[str]:
+        """The methods of the table: by the mean over all problems, then those that lack a problem."""
+        there = {method for _, method in self.found}
+        return [*self.whole, *(method for method in ANYWHERE if method in there and method not in self.whole)]
+
+    def particular(self) -> str:
+        """Those that ask for something of the problem: their ratios where they were tried."""
+        rows = []
+        for method in (name for name in SPECS if name not in ANYWHERE):
+            ones = [self.all_found.get((problem, method)) for problem in SUITE]
+            if any(ones):
+                rows.append([method, *(MISSING if one is None else short(one.ratio) for one in ones)])
+        best = [short(min(one.ratio for (name, _), one in self.found.items() if name == problem)) for problem in SUITE]
+        return markdown_rows(["", *SUITE], [*rows, ["the best above", *best]])
+
+    def errors(self) -> str:
+        """Mean ± standard deviation over the seeds, of every method on every problem."""
+        rows = []
+        for method in [*self.order, *(name for name in SPECS if name not in ANYWHERE)]:
+            there = [self.all_found.get((problem, method)) for problem in self.problems]
+            if any(there):
+                rows.append([method, *(MISSING if one is None else mean_std(list(one.errors.values())) for one in there)])
+        return markdown_rows(["", *self.problems], rows)
+
+    def costs_table(self) -> str:
+        """Time of a measured step, with quartiles, and how many steps are measured."""
+        workloads = list(dict.fromkeys(row["workload"] for row in self.costs["rows"]))
+        rows = []
+        for method in (name for name in ANYWHERE if (name, workloads[0]) in self.time):
+            measured = self.time[method, workloads[0]]["measured"]
+            rows.append([method, *(self.cost(method, workload) for workload in workloads), f"{measured:.0%}"])
+        return markdown_rows(["", *workloads, "steps that read gradients"], rows)
+
+    def calls(self) -> str:
+        """What to write for each method."""
+        return markdown_rows(["", "to write"], [[name, f"`{called(SPECS[name])}`"] for name in SPECS if name in ANYWHERE])
+
+    def methods(self, problem: str) -> int:
+        """How many methods were tried on it, without those that ask for something."""
+        return sum(name == problem for name, _ in self.found)
+
+    def level(self, problem: str) -> int:
+        """How many of these are the best on it, or cannot be told from the best."""
+        return sum(one.level for (name, _), one in self.found.items() if name == problem)
+
+    def seeds(self, problem: str) -> int:
+        """How many seeds the plain sum has."""
+        return len(self.found[problem, BASELINE].errors)
+
+    def place(self, method: str) -> int:
+        """Its place by the mean ratio, 1 for the best."""
+        return list(self.whole).index(method) + 1
+
+    def ahead_of(self, method: str) -> list[str]:
+        """The methods whose mean ratio is smaller."""
+        return list(self.whole)[: self.place(method) - 1]
+
+    @property
+    def provenance(self) -> str:
+        """Versions and dates of the suite's records."""
+        made = [record.made for record in self.records.all()]
+        versions = "; ".join(dict.fromkeys(how["versions"] for how in made))
+        return f"{versions}; {', '.join(sorted({how['date'] for how in made}))}."
+
+    @property
+    def figure(self) -> str:
+        """Its path, as a page links it."""
+        return "../benchmarks/results/every_method/every_method.png"
+
+    def draw(self, path: Path = FOLDER / "every_method.png") -> None:
+        """Methods × problems: error over the plain sum's, blue is better; rings as in the table."""
+        methods = self.order
+        ratios = np.array([[self._ratio(method, problem) for problem in (*self.problems, "")] for method in methods])
+        with figure_style():
+            figure, axes = plt.subplots(figsize=(2.6 + 0.72 * ratios.shape[1], 1.6 + 0.27 * len(methods)))
+            image = axes.imshow(ratios, cmap="RdBu_r", norm=LogNorm(1 / TOP, TOP, clip=True), aspect="auto")
+            for (row, column), value in np.ndenumerate(ratios):
+                if math.isfinite(value):
+                    one = self.found.get(((*self.problems, "")[column], methods[row]))
+                    colour = "white" if abs(math.log(value)) > 0.7 * math.log(TOP) else "black"
+                    text = short(value) if one is None else marked(one)
+                    axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+            axes.set_xticks(range(ratios.shape[1]), [*self.problems, "geometric mean"], rotation=35, ha="right", fontsize=8)
+            axes.set_yticks(range(len(methods)), methods, fontsize=8)
+            axes.axvline(len(self.problems) - 0.5, color="white", linewidth=3)
+            axes.grid(visible=False)
+            bar = figure.colorbar(image, ax=axes, ticks=[1 / TOP, 0.5, 1, 2, TOP], format="{x:.2g}", shrink=0.6)
+            bar.minorticks_off()
+            axes.set_title("error over the plain sum's", fontsize=10)
+            figure.savefig(path)
+            plt.close(figure)
+
+    def _ratio(self, method: str, problem: str) -> float:
+        if not problem:
+            return self.whole[method].ratio if method in self.whole else math.nan
+        one = self.found.get((problem, method))
+        return math.nan if one is None else one.ratio
+
+
+if __name__ == "__main__":
+    EveryMethod().draw()

@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm
 from benchmarks.experiments import scenes
 from benchmarks.experiments.records import Record, Records
 from benchmarks.suite.command import steps_of
-from benchmarks.suite.every_method import ANYWHERE, SPECS
+from benchmarks.suite.every_method import ASKING_NOTHING, SPECS
 from benchmarks.suite.registry import PROBLEMS
 from benchmarks.suite.standings import Standing, overall, standings
 from benchmarks.suite.summary import MISSING, geometric_mean
@@ -84,7 +84,7 @@ class EveryMethod:
         errors = read(folder, rooms)
         self.records = Records(folder / "records.jsonl")
         self.all_found = standings(errors, BASELINE)
-        self.found = standings({key: by for key, by in errors.items() if key[1] in ANYWHERE}, BASELINE)
+        self.found = standings({key: by for key, by in errors.items() if key[1] in ASKING_NOTHING}, BASELINE)
         self.costs: dict[str, Any] = json.loads((folder / "costs.json").read_text(encoding="utf-8"))
         self.time = {(row["method"], row["workload"]): row for row in self.costs["rows"]}
         self.whole, self.on_data, self.on_equations = (overall(self.found, those) for those in (SUITE, DATA, EQUATIONS))
@@ -129,12 +129,12 @@ class EveryMethod:
     def order(self) -> list[str]:
         """The methods of the table: by the mean over all problems, then those that lack a problem."""
         there = {method for _, method in self.found}
-        return [*self.whole, *(method for method in ANYWHERE if method in there and method not in self.whole)]
+        return [*self.whole, *(method for method in ASKING_NOTHING if method in there and method not in self.whole)]
 
     def particular(self) -> str:
         """Those that ask for something of the problem: their ratios where they were tried."""
         rows = []
-        for method in (name for name in SPECS if name not in ANYWHERE):
+        for method in (name for name in SPECS if name not in ASKING_NOTHING):
             ones = [self.all_found.get((problem, method)) for problem in SUITE]
             if any(ones):
                 rows.append([method, *(MISSING if one is None else short(one.ratio) for one in ones)])
@@ -144,7 +144,7 @@ class EveryMethod:
     def errors(self) -> str:
         """Mean ± standard deviation over the seeds, of every method on every problem."""
         rows = []
-        for method in [*self.order, *(name for name in SPECS if name not in ANYWHERE)]:
+        for method in [*self.order, *(name for name in SPECS if name not in ASKING_NOTHING)]:
             there = [self.all_found.get((problem, method)) for problem in self.problems]
             if any(there):
                 rows.append([method, *(MISSING if one is None else mean_std(list(one.errors.values())) for one in there)])
@@ -154,14 +154,14 @@ class EveryMethod:
         """Time of a measured step, with quartiles, and how many steps are measured."""
         workloads = list(dict.fromkeys(row["workload"] for row in self.costs["rows"]))
         rows = []
-        for method in (name for name in ANYWHERE if (name, workloads[0]) in self.time):
+        for method in (name for name in ASKING_NOTHING if (name, workloads[0]) in self.time):
             measured = self.time[method, workloads[0]]["measured"]
             rows.append([method, *(self.cost(method, workload) for workload in workloads), f"{measured:.0%}"])
         return markdown_rows(["", *workloads, "steps that read gradients"], rows)
 
     def calls(self) -> str:
         """What to write for each method."""
-        return markdown_rows(["", "to write"], [[name, f"`{called(SPECS[name])}`"] for name in SPECS if name in ANYWHERE])
+        return markdown_rows(["", "to write"], [[name, f"`{called(SPECS[name])}`"] for name in SPECS if name in ASKING_NOTHING])
 
     def methods(self, problem: str) -> int:
         """How many methods were tried on it, without those that ask for something."""

@@ -16,20 +16,22 @@ SPECS: dict[str, Spec] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
 
 
 def asks_for_nothing(name: str) -> bool:
-    """Whether the method can be tried wherever there are losses that share a layer."""
+    """Whether the method wants to know nothing of the problem but its losses and the layer that they share."""
     spec = SPECS[name]
     words = any(str(value).startswith("$") for value in spec.values())
     return not words and not {"kpis", "ntk_traces"} & set(balancer_class(name, spec).needs)
 
 
-ANYWHERE: list[str] = list(filter(asks_for_nothing, SPECS))
+ASKING_NOTHING: list[str] = list(filter(asks_for_nothing, SPECS))
+ANYWHERE: list[str] = [name for name in ASKING_NOTHING if SPECS[name].get("when") != "same step"]
+"""Those of them that need no one place where the tasks meet."""
 
 
 def balancer(name: str, tasks: Sequence[str], **more: Any) -> LossBalancer:
     """A method that asks for nothing.
 
     Args:
-        name: of the method, out of ``ANYWHERE``.
+        name: of the method, out of ``ASKING_NOTHING``.
         tasks: the names of the losses.
         more: settings that go before its own.
 

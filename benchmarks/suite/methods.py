@@ -45,6 +45,8 @@ REFERENCES = ("plain", "annealing", "hand 10", "hand 100")  # "hand 1" is the pl
 def obstacle(spec: Spec, problem: type[Problem]) -> str:
     """Why a method of these settings is not tried on the problem; empty if it is."""
     words, needs = [value for value in spec.values() if isinstance(value, str)], balancer_class("", spec).needs
+    if spec.get("when") == "same step":
+        return "acts in a step's own backward, and a stack has one for all members"
     if "kpis" in needs:
         return "needs a key performance indicator of every task"
     if "ntk_traces" in needs and not problem.residuals:

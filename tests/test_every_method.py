@@ -9,6 +9,7 @@ import yaml
 
 from benchmarks import method_costs, workloads
 from benchmarks.experiments import every_method as page
+from benchmarks.experiments.every_method_figure import draw
 from benchmarks.experiments.records import Record, Records
 from benchmarks.suite import command
 from benchmarks.suite.every_method import ANYWHERE, ASKING_NOTHING, SPECS, balancer
@@ -117,7 +118,7 @@ def test_the_table_marks_the_best_and_what_is_level_with_it(tmp_path):
         "| the best above | 0.50 | 0.50 | 0.50 | 0.50 | 0.50 | 0.50 |",
     ]
     assert "| GradNorm | 0.750 ± 0.354 |" in every.errors()
-    every.draw(tmp_path / "figure.png")
+    draw(every, tmp_path / "figure.png")
     assert is_drawn(tmp_path / "figure.png")
 
 

@@ -1,17 +1,11 @@
-"""What ``docs/every-method.md`` can say of every method on several problems: errors, ranks, cost, and a heat-map.
-
-python -m benchmarks.experiments.every_method    # draws the heat-map
-"""
+"""What ``docs/every-method.md`` can say of every method on several problems: errors, ranks, cost."""
 
 import json
 import math
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from _common import figure_style, plt
-from matplotlib.colors import LogNorm
 
 from benchmarks.experiments import scenes
 from benchmarks.experiments.records import Record, Records
@@ -29,7 +23,6 @@ BASELINE, SCENES = "equal", scenes.NAME
 SUITE = ("digits", "pairs of digits", "Tox21", "FD001", "Helmholtz", "Klein–Gordon")
 DATA = [name for name in SUITE if PROBLEMS[name].kind == "data"]
 EQUATIONS = [name for name in SUITE if PROBLEMS[name].kind == "equation"]
-TOP = 3.0  # ratios of so much and of one over so much have the ends of the colour scale
 
 
 def error_of(record: Record) -> float:
@@ -183,6 +176,33 @@ class EveryMethod:
         """The methods whose mean ratio is smaller."""
         return list(self.whole)[: self.place(method) - 1]
 
+    def error(self, method: str, problem: str) -> str:
+        """Its mean over the seeds."""
+        return f"{statistics.fmean(self.one(method, problem).errors.values()):.1f}"
+
+    def best_other(self, method: str, problem: str) -> str:
+        """The best of the other methods on a problem, with its ratio."""
+        others = {name: one for (there, name), one in self.found.items() if there == problem and name != method}
+        best = min(others, key=lambda name: others[name].ratio)
+        return f"{best}, {short(others[best].ratio)}"
+
+    def near(self, problem: str, share: float) -> int:
+        """How many methods have a ratio on it of 1 to within a share; the plain sum is one of them."""
+        return sum(name == problem and abs(one.ratio - 1) <= share for (name, _), one in self.found.items())
+
+    def harmful(self, ratio: float) -> list[str]:
+        """The methods that have a larger ratio on some problem of the suite."""
+        return [method for method, one in self.whole.items() if one.worst > ratio]
+
+    def harmless(self, ratio: float) -> list[str]:
+        """The methods that have none so large, and are not the plain sum."""
+        return [method for method, one in self.whole.items() if one.worst <= ratio and method != BASELINE]
+
+    def level_on(self, method: str) -> str:
+        """On which problems of the suite the seeds cannot tell it from the best."""
+        mine = [problem for problem in SUITE if self.one(method, problem).level]
+        return f"level with the best on {', '.join(mine)}" if mine else "level with the best on no problem"
+
     @property
     def provenance(self) -> str:
         """Versions and dates of the suite's records."""
@@ -194,36 +214,3 @@ class EveryMethod:
     def figure(self) -> str:
         """Its path, as a page links it."""
         return "../benchmarks/results/every_method/every_method.png"
-
-    def draw(self, path: Path = FOLDER / "every_method.png") -> None:
-        """Methods × problems: error over the plain sum's, blue is better; rings as in the table."""
-        methods = self.order
-        ratios = np.array([[self._ratio(method, problem) for problem in (*self.problems, "")] for method in methods])
-        with figure_style():
-            figure, axes = plt.subplots(figsize=(2.6 + 0.72 * ratios.shape[1], 1.6 + 0.27 * len(methods)))
-            image = axes.imshow(ratios, cmap="RdBu_r", norm=LogNorm(1 / TOP, TOP, clip=True), aspect="auto")
-            for (row, column), value in np.ndenumerate(ratios):
-                if math.isfinite(value):
-                    one = self.found.get(((*self.problems, "")[column], methods[row]))
-                    colour = "white" if abs(math.log(value)) > 0.7 * math.log(TOP) else "black"
-                    text = short(value) if one is None else marked(one)
-                    axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
-            axes.set_xticks(range(ratios.shape[1]), [*self.problems, "geometric mean"], rotation=35, ha="right", fontsize=8)
-            axes.set_yticks(range(len(methods)), methods, fontsize=8)
-            axes.axvline(len(self.problems) - 0.5, color="white", linewidth=3)
-            axes.grid(visible=False)
-            bar = figure.colorbar(image, ax=axes, ticks=[1 / TOP, 0.5, 1, 2, TOP], format="{x:.2g}", shrink=0.6)
-            bar.minorticks_off()
-            axes.set_title("error over the plain sum's", fontsize=10)
-            figure.savefig(path)
-            plt.close(figure)
-
-    def _ratio(self, method: str, problem: str) -> float:
-        if not problem:
-            return self.whole[method].ratio if method in self.whole else math.nan
-        one = self.found.get((problem, method))
-        return math.nan if one is None else one.ratio
-
-
-if __name__ == "__main__":
-    EveryMethod().draw()

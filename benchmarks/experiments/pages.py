@@ -18,6 +18,7 @@ from pathlib import Path
 import jinja2
 
 from benchmarks.experiments.command import Experiment, write_report
+from benchmarks.experiments.every_method import EveryMethod
 from benchmarks.experiments.records import Record, Records
 from benchmarks.experiments.scaling import Scaling
 from benchmarks.suite.recorded import Recorded
@@ -27,7 +28,7 @@ from lightning_gradnorm.report.table import markdown_rows
 ROOT = Path(__file__).parents[2]
 DOCS, RESULTS, README = ROOT / "docs", ROOT / "benchmarks" / "results", ROOT / "README.md"
 PART = re.compile(r"(<!-- made from docs/(parts/[\w-]+\.jinja) -->).*?(<!-- until here -->)", re.DOTALL)
-NAMES = ("toy", "helmholtz", "klein_gordon", "cmapss", "rescue", "tox21", "no_harm", "db_pinn", "scenes")
+NAMES = ("toy", "helmholtz", "klein_gordon", "cmapss", "rescue", "tox21", "no_harm", "db_pinn", "scenes", "scenes_methods")
 AMONG_THE_PAGES = {"scenes"}  # whose figures lie in docs/images, and not beside the records
 
 
@@ -214,7 +215,7 @@ def rendered(template: str, names: Mapping[str, object]) -> str:
 
 def pages() -> dict[Path, str]:
     """Every page that is made, or has a part that is, and what it says now."""
-    names = {name: Results(name) for name in NAMES} | {"suite": Recorded(), "scale": Scaling()}
+    names = {name: Results(name) for name in NAMES} | {"suite": Recorded(), "scale": Scaling(), "every": EveryMethod()}
     texts = {template.with_suffix(""): rendered(template.name, names) for template in sorted(DOCS.glob("*.md.jinja"))}
     readme = README.read_text(encoding="utf-8")
     return texts | {README: PART.sub(lambda found: found[1] + rendered(found[2], names) + found[3], readme)}

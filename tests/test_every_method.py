@@ -38,7 +38,7 @@ def test_a_scalariser_is_made_for_the_tasks_that_there_are():
 def test_what_cannot_be_tried_is_left_out_and_told_why(tmp_path, capsys):
     why = {name: obstacle(SPECS[name], PROBLEMS["digits"]) for name in SPECS}
     of_another_kind = {"NTK", "GradNorm, residuals", "annealing (max/mean)"}
-    assert {name for name in why if why[name]} == {"DTP", "UPGrad, same step", *of_another_kind}
+    assert {name for name in why if why[name]} == {"DTP", "UPGrad (same step)", *of_another_kind}
     chosen = {name: SPECS[name] for name in ("equal", "DTP", "NTK", "1/trivial loss")}
     (tmp_path / "chosen.yaml").write_text(yaml.safe_dump(chosen))
     absent = 'absent={"class": "GramianWeighting", "weighting": {"class": "no_such_package.Weighting"}}'

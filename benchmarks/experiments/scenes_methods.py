@@ -13,7 +13,7 @@ from benchmarks.experiments.records import Problem, Record
 from benchmarks.experiments.scenes import BETTER, NAME, views
 from benchmarks.suite.every_method import balancer
 
-METHODS = ("equal", "GradNorm", "uncertainty", "DB-MTL", "UW-SO", "UPGrad", "UPGrad, same step", "MGDA", "IMTL-G", "CAGrad")
+METHODS = ("equal", "GradNorm", "uncertainty", "DB-MTL", "UW-SO", "UPGrad", "UPGrad (same step)", "MGDA", "IMTL-G", "CAGrad")
 
 
 def unmade() -> list[str]:

@@ -127,6 +127,7 @@ def test_a_methods_call_is_what_one_writes():
         "equal": "EqualWeights()",
         "GradNorm paper": "GradNorm(update='paper')",
         "STCH": "ScalarizerBalancer(STCH(mu=0.1))",
+        "UPGrad (same step)": "GramianWeighting(UPGradWeighting(), when='same step')",
     }
     assert {name: page.called(SPECS[name]) for name in names} == names
 

@@ -61,8 +61,9 @@ def called(spec: Mapping[str, Any]) -> str:
     """The call that makes a method of these settings; the first argument of a method that is all about it has no name."""
     name = str(spec["class"]).rpartition(".")[2]
     given = {key: value for key, value in spec.items() if key not in ("class", "norms_on")}
-    parts = [written(v) if isinstance(v, Mapping) else f"{k}={written(v)}" for k, v in given.items()]
-    return f"{name}({', '.join(parts)})"
+    first = [written(v) for v in given.values() if isinstance(v, Mapping)]
+    named = [f"{k}={written(v)}" for k, v in given.items() if not isinstance(v, Mapping)]
+    return f"{name}({', '.join([*first, *named])})"
 
 
 class EveryMethod:

@@ -181,10 +181,6 @@ class EveryMethod:
         """Its mean over the seeds."""
         return f"{statistics.fmean(self.one(method, problem).errors.values()):.1f}"
 
-    def on_seed(self, method: str, problem: str, seed: int) -> str:
-        """Its ratio on one seed."""
-        return short(self.one(method, problem).errors[seed] / self.one(BASELINE, problem).errors[seed])
-
     def best_other(self, method: str, problem: str) -> str:
         """The best of the other methods on a problem, with its ratio."""
         others = {name: one for (there, name), one in self.found.items() if there == problem and name != method}

@@ -105,18 +105,18 @@ class EveryMethod:
 
     def table(self) -> str:
         """A row per method: those that were tried on all problems of the suite, the best first, and then the others."""
-        sums = ["mean, data", "mean, equations", "mean", "mean rank", "worst"]
-        columns = ["", *self.problems, *sums, "cost, conv", "cost, pinn"]
-        overalls = (self.on_data, self.on_equations, self.whole)
+        sums = ["mean, data", "mean, equations", "worst", "cost, conv", "cost, pinn"]
+        columns = ["", "mean", "mean rank", *self.problems, *sums]
         rows = []
         for method in self.order:
             ratios = [self.cell(method, problem) for problem in self.problems]
-            means = [short(of[method].ratio) if method in of else MISSING for of in overalls]
+            means = [short(of[method].ratio) if method in of else MISSING for of in (self.on_data, self.on_equations)]
             one = self.whole.get(method)
-            ranks = [MISSING] * 2 if one is None else [f"{one.rank:.1f}", short(one.worst)]
+            overall = [MISSING] * 2 if one is None else [short(one.ratio), f"{one.rank:.1f}"]
+            worst = MISSING if one is None else short(one.worst)
             costs = [f"{self.average_cost(method, w):.2f}" if (method, w) in self.time else MISSING for w in ("conv", "pinn")]
-            rows.append([method, *ratios, *means, *ranks, *costs])
-        level = ["methods level with the best", *(f"{self.level(p)} of {self.methods(p)}" for p in self.problems)]
+            rows.append([method, *overall, *ratios, *means, worst, *costs])
+        level = ["methods level with the best", "", "", *(f"{self.level(p)} of {self.methods(p)}" for p in self.problems)]
         return markdown_rows(columns, [*rows, [*level, *[""] * (len(columns) - len(level))]])
 
     @property

@@ -68,6 +68,8 @@ class LossBalancer(KeptState, ABC):
     needs: tuple[str, ...] = ()
     needs_positive_losses: bool = False
     of_all_parameters: bool = False
+    steps: int
+    diagnostics: dict[str, Tensor]
 
     def __init__(self, *, tasks: Iterable[str] | None = None, update_every: int = 1) -> None:
         whole = check_whole("update_every", update_every, "a whole number of steps, 1 or more", at_least=1)

@@ -26,8 +26,9 @@ from torchjd.aggregation import UPGradWeighting
 from benchmarks.overhead import markdown
 from benchmarks.workloads import WORKLOADS, Batch, Losses, Workload
 from lightning_gradnorm import BalancingSession, GramianWeighting
+from lightning_gradnorm.balancers.gramian import When
 
-WAYS = ("next step", "same step")
+WAYS: tuple[When, ...] = ("next step", "same step")
 BLOCK = 3  # steps
 
 
@@ -42,7 +43,7 @@ class Whole(nn.Module):
         return self.make_losses(self.network, batch)
 
 
-def stepper(name: str, when: str | None) -> Callable[[], None]:
+def stepper(name: str, when: When | None) -> Callable[[], None]:
     """One training step of a new network: balanced, or the plain sum's."""
     torch.manual_seed(0)
     workload = WORKLOADS[name]()
@@ -52,7 +53,7 @@ def stepper(name: str, when: str | None) -> Callable[[], None]:
     shared = [names[id(w)] for w in workload.shared]
     session = None
     if when is not None:
-        balancer = GramianWeighting(UPGradWeighting(), when=when)  # type: ignore[arg-type]
+        balancer = GramianWeighting(UPGradWeighting(), when=when)
         session = BalancingSession(balancer, workload.network, shared_layer=shared)
 
     def step() -> None:

@@ -56,7 +56,7 @@ class TaskGraph:
     @property
     def seen(self) -> list[Node]:
         """All nodes that were looked at, children before parents. A walk."""
-        return [node for node, _ in children_first([self.root], {}, self.lowest)]
+        return nodes_below(self.root, self.lowest)
 
     @property
     def reaching(self) -> set[int]:
@@ -220,6 +220,16 @@ def children_first(
             if below is not None:  # not done before
                 seen[node] = None
                 yield node, below
+
+
+def nodes_below(root: Node | None, lowest: Node | None = None) -> list[Node]:
+    """The node and all that it leads to, children before parents; none of no node.
+
+    Args:
+        root: where to begin.
+        lowest: a node below which the walk does not go.
+    """
+    return [] if root is None else [node for node, _ in children_first([root], {}, lowest)]
 
 
 def nodes_met(root: Tensor, nodes: Container[Node | None]) -> set[Node]:

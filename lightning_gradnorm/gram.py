@@ -183,10 +183,11 @@ class Gram:
         return all(map(self._expects_one, inner.diagonal().tolist(), deltas))
 
     def _expects_one(self, square: float, delta: Tensor) -> bool:
-        rows = torch.linalg.vector_norm(delta.to(self._pair.dtype), dim=-1).to(self._mean_square.dtype)
+        delta = delta.to(self._pair.dtype)
+        rows = torch.linalg.vector_norm(delta, dim=-1).to(self._mean_square.dtype)
         length = float(torch.linalg.vector_norm(rows))
         error = 2 * self._eps * (float((rows.square() * self._row_squares).sum()) + square) + self._tiny * (square > 0)
-        return error <= _EXPECTED * square and self._trusts_one(square, length, delta.to(self._pair.dtype))
+        return error <= _EXPECTED * square and self._trusts_one(square, length, delta)
 
     @functools.cached_property
     def _row_squares(self) -> Tensor:

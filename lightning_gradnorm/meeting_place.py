@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_gradnorm.autograd_graph import MERGED, REST, TaskGraph
+from lightning_gradnorm.autograd_graph import MERGED, REST, TaskGraph, nodes_below
 
 
 class ScatteredTasksError(RuntimeError):
@@ -60,7 +60,7 @@ def meeting_place(graph: TaskGraph) -> MeetingPlace:
     if len(open_ways) > 1:
         raise ScatteredTasksError(f"they come to the shared layer by several ways ({', '.join(names)})")
     ((node, inputs),) = open_ways.items()
-    trunk = _below(node)
+    trunk = set(nodes_below(node))
     _check_above(graph, node, trunk)
     return MeetingPlace(node, tuple(sorted(inputs)), trunk)
 
@@ -85,17 +85,6 @@ def _check_above(graph: TaskGraph, place: Node, trunk: Container[Node]) -> None:
         if hasattr(node, "variable") and len(tasks_at[node]) > 1:
             raise ScatteredTasksError(f"they also share {_name_of(node)}, which is no part of that trunk")
         stack += [(child, task) for child, _ in node.next_functions if child is not None]
-
-
-def _below(node: Node) -> set[Node]:
-    """The node and all that it leads to."""
-    seen, stack = {node}, [node]
-    while stack:
-        for child, _ in stack.pop().next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return seen
 
 
 def _name_of(node: Any) -> str:

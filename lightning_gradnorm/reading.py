@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradnorm.audit import Audit
-from lightning_gradnorm.autograd_graph import children_first
+from lightning_gradnorm.autograd_graph import nodes_below
 from lightning_gradnorm.balancers.checks import check_choice
 from lightning_gradnorm.descent import gradients_of
 from lightning_gradnorm.gradients import (
@@ -212,7 +212,7 @@ class Reading:
 
 def _nodes_if_deep(root: Tensor) -> list[Node]:
     """All nodes of a graph, children before parents; none of one that is freed without harm."""
-    nodes = [node for node, _ in children_first([root.grad_fn] if root.grad_fn is not None else [], {})]
+    nodes = nodes_below(root.grad_fn)
     return nodes if len(nodes) > _DEEP else []
 
 

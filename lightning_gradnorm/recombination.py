@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradnorm.autograd_graph import REST, Edge, TaskGraph, children_first
+from lightning_gradnorm.autograd_graph import REST, Edge, TaskGraph, nodes_below
 from lightning_gradnorm.descent import Target, gradients_of
 from lightning_gradnorm.gradient_reader import IncompleteBackwardError
 from lightning_gradnorm.joint_backward import JointBackward
@@ -74,7 +74,7 @@ class RecombiningBackward(JointBackward):
         assert self._place is not None, "it was found"
         if len(self.graph.owners) + len(self._place.below) <= number:
             return []
-        return [node for node, _ in children_first([self.graph.root], {})]
+        return nodes_below(self.graph.root)
 
     def _further_targets(self, graph: TaskGraph) -> dict[Target, int]:
         place = self._place = meeting_place(graph)
@@ -98,8 +98,11 @@ class RecombiningBackward(JointBackward):
     def _lay_hooks(self, root: Tensor, losses: Mapping[str, Tensor]) -> None:
         super()._lay_hooks(root, losses)
         assert self._place is not None, "it was found"
-        hidden = self.graph.compiled(merged_only=False) or self.graph.has_reentrant_checkpoint()
-        if self._verify and self._has_rest and not hidden:
+        if (
+            self._verify
+            and self._has_rest
+            and not (self.graph.compiled(merged_only=False) or self.graph.has_reentrant_checkpoint())
+        ):
             self._rest = _Unhooked(root, losses, [GradientEdge(self._place.node, number) for number in self._numbers])
             self._handles.append(self._rest.handle)
         self._handles.append(self._place.node.register_prehook(self._recombine))

@@ -110,11 +110,15 @@ class MeasurementWindow:
                 for field, held in self._besides.items():
                     if task in (numbers := besides.get(field, {})):
                         held[task] = _summed(held.get(task), numbers[task].to(wide))
-                count = self._counts[task] = self._counts.get(task, 0) + 1
-                before = self._applied.get(task)
-                # This form of the mean is exact where all are the same.
-                self._applied[task] = weight if before is None else before + (weight - before) / count
+                self._count(task, 1, weight)
         self._noted.clear()
+
+    def _count(self, task: str, times: int | Tensor, weight: Tensor) -> None:
+        """So many more micro-batches of the task, which have applied this weight."""
+        count = self._counts[task] = self._counts.get(task, 0) + times
+        before = self._applied.get(task)
+        # This form of the mean is exact where all are the same.
+        self._applied[task] = weight if before is None else before + (weight - before) * times / count
 
     def add_gradients(self, gradients: TaskGradients) -> None:
         """Take the gradients of the micro-batch whose losses were added last."""
@@ -141,11 +145,7 @@ class MeasurementWindow:
         batch._spread_out()
         self.is_whole &= batch.is_whole
         for task, weight in batch._applied.items():
-            count = self._counts[task] = self._counts.get(task, 0) + batch._counts[task]
-            share = batch._counts[task] / count
-            self._applied[task] = (
-                self._applied[task] + (weight - self._applied[task]) * share if task in self._applied else weight
-            )
+            self._count(task, batch._counts[task], weight)
         of_fields = [(self._besides[field], batch._besides[field]) for field in self._besides]
         for held, further in ((self._losses, batch._losses), (self._sums, batch._sums), *of_fields):
             held.update({task: _summed(held.get(task), value) for task, value in further.items()})

@@ -95,6 +95,19 @@ def assert_same(found, expected):
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-11 * float(gradient.abs().max()), msg=name)
 
 
+def assert_is_by_hand(ours, theirs, shared_layer=TRUNK, further=None):
+    """Both of one kind and seed; ``further`` gives the terms that are added to the total of a network."""
+    (x,) = batches()
+    session = session_of(ours, UPGradWeighting(), shared_layer)
+    total = session.total(ours.losses(x))
+    backward(session, total if further is None else total + further(ours))
+    weights = by_hand(theirs, UPGradWeighting(), x, shared_layer)
+    if further is not None:
+        further(theirs).backward()
+    assert_same(gradients(ours), gradients(theirs))
+    return session, weights
+
+
 @pytest.mark.parametrize("method", PAIRS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_is_mtl_backward_where_all_that_is_shared_is_compared(method, seed):
@@ -111,12 +124,7 @@ def test_is_mtl_backward_where_all_that_is_shared_is_compared(method, seed):
 
 @pytest.mark.parametrize("layer", TRUNK)
 def test_of_a_part_of_it_all_below_the_meeting_is_put_together(layer):
-    ours, theirs = Network(), Network()
-    (x,) = batches()
-    session = session_of(ours, UPGradWeighting(), [layer])
-    backward(session, session.total(ours.losses(x)))
-    weights = by_hand(theirs, UPGradWeighting(), x, [layer])
-    assert_same(gradients(ours), gradients(theirs))
+    session, weights = assert_is_by_hand(Network(), Network(), [layer])
     step = session.step()
     torch.testing.assert_close(step.applied, weights, rtol=1e-10, atol=0)
     torch.testing.assert_close(torch.tensor(list(session.balancer.weights.values())), weights, rtol=1e-10, atol=0)
@@ -187,13 +195,12 @@ def test_where_the_weighting_has_no_answer_the_last_weights_act():
 def test_further_terms_of_the_total_act_as_they_are():
     ours, theirs = Network(), Network()
     (x,) = batches()
-    extra = lambda network: 0.3 * network.features(x).square().sum() + network.trunk[2].weight.square().sum()  # noqa: E731
     session = session_of(ours, UPGradWeighting())
     z = ours.features(x)
     total = session.total(ours.losses(x, z))
     backward(session, total + 0.3 * z.square().sum() + ours.trunk[2].weight.square().sum())
     by_hand(theirs, UPGradWeighting(), x, TRUNK)
-    extra(theirs).backward()
+    (0.3 * theirs.features(x).square().sum() + theirs.trunk[2].weight.square().sum()).backward()
     assert_same(gradients(ours), gradients(theirs))
 
 
@@ -213,12 +220,7 @@ class Branches(Network):
 
 
 def test_operations_that_some_share_may_lie_above():
-    ours, theirs = Branches(), Branches()
-    (x,) = batches()
-    session = session_of(ours, UPGradWeighting(), ["trunk.4"])
-    backward(session, session.total(ours.losses(x)))
-    by_hand(theirs, UPGradWeighting(), x, ["trunk.4"])
-    assert_same(gradients(ours), gradients(theirs))
+    assert_is_by_hand(Branches(), Branches(), ["trunk.4"])
 
 
 def test_a_trunk_with_several_outputs():
@@ -231,22 +233,14 @@ def test_a_trunk_with_several_outputs():
                 for k, (task, head, part) in enumerate(zip(("one", "against", "large"), self.heads, parts, strict=True))
             }
 
-    ours, theirs = Split(), Split()
-    (x,) = batches()
-    session = session_of(ours, UPGradWeighting())
-    backward(session, session.total(ours.losses(x)))
-    by_hand(theirs, UPGradWeighting(), x, TRUNK)
-    assert_same(gradients(ours), gradients(theirs))
+    assert_is_by_hand(Split(), Split())
 
 
 def test_a_penalty_on_all_parameters_makes_no_head_a_part_of_the_trunk():
-    ours, theirs = Network(), Network()
-    (x,) = batches()
-    session = session_of(ours, UPGradWeighting(), ["trunk.4"])
-    backward(session, session.total(ours.losses(x)) + sum(p.square().sum() for p in ours.parameters()))
-    by_hand(theirs, UPGradWeighting(), x, ["trunk.4"])
-    sum(p.square().sum() for p in theirs.parameters()).backward()
-    assert_same(gradients(ours), gradients(theirs))
+    def penalty(network):
+        return sum(p.square().sum() for p in network.parameters())
+
+    assert_is_by_hand(Network(), Network(), ["trunk.4"], penalty)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 65536.0])
@@ -267,12 +261,7 @@ def test_inside_a_checkpoint():
         def features(self, x):
             return checkpoint(self.trunk, x, use_reentrant=False)
 
-    ours, theirs = Checkpointed(), Network()
-    (x,) = batches()
-    session = session_of(ours, UPGradWeighting())
-    backward(session, session.total(ours.losses(x)))
-    by_hand(theirs, UPGradWeighting(), x, TRUNK)
-    assert_same(gradients(ours), gradients(theirs))
+    assert_is_by_hand(Checkpointed(), Network())
 
 
 def test_a_whole_training_is_that_of_mtl_backward():

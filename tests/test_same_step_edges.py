@@ -18,6 +18,16 @@ from tests.test_same_step import TRUNK, Network, assert_same, backward, batches,
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+def begun(factor=1):
+    """A network, and so many times the total of its losses, whose backward a session is ready for."""
+    network = Network()
+    (x,) = batches()
+    session = session_of(network, UPGradWeighting())
+    total = factor * session.total(network.losses(x))
+    session.before_backward(total)
+    return network, total
+
+
 def penalty(network, x):
     """On all parameters, and on the output of one head, which makes the head's nodes common to a task and a further term."""
     out = network.heads[0](network.features(x))
@@ -127,32 +137,20 @@ def test_a_wrong_reading_is_found_out(monkeypatch):
 
 
 def test_gradients_that_are_to_be_differentiated_are_refused():
-    network = Network()
-    (x,) = batches()
-    session = session_of(network, UPGradWeighting())
-    total = session.total(network.losses(x))
-    session.before_backward(total)
+    network, total = begun()
     with pytest.raises(RuntimeError, match=r"create_graph=True.* Take when='next step'"):
         torch.autograd.grad(total, list(network.trunk.parameters()), create_graph=True)
 
 
 def test_a_second_backward_of_the_total_is_refused():
-    network = Network()
-    (x,) = batches()
-    session = session_of(network, UPGradWeighting())
-    total = session.total(network.losses(x))
-    session.before_backward(total)
+    _, total = begun()
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="went backward a second time, and the weights of when='same step' act once"):
         total.backward()
 
 
 def test_a_total_of_weight_0_is_refused_with_a_way_out_that_is_open():
-    network = Network()
-    (x,) = batches()
-    session = session_of(network, UPGradWeighting())
-    total = 0 * session.total(network.losses(x))
-    session.before_backward(total)
+    _, total = begun(0)
     with pytest.raises(RuntimeError, match="give it a small weight, or take when='next step'"):
         total.backward()
 

@@ -112,10 +112,10 @@ class EveryMethod:
             ratios = [self.cell(method, problem) for problem in self.problems]
             means = [short(of[method].ratio) if method in of else MISSING for of in (self.on_data, self.on_equations)]
             one = self.whole.get(method)
-            overall = [MISSING] * 2 if one is None else [short(one.ratio), f"{one.rank:.1f}"]
+            summed_up = [MISSING] * 2 if one is None else [short(one.ratio), f"{one.rank:.1f}"]
             worst = MISSING if one is None else short(one.worst)
             costs = [f"{self.average_cost(method, w):.2f}" if (method, w) in self.time else MISSING for w in ("conv", "pinn")]
-            rows.append([method, *overall, *ratios, *means, worst, *costs])
+            rows.append([method, *summed_up, *ratios, *means, worst, *costs])
         level = ["methods level with the best", "", "", *(f"{self.level(p)} of {self.methods(p)}" for p in self.problems)]
         return markdown_rows(columns, [*rows, [*level, *[""] * (len(columns) - len(level))]])
 

@@ -116,9 +116,7 @@ class GramianWeighting(RuleBalancer):
         self._parts = {"weighting": self._learnt}
         self._remembers = (("measured", 0.0),)
         self._warned = False
-        self._acted: list[
-            tuple[tuple[str, ...], Tensor]
-        ] = []  # in the backward passes of the step under way: tasks, their weights
+        self._acted: list[tuple[tuple[str, ...], Tensor]] = []  # tasks and weights of each backward of the step under way
         super().__init__(tasks=tasks, update_every=update_every)
 
     def settings(self) -> dict[str, Any]:
@@ -138,11 +136,11 @@ class GramianWeighting(RuleBalancer):
         taking_part = without_idle(measurement, mask_of(measurement, self.needs))
         found = self._found(taking_part)
         weights = self.weights_for(measurement.tasks).to(found)
-        if not bool(found.isfinite().all()):  # the last ones act once more, and the update is skipped
-            self._acted.append((measurement.tasks, torch.full_like(weights, torch.nan)))
-            return weights
-        weights[[measurement.tasks.index(task) for task in taking_part.tasks]] = found
-        self._acted.append((measurement.tasks, weights))
+        usable = bool(found.isfinite().all())
+        if usable:
+            weights[[measurement.tasks.index(task) for task in taking_part.tasks]] = found
+        # Else the last ones act once more, and the update is skipped.
+        self._acted.append((measurement.tasks, weights if usable else torch.full_like(weights, torch.nan)))
         return weights
 
     def update(self, measurement: Measurement | None) -> None:

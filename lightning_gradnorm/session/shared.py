@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gradnorm.autograd_graph import nodes_below
 from lightning_gradnorm.balancers import LossBalancer
 from lightning_gradnorm.balancers.checks import check_choice
 from lightning_gradnorm.reading import Engine, Reading
@@ -267,14 +268,5 @@ class SharedReading:
 
 def hides_parameters(root: Tensor) -> bool:
     """Whether parts of the graph hide what they use: those that are compiled, or in a reentrant checkpoint."""
-    stack: list[Node | None] = [root.grad_fn]
-    seen: set[Node] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if type(node).__name__ in ("CompiledFunctionBackward", "CheckpointFunctionBackward"):
-            return True
-        seen.add(node)
-        stack += [child for child, _ in node.next_functions]
-    return False
+    kinds = ("CompiledFunctionBackward", "CheckpointFunctionBackward")
+    return any(type(node).__name__ in kinds for node in nodes_below(root.grad_fn))
